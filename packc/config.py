@@ -1,0 +1,25 @@
+"""packc's options: a leaf module that every other part may import.
+
+Set them on the module (``packc.config.strict = True``), for a block (``with packc.config.patch(strict=True):``), per
+compiled model (``torch.compile(m, backend="packc", options={"packc.strict": True})``) or in the environment
+(``PACKC_STRICT=1``).
+"""
+
+import sys
+
+# Private in torch, public in practice: every torch subsystem keeps its options this way. Checked on torch 2.11 - 2.13.
+from torch.utils._config_module import Config, install_config_module
+
+strict: bool = Config(default=False, env_name_default="PACKC_STRICT")
+"""Every fallback raises with its reason: a graph that cannot be packed when it is compiled, a batch when it is run."""
+
+kernels: str = Config(default="auto", env_name_default="PACKC_KERNELS")
+"""Which implementation the ops run: "auto", "reference" (plain torch), "cpu" (C++) or "triton"."""
+
+mask: str | None = Config(default=None, env_name_default="PACKC_MASK")
+"""Name of the model's padding-mask argument; None looks for one by name and use."""
+
+inner: str = Config(default="inductor", env_name_default="PACKC_INNER")
+"""The backend that compiles the packed graph: "inductor", or "aot_eager" to debug without code generation."""
+
+install_config_module(sys.modules[__name__])
