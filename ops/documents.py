@@ -1,0 +1,57 @@
+"""Documents: the stretches of a ``(B, L, ...)`` sequence between which nothing flows.
+
+Without ``cu_seqlens`` a document is a batch row. With ``cu_seqlens = [0, ..., L]`` (B is 1) document n is the tokens
+``cu_seqlens[n] : cu_seqlens[n + 1]``; it may be empty. Tokens are counted through all rows, ``0 .. B * L``.
+"""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor, name: str = "x") -> None:
+    """Raises if ``cu_seqlens`` cannot divide ``x (B, L, ...)``. Reads no data, so it may be traced."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1:
+        raise ValueError(f"cu_seqlens must have shape (N + 1,), not {tuple(cu_seqlens.shape)}")
+    if differ(x.shape[0], 1):
+        raise ValueError(f"with cu_seqlens, {name} must be one packed row (1, L, ...), not {tuple(x.shape)}")
+    if guard_or_false(cu_seqlens.shape[0] == 0):
+        raise ValueError("cu_seqlens must have shape (N + 1,), not (0,)")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, {name} on {x.device}")
+
+
+def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to differ: sizes that only a run can tell are left to the kernels to check."""
+    return guard_or_false(a != b)
+
+
+def count(cu_seqlens: Tensor | None, x: Tensor) -> int:
+    """N, the number of documents."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def offsets(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
+    """Where documents begin and, behind them, the end: int64 ``(N + 1,)``. Not for tracing: it checks values."""
+    B, L = x.shape[:2]
+    if cu_seqlens is None:
+        return torch.arange(B + 1, device=x.device) * L
+    starts = cu_seqlens.long()
+    if starts.device.type == "cpu":
+        check_offsets(starts, L)
+    return starts
+
+
+def check_offsets(starts: Tensor, L: int) -> None:
+    """Raises unless the documents cover the ``L`` tokens in order."""
+    if starts[0] != 0 or starts[-1] != L or (starts.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, not {starts.tolist()}")
+
+
+def of_token(starts: Tensor, tokens: int) -> Tensor:
+    """The document of every token: int64 ``(tokens,)``."""
+    return torch.searchsorted(starts, torch.arange(tokens, device=starts.device), right=True) - 1
