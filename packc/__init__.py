@@ -1,6 +1,8 @@
 """packc: stock Mamba, hybrid and linear-attention models on packed sequences, at compile time."""
 
-from packc import config, ops
+from packc import config, frontends, ops
+from packc.compiler import NotPacked, backend
+from packc.report import Report, explain
 
 __version__ = "0.1.0"
-__all__ = ["config", "ops"]
+__all__ = ["NotPacked", "Report", "backend", "config", "explain", "ops"]

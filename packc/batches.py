@@ -1,0 +1,131 @@
+"""What each batch is asked before it is packed, and the index it is packed by.
+
+Everything the host must know comes from the device in one copy: where the tokens of each row begin and end, whether
+there is a hole between them, and whether labels outside of them count in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_HOLE = "padding between tokens of a row"
+_VALUES = "mask values other than 0 and 1"
+_LABEL = "a label that counts in the loss on a padding position"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One batch, packed: which tokens, in which documents (one a row), and why rows were left whole."""
+
+    index: Tensor
+    """int64 (T,): ``b * L + l`` of every token, row by row."""
+    cu_seqlens: Tensor
+    """int32 (B + 1,): where each row's document begins and ends among the tokens."""
+    tokens: int
+    padded_tokens: int
+    whole_rows: int = 0
+    reasons: tuple[str, ...] = ()
+    """Why rows were not packed, each reason once."""
+
+
+@torch.no_grad()
+def pack_batch(
+    mask: Tensor,
+    labels: Sequence[tuple[Tensor, int]] = (),
+    *,
+    keep_left: str | None = None,
+    keep_right: str | None = None,
+) -> Packing:
+    """Choose the span of every row that is packed, leaving out nothing that could change a result.
+
+    Args:
+        mask: (B, L), nonzero at tokens.
+        labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
+        keep_left: why padding before a row's tokens must stay in; None if it may go.
+        keep_right: the same for padding after them.
+    """
+    batch, length = mask.shape
+    facts = _facts(mask, labels).tolist()  # the one host sync
+    spans, reasons = [], dict[str, None]()
+    whole_rows = 0
+    for first, end, hole, other_values, first_label, end_label, before in facts:
+        start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, before)
+        if why is None and keep_left is not None and start > 0:
+            start, why = 0, keep_left
+        if why is None and keep_right is not None and stop < length:
+            stop, why = length, keep_right
+        if why is not None:
+            whole_rows += 1
+            reasons[why] = None
+        spans.append((start, stop))
+    if sum(stop - start for start, stop in spans) < 2:
+        # The compiled graph is made for two tokens or more. Not a fallback: there is next to nothing to pack.
+        spans, whole_rows = [(0, length)] * batch, batch
+    index, cu_seqlens = _index(spans, length, mask.device)
+    return Packing(index, cu_seqlens, index.shape[0], batch * length, whole_rows, tuple(reasons))
+
+
+def _span(
+    first: int, end: int, length: int, hole: int, other_values: int, first_label: int, end_label: int, before: int
+) -> tuple[int, int, str | None]:
+    """``[start, stop)`` of one row, and why it is the whole row if it is for a reason."""
+    if other_values:
+        return 0, length, _VALUES
+    if hole:
+        return 0, length, _HOLE
+    if end_label > end:
+        return 0, length, _LABEL
+    if first_label < first:
+        # The label of a left-padded row's first token lies, shifted, on the padding before it; stock counts it. The
+        # state that predicts it has seen only zeros, so it may simply be the document's first.
+        if before and first_label == first - 1:
+            return first - 1, end, None
+        return 0, length, _LABEL
+    return first, end, None
+
+
+def _facts(mask: Tensor, labels: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """(B, 7): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?"""
+    length = mask.shape[1]
+    real = mask != 0
+    live = torch.zeros_like(real)
+    for values, ignore_index in labels:
+        live |= (values != ignore_index).reshape(mask.shape)
+    first, end, count = _extent(real)
+    first_label, end_label, _ = _extent(live)
+    columns = [
+        first,
+        end,
+        end - first != count,
+        (real & (mask != 1)).any(1),
+        torch.where(end_label == 0, length, first_label),
+        end_label,
+        count > 0,
+    ]
+    return torch.stack([column.to(torch.int64) for column in columns], 1)
+
+
+def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First true position, one past the last, and how many, by row; (0, 0, 0) for an empty row."""
+    length = real.shape[1]
+    number = real.to(torch.uint8)
+    count = real.sum(1)
+    empty = count == 0
+    first = number.argmax(1)
+    end = length - number.flip(1).argmax(1)
+    return first.masked_fill(empty, 0), end.masked_fill(empty, 0), count
+
+
+def _index(spans: list[tuple[int, int]], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = torch.tensor([(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)])
+    lengths = rows[:, 1]
+    cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    tokens = int(cu_seqlens[-1])
+    shifts = (rows[:, 0] - cu_seqlens[:-1]).to(device, non_blocking=True)
+    shift = shifts.repeat_interleave(lengths.to(device, non_blocking=True), output_size=tokens)
+    return torch.arange(tokens, device=device) + shift, cu_seqlens.to(device, torch.int32, non_blocking=True)

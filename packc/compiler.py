@@ -1,0 +1,124 @@
+"""The ``torch.compile`` backend: packs the graph, compiles it with an inner backend, packs each batch at run time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._logging import trace_structured
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from packc import config, report
+from packc.options import split_options
+from packc.packed_call import NotPacked, PackedCall
+from packc.passes import NoMask, NotPackable, Packed, check_mask, fakify, find_mask, layout, normalize, pack
+
+log = logging.getLogger(__name__)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph on packed sequences: ``torch.compile(model, backend=packc.backend)``.
+
+    Finds the padding mask among the graph's inputs, rewrites every op to work on real tokens only and hands the result
+    to Inductor. Outputs keep size, dtype and strides; their padded positions are zero. What cannot be packed exactly
+    runs as it was, with a log line that says why (``packc.config.strict`` raises instead).
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        mode: as for Inductor.
+        options: ``"packc.<name>"`` sets :mod:`packc.config` for this model; other keys go to Inductor.
+
+    Raises:
+        ValueError: an unknown ``packc.`` option, or a ``packc.mask`` that names no ``(B, L)`` input.
+        NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot.
+    """
+    own, inner_options = split_options(options)
+    with config.patch(own):
+        compile_inner = _inner_backend(mode, inner_options)
+        try:
+            packed, index = pack_graph(gm, example_inputs)
+        except (NoMask, NotPackable) as reason:
+            return _unpacked(gm, example_inputs, compile_inner, str(reason))
+        requirements: Packed = packed.meta["packc"]
+        call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=own.get("strict"))
+        report.record(report.GraphReport.packed(requirements, call))
+        return call
+
+
+# Lets frontends tell packc's trace from another backend's; see packc.frontends.
+backend.__packc_backend__ = True  # type: ignore[attr-defined]
+
+
+def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:
+    """The packed form of a Dynamo graph, and fakes of its two further inputs, ``index`` and ``cu_seqlens``.
+
+    Raises:
+        NoMask, NotPackable: there is none; the message says why.
+    """
+    fakes = fakify(gm, example_inputs)
+    _artifact("packc_before", gm)
+    normalized = normalize(gm, fake_inputs=fakes)
+    mask = find_mask(normalized, name=config.mask)
+    check_mask(mask)
+    packed = pack(layout(normalized, mask=mask), mask=mask)
+    _artifact("packc_after", packed)
+    log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.graph.nodes))
+    return packed, _index_fakes(mask.meta["val"])
+
+
+def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``index`` (T,) with T unknown and never guarded on, ``cu_seqlens`` (B + 1,)."""
+    mode = mask.fake_mode  # type: ignore[attr-defined]
+    shape_env = mode.shape_env
+    if shape_env is None:
+        shape_env = mode.shape_env = ShapeEnv()
+    with shape_env.ignore_fresh_unbacked_symbols():
+        tokens = shape_env.create_unbacked_symint()
+    # From two on: at one token `contiguous` means something else, so the compiler would have to ask.
+    torch._check(tokens >= 2)
+    with mode:
+        index = torch.empty(tokens, dtype=torch.int64, device=mask.device)
+        cu_seqlens = torch.empty(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    return index, cu_seqlens
+
+
+def _unpacked(gm: fx.GraphModule, example_inputs: list[Any], compile_inner: Callable, reason: str) -> Callable[..., Any]:
+    """The graph as it was; its mixers are packc's ops all the same."""
+    if config.strict:
+        raise NotPacked(f"packc cannot pack this graph: {reason}")
+    log.info("not packed: %s", reason)
+    report.record(report.GraphReport.unpacked(gm, reason))
+    return compile_inner(gm, example_inputs)
+
+
+def _inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    if config.inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options}
+        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
+    if options or mode:
+        raise ValueError(f"packc.inner={config.inner!r} takes neither a mode nor Inductor's options: {mode}, {options}")
+    return torch._dynamo.lookup_backend(config.inner)
+
+
+def _artifact(name: str, gm: fx.GraphModule) -> None:
+    """The graph in the structured trace (tlparse), and in full under TORCH_LOGS="+packc"."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s\n%s", name, gm.print_readable(print_output=False))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True),
+    )

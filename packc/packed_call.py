@@ -1,0 +1,52 @@
+"""A compiled packed graph, callable with the padded graph's inputs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from packc import config
+from packc.batches import Packing, pack_batch
+from packc.passes import Packed
+
+log = logging.getLogger(__name__)
+
+
+class NotPacked(RuntimeError):
+    """Under ``packc.strict``: a graph or a batch cannot be packed exactly. The message says why."""
+
+
+class PackedCall:
+    """Packs each batch and runs the compiled graph on it.
+
+    Rows that packing could change run whole in the same compiled graph: they are documents with nothing left out.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], requirements: Packed, *, strict: bool | None) -> None:
+        self.compiled = compiled
+        self.requirements = requirements
+        self.strict = strict
+        self.last: Packing | None = None
+        self._warned: set[str] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        wanted = self.requirements
+        with torch.no_grad():
+            labels = [(each.graph(*inputs), each.ignore_index) for each in wanted.labels]
+        packing = pack_batch(inputs[wanted.mask], labels, keep_left=wanted.keep_left, keep_right=wanted.keep_right)
+        for reason in packing.reasons:
+            self._say(reason, packing)
+        self.last = packing
+        return self.compiled(*inputs, packing.index, packing.cu_seqlens)
+
+    def _say(self, reason: str, packing: Packing) -> None:
+        text = f"packc left {packing.whole_rows} of {len(packing.cu_seqlens) - 1} rows padded: {reason}"
+        if config.strict if self.strict is None else self.strict:
+            raise NotPacked(text)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(text, stacklevel=2)

@@ -1,0 +1,147 @@
+"""What packc did to a model: ``print(packc.explain(model)(**batch))``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._guards import CompileContext
+
+from packc.passes import Boundary, Packed, module_path
+
+if TYPE_CHECKING:
+    from packc.packed_call import PackedCall
+
+
+class Mixer(NamedTuple):
+    """An op that looks along the sequence."""
+
+    op: str
+    module: str
+    packed: bool
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph."""
+
+    mixers: list[Mixer]
+    boundaries: list[Boundary] = field(default_factory=list)
+    fallback: str | None = None
+    call: PackedCall | None = None
+
+    @classmethod
+    def packed(cls, requirements: Packed, call: PackedCall) -> GraphReport:
+        return cls([Mixer(op, module, True) for op, module in requirements.mixers], requirements.boundaries, None, call)
+
+    @classmethod
+    def unpacked(cls, gm: fx.GraphModule, reason: str) -> GraphReport:
+        """Of a graph from Dynamo that runs as it was."""
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and "packc." in str(node.target)]
+        return cls([Mixer(str(node.target), module_path(node), False) for node in nodes], fallback=reason)
+
+
+@dataclass
+class Report:
+    """What :func:`explain` found. ``str()`` is for people."""
+
+    mixers: list[Mixer]
+    """Every op that looks along the sequence: op, module path, whether it runs packed."""
+    boundaries: list[Boundary]
+    """Every op that packed values had to be padded for: node, module path, reason."""
+    tokens: int | None
+    """Tokens that the packed graph worked on; None when nothing was packed."""
+    padded_tokens: int | None
+    """B * L of the same batch."""
+    fallback: str | None
+    """Why the graph, or rows of the batch, ran padded; None if all was packed."""
+    graphs: int = 1
+    """How many graphs Dynamo made of the model."""
+
+    def __str__(self) -> str:
+        lines = [f"packc: {self._headline()}"]
+        if self.tokens is not None and self.padded_tokens:
+            share = 1 - self.tokens / self.padded_tokens
+            lines.append(f"  tokens      {self.tokens} of {self.padded_tokens} padded ({share:.1%} left out)")
+        lines.append(f"  mixers      {len(self.mixers)}")
+        width = max((len(mixer.op) for mixer in self.mixers), default=0)
+        lines.extend(
+            f"    {mixer.op:<{width}}  {'packed' if mixer.packed else 'padded'}  {mixer.module}" for mixer in self.mixers
+        )
+        lines.append(f"  boundaries  {len(self.boundaries) or 'none'}")
+        lines.extend(f"    {boundary}" for boundary in self.boundaries)
+        if self.fallback:
+            lines.append(f"  not packed  {self.fallback}")
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        graphs = f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        if self.tokens is None:
+            return f"nothing packed ({graphs})"
+        return f"packed {sum(mixer.packed for mixer in self.mixers)} of {len(self.mixers)} mixers ({graphs})"
+
+
+_recorders: list[dict[Any, GraphReport]] = []
+
+
+def record(graph: GraphReport) -> None:
+    """Note a graph for the :func:`explain` under way, if there is one."""
+    if _recorders:
+        # Dynamo may restart a frame and call the backend again: the last call of a compile id counts.
+        _recorders[-1][CompileContext.current_compile_id()] = graph
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[dict[Any, GraphReport]]:
+    _recorders.append({})
+    try:
+        yield _recorders[-1]
+    finally:
+        _recorders.pop()
+
+
+def explain(model: Callable[..., Any]) -> Callable[..., Report]:
+    """Run a model once on a batch as packc would compile it, and say what became of it.
+
+    Graphs are rewritten and run without code generation, so this takes seconds where compiling takes minutes. Gradients
+    are not computed. A model that is compiled already is looked at as it was before.
+
+    Returns:
+        A function that takes the model's arguments and returns a :class:`Report`.
+    """
+    from packc import config
+    from packc.compiler import backend
+
+    original = getattr(model, "_orig_mod", model)
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        def explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            with config.patch(inner="eager"):
+                return backend(gm, example_inputs)
+
+        explaining.__packc_backend__ = True  # type: ignore[attr-defined]
+        with _recording() as graphs, torch.no_grad():
+            torch.compile(original, backend=explaining)(*args, **kwargs)
+        return _merge(list(graphs.values()))
+
+    return run
+
+
+def _merge(graphs: list[GraphReport]) -> Report:
+    packings = [graph.call.last for graph in graphs if graph.call is not None and graph.call.last is not None]
+    reasons = dict.fromkeys(
+        [graph.fallback for graph in graphs if graph.fallback]
+        + [reason for packing in packings for reason in packing.reasons]
+    )
+    return Report(
+        mixers=[mixer for graph in graphs for mixer in graph.mixers],
+        boundaries=[boundary for graph in graphs for boundary in graph.boundaries],
+        tokens=packings[0].tokens if packings else None,
+        padded_tokens=packings[0].padded_tokens if packings else None,
+        fallback="; ".join(reasons) or None,
+        graphs=len(graphs),
+    )

@@ -1,0 +1,65 @@
+"""Where batch and sequence live in every value of a padded graph.
+
+A padded activation is ``(B, L, ...)``; its packed form is ``(1, T, ...)``: the same axes in the same order, with
+``B -> 1`` and ``L -> T``. Flattened tokens ``(B*L, ...)`` become ``(T, ...)``. Axes are followed by rule from op to op,
+never recognised by their size: B, L and a hidden size may well be equal.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+class Axis(enum.Enum):
+    """What an axis of a padded value ranges over."""
+
+    OTHER = "."  # features, heads, ...: the same in both forms
+    BATCH = "B"  # rows; 1 when packed
+    SEQ = "L"  # positions; T when packed
+    TOKENS = "BL"  # rows and positions flattened together; T when packed
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+OTHER, BATCH, SEQ, TOKENS = Axis.OTHER, Axis.BATCH, Axis.SEQ, Axis.TOKENS
+
+Layout = tuple[Axis, ...]
+
+
+def covers_tokens(layout: Layout | None) -> TypeGuard[Layout]:
+    """Whether a value has one entry per (row, position), and so has a packed form."""
+    return layout is not None and (TOKENS in layout or (BATCH in layout and SEQ in layout))
+
+
+def show(layout: Layout | None) -> str:
+    """``(B, L, .)``, for people."""
+    return "-" if layout is None else "(" + ", ".join(axis.value for axis in layout) + ")"
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of a node; anything else (a literal argument) is its own value."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(arg: Any) -> bool:
+    return isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to be equal; False when it would take a guard to find out."""
+    return statically_known_true(a == b)
+
+
+def module_path(node: fx.Node) -> str:
+    """``backbone.layers.0.mixer``: the innermost module whose forward made the node."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return path.removeprefix("L['self'].").removeprefix("L['self']").replace("_modules.", "")

@@ -1,0 +1,70 @@
+"""Layout propagation: which axes of each value are batch and sequence, and how each op reads on packed values.
+
+Annotates nodes and changes nothing: ``meta["layout"]`` is the layout of a value with token axes (a list of them for an
+op with several results), ``meta["packed_form"]`` how the op is written on packed operands, ``meta["unpacked_because"]``
+why it has no packed form although an operand has token axes.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from packc.passes.axes import BATCH, OTHER, SEQ, covers_tokens, is_tensor, same_size, value_of
+from packc.passes.rules import NotTokenwise, PackedForm, rule_for
+from packc.passes.rules.registry import Op
+
+
+def layout(gm: fx.GraphModule, *, mask: fx.Node) -> fx.GraphModule:
+    """Propagate layouts from the inputs that have the mask's ``(B, L)`` as their first two axes."""
+    batch, length = mask.meta["val"].shape
+    layouts: dict[fx.Node, object] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            _label_input(node, batch, length, layouts)
+        elif node.op == "call_function":
+            _label_call(node, layouts)
+    for node, found in layouts.items():
+        node.meta["layout"] = found
+    return gm
+
+
+def _label_input(node: fx.Node, batch: object, length: object, layouts: dict) -> None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return
+    if value.ndim >= 2 and same_size(value.shape[0], batch) and same_size(value.shape[1], length):
+        layouts[node] = (BATCH, SEQ) + (OTHER,) * (value.ndim - 2)
+
+
+def _label_call(node: fx.Node, layouts: dict) -> None:
+    if node.target is operator.getitem:
+        parent = layouts.get(node.args[0])
+        if isinstance(parent, list) and covers_tokens(parent[node.args[1]]):
+            layouts[node] = parent[node.args[1]]
+        return
+    if node.target is torch.ops.aten.sym_size.int:
+        return
+    if not any(covers_tokens(layouts.get(operand)) for operand in node.all_input_nodes if is_tensor(operand)):
+        return
+    try:
+        form = _packed_form(node, layouts)
+    except NotTokenwise as reason:
+        node.meta["unpacked_because"] = str(reason)
+        return
+    node.meta["packed_form"] = form
+    if form.layouts is not None:
+        layouts[node] = form.layouts
+
+
+def _packed_form(node: fx.Node, layouts: dict) -> PackedForm:
+    rule = rule_for(node.target)
+    if rule is None:
+        raise NotTokenwise(f"no rule for {node.target}")
+    form = rule(Op(node, layouts))
+    results = value_of(node)
+    single = form.layouts if isinstance(form.layouts, tuple) else None
+    assert single is None or len(single) == results.ndim, f"{node.target}: {single} for {tuple(results.shape)}"
+    return form

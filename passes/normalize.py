@@ -1,0 +1,80 @@
+"""Dynamo graph -> pre-dispatch ATen graph: a few dozen functional ops instead of torch's whole Python surface.
+
+Pre-dispatch keeps composite ops (``linear``, ``cross_entropy_loss``, ``matmul``) whole and comes before autograd and
+autocast, so what the inner backend traces afterwards differentiates and casts exactly as the original graph would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+log = logging.getLogger(__name__)
+
+# What Inductor and AOTAutograd read from a graph that Dynamo made, besides its ``meta``.
+# Private; checked on torch 2.11 - 2.13 (torch/_functorch/_aot_autograd/frontend_utils.py).
+_PLACEHOLDER_ATTRIBUTE = "_dynamo_source"
+_MODULE_ATTRIBUTE = "_param_name_to_source"
+
+
+def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
+    """Retrace ``gm`` on ``fake_inputs`` into a graph whose nodes are OpOverloads.
+
+    Placeholders keep their order, names and metadata; every node's ``meta["val"]`` is its fake value, and
+    ``nn_module_stack`` and ``stack_trace`` are those of the node it came from. ``gm`` itself is left as it was.
+    """
+    mode = detect_fake_mode(fake_inputs)
+    with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
+        normalized = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, record_module_stack=False)(*fake_inputs)
+    for old, new in zip(*(g.graph.find_nodes(op="placeholder") for g in (gm, normalized)), strict=True):
+        new.meta = {**old.meta, **new.meta}
+        new._rename(old.name)
+        new.target = old.target
+    carry_over_from_dynamo(gm, normalized)
+    normalized.recompile()
+    return normalized
+
+
+def carry_over_from_dynamo(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Give ``target``, rewritten from ``source``, what Inductor and AOTAutograd expect of a graph from Dynamo.
+
+    ``target`` has the placeholders of ``source`` first, in their order; any further ones are no argument of the user's.
+    """
+    target.meta.update(source.meta)
+    if not hasattr(source, _MODULE_ATTRIBUTE):
+        return
+    setattr(target, _MODULE_ATTRIBUTE, getattr(source, _MODULE_ATTRIBUTE))
+    placeholders = (g.graph.find_nodes(op="placeholder") for g in (source, target))
+    for old, new in itertools.zip_longest(*placeholders):
+        setattr(new, _PLACEHOLDER_ATTRIBUTE, getattr(old, _PLACEHOLDER_ATTRIBUTE, None))
+
+
+def fakify(gm: fx.GraphModule, example_inputs: list[Any]) -> list[Any]:
+    """The example inputs as fakes of the mode in which the inner backend will trace, with Dynamo's symbols.
+
+    Dynamo hands over real tensors and remembers for each which of its sizes it made symbolic.
+    """
+    context = TracingContext.try_get()
+    mode = (context.fake_mode if context is not None else None) or detect_fake_mode(example_inputs)
+    if mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [_fakify_one(mode, context, x, node) for x, node in zip(example_inputs, placeholders, strict=True)]
+
+
+def _fakify_one(mode: FakeTensorMode, context: TracingContext | None, x: Any, node: fx.Node) -> Any:
+    if not isinstance(x, Tensor):
+        # A size that Dynamo made symbolic comes as a plain int; its placeholder knows the symbol.
+        return node.meta.get("example_value", x)
+    symbolic = context.tensor_to_context.get(x) if context is not None else None
+    if symbolic is None:
+        return mode.from_tensor(x, static_shapes=mode.shape_env is None)
+    return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)  # type: ignore[attr-defined]

@@ -1,0 +1,126 @@
+"""Which values of the padded graph are known to be zero at padding.
+
+Models mask by multiplying, and what was multiplied stays zero through every op with f(0) = 0 that keeps tokens apart.
+Packing leaves padding out; wherever an op would have read it, these values are the proof that it read zeros.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from packc.passes.axes import covers_tokens, value_of
+
+aten = torch.ops.aten
+
+# f(0) = 0 elementwise, or pure rearrangement: zero in the first operand gives zero out.
+_KEEPS_ZERO = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.neg.default,
+    aten.abs.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.tanh.default,
+    aten.sqrt.default,
+    aten.square.default,
+    aten.leaky_relu.default,
+    aten.div.Scalar,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.type_as.default,
+    operator.getitem,
+}
+_MULTIPLIES = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.matmul.default, aten.bmm.default}
+_ADDS = {aten.add.Tensor, aten.sub.Tensor}
+_IS_ZERO = {aten.eq.Scalar}
+_NOT = {aten.logical_not.default, aten.bitwise_not.default}
+
+
+def zero_at_padding(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
+    """Values with token axes that are zero wherever ``mask`` is zero, whatever the inputs are (short of inf and NaN).
+
+    Needs the layouts of :func:`packc.passes.layout.layout`.
+    """
+    zero = {mask}
+    one: set[fx.Node] = set()  # true exactly where the mask is zero: its negation
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        # A value without a layout may have been shifted along the sequence: what was zero is zero elsewhere now.
+        if not _has_token_axes(node):
+            continue
+        if _is_negation(node, one, mask):
+            one.add(node)
+        elif _is_zero(node, zero, one):
+            zero.add(node)
+    return zero
+
+
+def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
+    target, args = node.target, node.args
+    if target in _KEEPS_ZERO:
+        return args[0] in zero
+    if target in _MULTIPLIES:
+        return any(arg in zero for arg in args[:2])
+    if target in _ADDS:
+        return all(arg in zero for arg in args[:2])
+    if target is aten.linear.default:
+        return args[0] in zero and (len(args) < 3 or args[2] is None)
+    if target is aten.div.Tensor:
+        return args[0] in zero
+    if target in (aten.masked_fill.Scalar,):
+        return args[1] in one and args[2] == 0
+    if target is aten.where.ScalarOther:
+        return args[0] in zero and args[2] == 0
+    if target is aten.where.self:
+        return args[0] in zero and args[2] in zero
+    if target is aten.ne.Scalar or target is aten.gt.Scalar:
+        return args[0] in zero and args[1] == 0
+    return False
+
+
+def _is_negation(node: fx.Node, one: set[fx.Node], mask: fx.Node) -> bool:
+    args = node.args
+    if node.target in _IS_ZERO:
+        return args[1] == 0 and _is_mask_itself(args[0], mask)
+    if node.target in _NOT:
+        return _is_mask_itself(args[0], mask) and value_of(args[0]).dtype == torch.bool
+    return node.target in _KEEPS_ZERO and bool(args) and args[0] in one and value_of(node).dtype == torch.bool
+
+
+def _is_mask_itself(node: object, mask: fx.Node) -> bool:
+    """The mask or a rearrangement of it: zero there means padding, and only there."""
+    while isinstance(node, fx.Node) and node is not mask and node.target in _KEEPS_ZERO:
+        node = node.args[0]
+    return node is mask
+
+
+def _has_token_axes(node: fx.Node) -> bool:
+    layout = node.meta.get("layout")
+    return all(map(covers_tokens, layout)) if isinstance(layout, list) else covers_tokens(layout)

@@ -1,0 +1,95 @@
+"""Products: legal when they contract features only and both operands keep their own token axes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from packc.passes.axes import OTHER, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, register_rule
+
+aten = torch.ops.aten
+
+
+@register_rule(aten.linear.default)
+def linear(op: Op) -> PackedForm:
+    """x (..., D) @ weight (E, D)^T + bias (E,)."""
+    x = op.args[0]
+    op.only_labelled(x)
+    layout = op.layout(x)
+    if layout is None or layout[-1] is not OTHER:
+        raise NotTokenwise(f"contracts the last axis of {show(layout)}")
+    return PackedForm(layout, {x: layout})
+
+
+@register_rule(aten.mm.default, aten.matmul.default, aten.bmm.default)
+def matmul(op: Op) -> PackedForm:
+    """a (..., M, K) @ b (..., K, N), the leading axes broadcast; a or b may be a weight, or both have the same tokens."""
+    a, b = op.args[:2]
+    la, lb = _layout_or_other(op, a), _layout_or_other(op, b)
+    if len(la) < 2 or len(lb) < 2:
+        return _matmul_vector(op, la, lb)
+    if la[-1] is not OTHER or lb[-2] is not OTHER:
+        raise NotTokenwise(f"contracts a token axis: {show(la)} @ {show(lb)}")
+    if covers_tokens(la) and covers_tokens(lb):
+        if la[:-2] != lb[:-2] or (la[-2], lb[-1]) != (OTHER, OTHER):
+            raise NotTokenwise(f"multiplies tokens with tokens: {show(la)} @ {show(lb)}")
+        return PackedForm(la, {a: la, b: lb})
+    tokens, weight = (a, b) if covers_tokens(la) else (b, a)
+    shape = value_of(weight).shape
+    if len(shape) > value_of(tokens).ndim or not all(same_size(size, 1) for size in shape[:-2]):
+        raise NotTokenwise(f"operand {weight.name} {tuple(shape)} varies along leading axes")
+    return PackedForm((*la[:-1], OTHER) if tokens is a else (*lb[:-2], OTHER, lb[-1]), {tokens: op.layout(tokens)})  # type: ignore[dict-item]
+
+
+def _matmul_vector(op: Op, la: Layout, lb: Layout) -> PackedForm:
+    a, b = op.args[:2]
+    if len(lb) == 1 and covers_tokens(la) and la[-1] is OTHER:
+        return PackedForm(la[:-1], {a: la})
+    if len(la) == 1 and covers_tokens(lb) and lb[-2] is OTHER:
+        return PackedForm((*lb[:-2], lb[-1]), {b: lb})
+    raise NotTokenwise(f"multiplies {show(la)} @ {show(lb)}")
+
+
+def _layout_or_other(op: Op, operand: fx.Node) -> Layout:
+    return op.layout(operand) or (OTHER,) * value_of(operand).ndim
+
+
+@register_rule(aten.addmm.default)
+def addmm(op: Op) -> PackedForm:
+    """bias + x (tokens, D) @ weight (D, E)."""
+    _, x, _ = op.args[:3]
+    op.only_labelled(x)
+    layout = op.layout(x)
+    if layout is None or layout[1] is not OTHER:
+        raise NotTokenwise(f"contracts the last axis of {show(layout)}")
+    bias = value_of(op.args[0])
+    if bias.ndim == 2 and bias.shape[0] != 1:
+        raise NotTokenwise("the added matrix varies from token to token")
+    return PackedForm(layout, {x: layout})
+
+
+@register_rule(aten.einsum.default)
+def einsum(op: Op) -> PackedForm:
+    """Every letter that names a token axis must survive, and name the same axis in all operands."""
+    equation, operands = op.args[:2]
+    if op.args[2] is not None or "..." in equation or "->" not in equation:
+        raise NotTokenwise(f"einsum {equation!r} is not written out")
+    inputs, output = equation.replace(" ", "").split("->")
+    kinds = {}
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        for letter, kind in zip(letters, op.layout(operand) or (), strict=False):
+            if kind is not OTHER and kinds.setdefault(letter, kind) is not kind:
+                raise NotTokenwise(f"einsum {equation!r}: axis {letter} is both {kinds[letter].value} and {kind.value}")
+    if len(set(kinds.values())) < len(kinds):
+        raise NotTokenwise(f"einsum {equation!r} multiplies tokens with tokens")
+    if not set(kinds) <= set(output):
+        raise NotTokenwise(f"einsum {equation!r} sums over a token axis")
+    needs = {}
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        spans = tuple(kinds.get(letter, OTHER) for letter in letters)
+        if covers_tokens(op.layout(operand)) and spans == op.layout(operand):
+            needs[operand] = spans
+        elif any(kind is not OTHER for kind in spans):
+            raise NotTokenwise(f"einsum {equation!r}: operand {operand.name} {show(op.layout(operand))}")
+    return PackedForm(tuple(kinds.get(letter, OTHER) for letter in output), needs)

@@ -1,0 +1,33 @@
+"""Losses over tokens: exact on the pack because a token left out carries the label that the loss ignores."""
+
+from __future__ import annotations
+
+import torch
+
+from packc.passes.axes import covers_tokens, show, value_of
+from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, register_rule
+
+aten = torch.ops.aten
+
+_REDUCTION_NONE = 0  # torch.nn._reduction.get_enum("none")
+
+
+@register_rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default)
+def cross_entropy(op: Op) -> PackedForm:
+    """Logits (tokens, C) or (B, C, L) against class indices (tokens,) or (B, L)."""
+    names = [argument.name for argument in op.target._schema.arguments]
+    logits, labels = op.args[:2]
+    op.only_labelled(logits, labels)
+    layout = op.layout(logits)
+    if layout is None or value_of(labels).is_floating_point():
+        raise NotTokenwise(f"logits {show(layout)} against labels of {value_of(labels).dtype}")
+    classes = 1 if len(layout) > 1 else 0
+    op.refuse_token_axes([classes], layout)
+    of_labels = layout[:classes] + layout[classes + 1 :]
+    own = op.layout(labels)
+    if not covers_tokens(of_labels) or (covers_tokens(own) and own != of_labels):
+        raise NotTokenwise(f"logits {show(layout)} against labels {show(own)}")
+    needs = {logits: layout, labels: of_labels}
+    if op.args[names.index("reduction")] == _REDUCTION_NONE:
+        return PackedForm(of_labels, needs)
+    return PackedForm(None, needs, ignored_at_padding=(labels, op.args[names.index("ignore_index")]))

@@ -1,0 +1,204 @@
+"""Ops that rearrange axes. Sizes among their arguments are rewritten by axis: B -> 1, L -> T, B*L -> T."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, Placeholder, register_rule
+
+aten = torch.ops.aten
+
+
+def _input(op: Op) -> tuple[Any, Layout, Any]:
+    """The viewed operand, its layout and its padded shape."""
+    x = op.args[0]
+    layout = op.layout(x)
+    if layout is None or not covers_tokens(layout):
+        raise NotTokenwise("the viewed value has no token axes")
+    return x, layout, value_of(x).shape
+
+
+def _packed_size(kind: Axis, size: Any) -> Any:
+    return {BATCH: 1, SEQ: Placeholder.TOKENS, TOKENS: Placeholder.TOKENS}.get(kind, size)
+
+
+@register_rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+def reshape(op: Op) -> PackedForm:
+    """Anything that keeps the row-major order of elements, as a reshape to explicit packed sizes."""
+    x, layout, shape = _input(op)
+    out_shape = value_of(op.node).shape
+    out = reshaped_layout(layout, shape, out_shape)
+    written = op.args[1] if op.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) else None
+    sizes = []
+    for axis, (kind, size) in enumerate(zip(out, out_shape, strict=True)):
+        if kind is OTHER and not isinstance(size, int):
+            # A symbolic feature size: only the node that computed it can say it in the packed graph.
+            if written is None:
+                raise NotTokenwise(f"size {size} of axis {axis} is only implied")
+            size = written[axis]
+        sizes.append(_packed_size(kind, size))
+    target = aten.reshape.default if written is None else op.target
+    return PackedForm(out, {x: layout}, args=(x, sizes), target=target)
+
+
+def reshaped_layout(layout: Layout, shape: Any, out_shape: Any) -> Layout:
+    """Follow axes through a row-major reshape by matching the shortest runs of axes with equal products.
+
+    Raises :class:`NotTokenwise` where a token axis is merged with features or split.
+    """
+    out: list[Axis] = []
+    i = j = 0
+    while i < len(shape) or j < len(out_shape):
+        ni, nj = _shortest_match(shape, out_shape, i, j)
+        out.extend(_regroup(layout[i:ni], shape[i:ni], out_shape[j:nj]))
+        i, j = ni, nj
+    if not covers_tokens(tuple(out)):
+        raise NotTokenwise(f"{show(layout)} of {tuple(shape)} does not reshape to {tuple(out_shape)} axis by axis")
+    return tuple(out)
+
+
+def _shortest_match(shape: Any, out_shape: Any, i: int, j: int) -> tuple[int, int]:
+    # Axes of size one are matched to nothing: they may come and go anywhere.
+    if i < len(shape) and same_size(shape[i], 1) and not (j < len(out_shape) and same_size(out_shape[j], 1)):
+        return i + 1, j
+    if j < len(out_shape) and same_size(out_shape[j], 1) and not (i < len(shape) and same_size(shape[i], 1)):
+        return i, j + 1
+    for total in range(2, len(shape) - i + len(out_shape) - j + 1):
+        for ni in range(i + 1, min(len(shape), i + total - 1) + 1):
+            nj = j + total - (ni - i)
+            if nj > len(out_shape):
+                continue
+            if same_size(_product(shape[i:ni]), _product(out_shape[j:nj])):
+                return ni, nj
+    raise NotTokenwise(f"cannot match {tuple(shape)} to {tuple(out_shape)} axis by axis")
+
+
+def _product(sizes: Any) -> Any:
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def _regroup(kinds: Layout, sizes: Any, out_sizes: Any) -> list[Axis]:
+    """Layout of one matched run of axes."""
+    if all(kind is OTHER for kind in kinds):
+        return [OTHER] * len(out_sizes)
+    if len(kinds) == len(out_sizes) == 1:
+        return [kinds[0]]
+    if kinds == (BATCH, SEQ) and len(out_sizes) == 1:
+        return [TOKENS]
+    raise NotTokenwise(f"axes {show(kinds)} of {tuple(sizes)} are regrouped as {tuple(out_sizes)}")
+
+
+@register_rule(aten.transpose.int)
+def transpose(op: Op) -> PackedForm:
+    x, layout, _ = _input(op)
+    a, b = (op.dim(d, len(layout)) for d in op.args[1:3])
+    out = list(layout)
+    out[a], out[b] = out[b], out[a]
+    return PackedForm(tuple(out), {x: layout})
+
+
+@register_rule(aten.permute.default)
+def permute(op: Op) -> PackedForm:
+    x, layout, _ = _input(op)
+    return PackedForm(tuple(layout[d] for d in op.args[1]), {x: layout})
+
+
+@register_rule(aten.unsqueeze.default)
+def unsqueeze(op: Op) -> PackedForm:
+    x, layout, _ = _input(op)
+    dim = op.dim(op.args[1], len(layout) + 1)
+    return PackedForm((*layout[:dim], OTHER, *layout[dim:]), {x: layout})
+
+
+@register_rule(aten.expand.default)
+def expand(op: Op) -> PackedForm:
+    x, layout, shape = _input(op)
+    out_shape, sizes = value_of(op.node).shape, op.args[1]
+    new = len(out_shape) - len(shape)
+    out = (OTHER,) * new + layout
+    for axis, kind in enumerate(out):
+        if kind is not OTHER and not same_size(out_shape[axis], shape[axis - new]):
+            raise NotTokenwise(f"expands its {kind.value} axis")
+    args, kwargs = op.with_args(size=[_packed_size(kind, size) for kind, size in zip(out, sizes, strict=True)])
+    return PackedForm(out, {x: layout}, args=args, kwargs=kwargs)
+
+
+@register_rule(aten.expand_as.default)
+def expand_as(op: Op) -> PackedForm:
+    x, other = op.args[:2]
+    layout = op.layout(x)
+    if layout is None or op.layout(other) != layout:
+        raise NotTokenwise(f"expands {show(layout)} as {show(op.layout(other))}")
+    return PackedForm(layout, {x: layout, other: layout})
+
+
+@register_rule(aten.slice.Tensor)
+def slice_(op: Op) -> PackedForm:
+    x, layout, shape = _input(op)
+    dim = op.dim(op.args[1], len(layout))
+    if layout[dim] is OTHER:
+        return PackedForm(layout, {x: layout})
+    if same_size(value_of(op.node).shape[dim], shape[dim]):
+        return PackedForm(layout, {x: layout}, args=(x,), kwargs={}, target=aten.alias.default)
+    raise NotTokenwise(f"takes part of the {layout[dim].value} axis")
+
+
+@register_rule(aten.select.int)
+def select(op: Op) -> PackedForm:
+    x, layout, _ = _input(op)
+    dim = op.dim(op.args[1], len(layout))
+    op.refuse_token_axes([dim], layout)
+    return PackedForm(layout[:dim] + layout[dim + 1 :], {x: layout})
+
+
+@register_rule(
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.tensor_split.sections,
+)
+def split(op: Op) -> PackedForm:
+    x, layout, _ = _input(op)
+    names = [argument.name for argument in op.target._schema.arguments]
+    op.refuse_token_axes([op.dim(op.args[names.index("dim")], len(layout))], layout)
+    return PackedForm([layout] * len(value_of(op.node)), {x: layout})
+
+
+@register_rule(aten.unbind.int)
+def unbind(op: Op) -> PackedForm:
+    x, layout, _ = _input(op)
+    dim = op.dim(op.args[1], len(layout))
+    op.refuse_token_axes([dim], layout)
+    return PackedForm([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
+
+
+@register_rule(aten.cat.default, aten.stack.default)
+def cat(op: Op) -> PackedForm:
+    """Along features; every part must have the same token axes."""
+    parts, dim = op.args[0], op.args[1]
+    layouts = {op.layout(part) for part in parts}
+    (layout,) = layouts if len(layouts) == 1 else (None,)
+    if layout is None or not covers_tokens(layout):
+        raise NotTokenwise("joins values of different layouts: " + ", ".join(show(op.layout(p)) for p in parts))
+    needs = dict.fromkeys(parts, layout)
+    if op.target is aten.cat.default:
+        op.refuse_token_axes([op.dim(dim, len(layout))], layout)
+        return PackedForm(layout, needs)
+    at = op.dim(dim, len(layout) + 1)
+    return PackedForm((*layout[:at], OTHER, *layout[at:]), needs)
