@@ -1,5 +1,6 @@
 """torch.library ops over packed sequences: reference, CPU and (where present) Triton implementations of each."""
 
+from packc.ops.causal_conv1d import causal_conv1d
 from packc.ops.pack import pack, unpack
 
-__all__ = ["pack", "unpack"]
+__all__ = ["causal_conv1d", "pack", "unpack"]

@@ -1,0 +1,122 @@
+"""The causal convolution in plain torch: the specification. fp32 arithmetic, fp64 for fp64 inputs.
+
+Documents are laid out one after another, each behind the W - 1 rows of its history (its initial state, or zeros). In
+that layout the convolution is W shifted products, no tap can reach another document, and a final state is simply the
+last W - 1 rows of a document, however short it is.
+"""
+
+from typing import NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from packc.ops import documents
+
+
+class _Layout(NamedTuple):
+    """Rows of the layout above: of every token, and of every document's history and final state."""
+
+    tokens: Tensor  # (B * L,)
+    history: Tensor  # (N * (W - 1),)
+    final: Tensor  # (N * (W - 1),)
+    size: int
+
+
+def _layout(x: Tensor, cu_seqlens: Tensor | None, W: int) -> _Layout:
+    starts = documents.offsets(cu_seqlens, x)
+    tokens, N = x.shape[0] * x.shape[1], len(starts) - 1
+    token, row, n = (torch.arange(size, device=x.device) for size in (tokens, W - 1, N + 1))
+    before = starts + n * (W - 1)  # the row at which each document's history begins
+    return _Layout(
+        tokens=token + (documents.of_token(starts, tokens) + 1) * (W - 1),
+        history=(before[:-1, None] + row).flatten(),
+        final=(before[1:, None] - (W - 1) + row).flatten(),
+        size=tokens + N * (W - 1),
+    )
+
+
+def _rows(layout: _Layout, x: Tensor, initial_state: Tensor | None) -> Tensor:
+    rows = x.new_zeros(layout.size, x.shape[2])
+    rows[layout.tokens] = rearrange(x, "b l d -> (b l) d")
+    if initial_state is not None:
+        rows[layout.history] = rearrange(initial_state, "n d w -> (n w) d").to(x.dtype)
+    return rows
+
+
+def _preactivation(layout: _Layout, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    W = weight.shape[1]
+    taps = (weight[:, k] * rows[layout.tokens - (W - 1) + k] for k in range(W))
+    return sum(taps, rows.new_zeros(()) if bias is None else bias)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    (B, _, D), W = x.shape, weight.shape[1]
+    wide_x, wide_weight, wide_bias = _wide(x, x), _wide(weight, x), _wide(bias, x)
+    layout = _layout(x, cu_seqlens, W)
+    rows = _rows(layout, wide_x, initial_state)
+    out = _preactivation(layout, rows, wide_weight, wide_bias)
+    if activation is not None:
+        out = F.silu(out)
+    final_state = rows.new_empty(0, D, W - 1)
+    if output_final_state:
+        N = documents.count(cu_seqlens, x)
+        final_state = rearrange(rows[layout.final], "(n w) d -> n d w", n=N, w=W - 1).contiguous()
+    return rearrange(out, "(b l) d -> b l d", b=B, d=D).to(x.dtype), final_state
+
+
+def causal_conv1d_bwd(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, _, D), W = x.shape, weight.shape[1]
+    wide_x, wide_weight, wide_bias = _wide(x, x), _wide(weight, x), _wide(bias, x)
+    layout = _layout(x, cu_seqlens, W)
+    rows = _rows(layout, wide_x, initial_state)
+    dpre = rearrange(_wide(dout, x), "b l d -> (b l) d")
+    if activation is not None:
+        pre = _preactivation(layout, rows, wide_weight, wide_bias)
+        s = torch.sigmoid(pre)
+        dpre = dpre * s * (1 + pre * (1 - s))
+    drows = torch.zeros_like(rows)
+    dweight = torch.empty_like(wide_weight)
+    for k in range(W):
+        tap = layout.tokens - (W - 1) + k
+        dweight[:, k] = (dpre * rows[tap]).sum(0)
+        drows[tap] += dpre * wide_weight[:, k]  # every row once, so the order of the sum is fixed
+    if dfinal_state is not None:
+        # Documents' last rows do not overlap either.
+        drows[layout.final] += rearrange(dfinal_state.to(drows.dtype), "n d w -> (n w) d")
+    dx = rearrange(drows[layout.tokens], "(b l) d -> b l d", b=B, d=D).to(x.dtype)
+    none = drows.new_empty(0)
+    dbias = none if bias is None else dpre.sum(0).to(bias.dtype)
+    dinitial_state = none
+    if initial_state is not None:
+        N = documents.count(cu_seqlens, x)
+        dinitial_state = rearrange(drows[layout.history], "(n w) d -> n d w", n=N, w=W - 1)
+        dinitial_state = dinitial_state.to(initial_state.dtype).contiguous()
+    return dx, dweight.to(weight.dtype), dbias, dinitial_state
+
+
+@overload
+def _wide(tensor: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None: ...
+def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """In the dtype of the arithmetic for inputs like ``x``."""
+    return None if tensor is None else tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
