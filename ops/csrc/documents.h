@@ -12,9 +12,10 @@
 namespace packc {
 
 struct Documents {
+  bool packed;
   std::vector<int64_t> starts; // (N + 1,)
 
-  Documents(const std::optional<at::Tensor>& cu_seqlens, int64_t B, int64_t L) {
+  Documents(const std::optional<at::Tensor>& cu_seqlens, int64_t B, int64_t L) : packed(cu_seqlens.has_value()) {
     if (!cu_seqlens) {
       for (int64_t b = 0; b <= B; ++b)
         starts.push_back(b * L);
@@ -34,9 +35,16 @@ struct Documents {
   int64_t tokens() const {
     return starts.back();
   }
+  int64_t length(int64_t document) const {
+    return starts[document + 1] - starts[document];
+  }
   // The document that holds a token: the last one that begins at or before it, so never an empty one.
   int64_t of(int64_t token) const {
     return std::upper_bound(starts.begin(), starts.end(), token) - starts.begin() - 1;
+  }
+  // Where a document's first token lies in a (B, L, ...) tensor's memory, whatever its strides.
+  int64_t offset(int64_t document, const at::Tensor& x) const {
+    return packed ? starts[document] * x.stride(1) : document * x.stride(0);
   }
 };
 

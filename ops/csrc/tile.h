@@ -7,7 +7,9 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
@@ -35,6 +37,21 @@ struct Block {
     return {data + token * token_stride + channel * channel_stride, token_stride, channel_stride};
   }
 };
+
+// Calls body(T(0)) with the C++ type of a floating dtype that kernels read.
+template <typename Body>
+void with_dtype(at::ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case at::kFloat:
+      return body(float(0));
+    case at::kBFloat16:
+      return body(c10::BFloat16(0));
+    case at::kHalf:
+      return body(c10::Half(0));
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, bfloat16 or float16, not ", dtype);
+  }
+}
 
 // ---- contiguous runs of n elements -----------------------------------------------------------------------------------
 
