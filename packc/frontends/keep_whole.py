@@ -1,0 +1,98 @@
+"""Keep one Python function whole in the graphs that packc's backend receives."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+from packc.frontends.tracing_backend import packc_is_tracing
+
+log = logging.getLogger(__name__)
+
+PackedForm = Callable[..., Any]
+"""Takes a call of the original function and makes it with packc's ops, or returns NotImplemented: the original runs.
+
+Dynamo inlines it, so it is plain code on tensors. It names the original's parameters, in order, and takes ``*args`` and
+``**kwargs`` for those a later version of the library may add.
+"""
+
+# Name of each function that a frontend met -> None when packc keeps it whole, else why it does not.
+_outcomes: dict[str, str | None] = {}
+
+
+def captured() -> list[str]:
+    """The functions met so far that stay whole in packc's graphs, as ``module.function``."""
+    return sorted(name for name, reason in _outcomes.items() if reason is None)
+
+
+def not_captured() -> dict[str, str]:
+    """The functions met so far that packc looked for but leaves to Dynamo, with the reason."""
+    return {name: reason for name, reason in sorted(_outcomes.items()) if reason is not None}
+
+
+def keep_whole(module: ModuleType, name: str, packed_form: PackedForm) -> None:
+    """From now on Dynamo traces calls of ``module.name`` through ``packed_form`` when it traces for packc."""
+    qualified = f"{module.__name__}.{name}"
+    original = _python_function(getattr(module, name, None), name)
+    if original is None:
+        reason: str | None = f"{module.__name__} has no function {name} (transformers >= 5.15 has)"
+    elif not _same_parameters(original, packed_form):
+        reason = f"its parameters are not those packc knows: {inspect.signature(original)}"
+    else:
+        reason = _substitute(original, packed_form)
+    _outcomes[qualified] = reason
+    if reason is None:
+        log.debug("%s stays whole in packc's graphs", qualified)
+    else:
+        log.info("%s is traced as it is: %s", qualified, reason)
+
+
+def _python_function(attribute: object, name: str) -> FunctionType | None:
+    """The function itself, also where the `kernels` package turned it into a module whose forward closes over it."""
+    if isinstance(attribute, FunctionType):
+        return attribute
+    if isinstance(attribute, torch.nn.Module):
+        for cell in getattr(type(attribute).forward, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents.__name__ == name:
+                return cell.cell_contents
+    return None
+
+
+def _same_parameters(original: Callable[..., Any], packed_form: PackedForm) -> bool:
+    def named(function: Callable[..., Any]) -> list[str]:
+        parameters = inspect.signature(function).parameters.values()
+        return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+    known = named(packed_form)
+    return named(original)[: len(known)] == known
+
+
+def _substitute(original: FunctionType, packed_form: PackedForm) -> str | None:
+    """Register the polyfill of ``original``; returns the reason when it could not be."""
+    untouched = _copy(original)
+
+    def polyfill(*args: Any, **kwargs: Any) -> Any:
+        if packc_is_tracing():
+            result = packed_form(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return untouched(*args, **kwargs)
+
+    try:
+        # The signatures drift from version to version of a library, and a wildcard takes them all.
+        torch.compiler.substitute_in_graph(original, skip_signature_check=True)(polyfill)
+    except ValueError as error:  # somebody substituted it before us
+        return str(error)
+    return None
+
+
+def _copy(function: FunctionType) -> FunctionType:
+    """The same function under another identity: calling the original in its own polyfill would recurse for ever."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
