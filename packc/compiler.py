@@ -11,10 +11,11 @@ from torch import Tensor, fx
 from torch._logging import trace_structured
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from packc import config, report
+from packc import config
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall
 from packc.passes import NoMask, NotPackable, Packed, check_mask, fakify, find_mask, layout, normalize, pack
+from packc.report import GraphReport
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +45,34 @@ def backend(
     """
     own, inner_options = split_options(options)
     with config.patch(own):
-        compile_inner = _inner_backend(mode, inner_options)
-        try:
-            packed, index = pack_graph(gm, example_inputs)
-        except (NoMask, NotPackable) as reason:
-            return _unpacked(gm, example_inputs, compile_inner, str(reason))
-        requirements: Packed = packed.meta["packc"]
-        call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=own.get("strict"))
-        report.record(report.GraphReport.packed(requirements, call))
-        return call
+        call, _ = compile_graph(gm, example_inputs, mode=mode, options=inner_options, strict=own.get("strict"))
+    return call
 
 
 # Lets frontends tell packc's trace from another backend's; see packc.frontends.
 backend.__packc_backend__ = True  # type: ignore[attr-defined]
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    strict: bool | None = None,
+) -> tuple[Callable[..., Any], GraphReport]:
+    """:func:`backend` under the current configuration, and a report of what it did."""
+    compile_inner = _inner_backend(mode, options or {})
+    try:
+        packed, index = pack_graph(gm, example_inputs)
+    except (NoMask, NotPackable) as reason:
+        if config.strict:
+            raise NotPacked(f"packc cannot pack this graph: {reason}") from None
+        log.info("not packed: %s", reason)
+        return compile_inner(gm, example_inputs), GraphReport.unpacked(gm, str(reason))
+    requirements: Packed = packed.meta["packc"]
+    call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=strict)
+    return call, GraphReport.packed(requirements, call)
 
 
 def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:
@@ -90,15 +106,6 @@ def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.empty(tokens, dtype=torch.int64, device=mask.device)
         cu_seqlens = torch.empty(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     return index, cu_seqlens
-
-
-def _unpacked(gm: fx.GraphModule, example_inputs: list[Any], compile_inner: Callable, reason: str) -> Callable[..., Any]:
-    """The graph as it was; its mixers are packc's ops all the same."""
-    if config.strict:
-        raise NotPacked(f"packc cannot pack this graph: {reason}")
-    log.info("not packed: %s", reason)
-    report.record(report.GraphReport.unpacked(gm, reason))
-    return compile_inner(gm, example_inputs)
 
 
 def _inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

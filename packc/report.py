@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import contextvars
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._guards import CompileContext
 
+from packc import config
 from packc.passes import Boundary, Packed, module_path
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Report:
         lines.append(f"  mixers      {len(self.mixers)}")
         width = max((len(mixer.op) for mixer in self.mixers), default=0)
         lines.extend(
-            f"    {mixer.op:<{width}}  {'packed' if mixer.packed else 'padded'}  {mixer.module}" for mixer in self.mixers
+            f"    {mixer.op:<{width}}  {'packed' if mixer.packed else 'padded'}  {mixer.module}"
+            for mixer in self.mixers
         )
         lines.append(f"  boundaries  {len(self.boundaries) or 'none'}")
         lines.extend(f"    {boundary}" for boundary in self.boundaries)
@@ -85,23 +86,7 @@ class Report:
         return f"packed {sum(mixer.packed for mixer in self.mixers)} of {len(self.mixers)} mixers ({graphs})"
 
 
-_recorders: list[dict[Any, GraphReport]] = []
-
-
-def record(graph: GraphReport) -> None:
-    """Note a graph for the :func:`explain` under way, if there is one."""
-    if _recorders:
-        # Dynamo may restart a frame and call the backend again: the last call of a compile id counts.
-        _recorders[-1][CompileContext.current_compile_id()] = graph
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[dict[Any, GraphReport]]:
-    _recorders.append({})
-    try:
-        yield _recorders[-1]
-    finally:
-        _recorders.pop()
+_seen: contextvars.ContextVar[list[GraphReport] | None] = contextvars.ContextVar("packc_explained", default=None)
 
 
 def explain(model: Callable[..., Any]) -> Callable[..., Report]:
@@ -113,22 +98,40 @@ def explain(model: Callable[..., Any]) -> Callable[..., Report]:
     Returns:
         A function that takes the model's arguments and returns a :class:`Report`.
     """
-    from packc import config
-    from packc.compiler import backend
-
     original = getattr(model, "_orig_mod", model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
-        def explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            with config.patch(inner="eager"):
-                return backend(gm, example_inputs)
-
-        explaining.__packc_backend__ = True  # type: ignore[attr-defined]
-        with _recording() as graphs, torch.no_grad():
-            torch.compile(original, backend=explaining)(*args, **kwargs)
-        return _merge(list(graphs.values()))
+        graphs: list[GraphReport] = []
+        token = _seen.set(graphs)
+        try:
+            # Entries of an explained model are its own, and must not use up what Dynamo grants the compiled one.
+            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+                torch.compile(original, backend=_explaining)(*args, **kwargs)
+        finally:
+            _seen.reset(token)
+        return _merge(graphs)
 
     return run
+
+
+def _explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """packc's backend without code generation, whose graphs report themselves when they run."""
+    from packc.compiler import compile_graph
+
+    with config.patch(inner="eager", strict=False):
+        call, graph = compile_graph(gm, example_inputs)
+
+    def reporting(*inputs: Any) -> Any:
+        result = call(*inputs)
+        seen = _seen.get()
+        if seen is not None:
+            seen.append(graph)
+        return result
+
+    return reporting
+
+
+_explaining.__packc_backend__ = True  # type: ignore[attr-defined]
 
 
 def _merge(graphs: list[GraphReport]) -> Report:

@@ -15,24 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import covers_tokens, is_tensor, module_path, show
+from packc.passes.axes import covers_tokens, module_path, show
+from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.rules import PackedForm
-
-
-class NotPackable(Exception):
-    """The graph cannot be packed exactly; the message names the op and says why."""
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """An op that reads its operands padded: scattered before it, gathered again after it."""
-
-    node: str
-    module: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.node} in {self.module or 'the model'}: {self.reason}"
 
 
 @dataclass
@@ -75,8 +60,6 @@ def _refuse_mutation(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotPackable(_describe(node, "writes in place, which a value with two forms cannot follow"))
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise NotPackable(_describe(node, "the graph inside it is not packed"))
 
 
 def packed_form(node: fx.Node) -> PackedForm | None:
@@ -179,7 +162,9 @@ def _kwargs(node: fx.Node, form: PackedForm) -> Any:
 
 def is_computed_packed(operand: fx.Node, wanted: Any) -> bool:
     """Whether the operand's packed form comes from an op; otherwise it is gathered from the padded one."""
-    if packed_form(operand) is None and not (_is_item(operand) and isinstance(operand.args[0].meta.get("layout"), list)):  # type: ignore[union-attr]
+    if packed_form(operand) is None and not (
+        _is_item(operand) and isinstance(operand.args[0].meta.get("layout"), list)
+    ):  # type: ignore[union-attr]
         return False
     assert operand.meta.get("layout") == wanted, f"{operand} {show(operand.meta.get('layout'))}, wanted {show(wanted)}"
     return True
@@ -187,6 +172,3 @@ def is_computed_packed(operand: fx.Node, wanted: Any) -> bool:
 
 def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-__all__ = ["Boundary", "Forms", "NotPackable", "choose_forms", "is_computed_packed", "is_tensor", "packed_form"]

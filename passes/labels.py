@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from packc.passes.forms import Forms, NotPackable, packed_form
+from packc.passes.forms import Forms, packed_form
+from packc.passes.reasons import NotPackable
 
 _MAX_OPS = 64
 

@@ -7,17 +7,21 @@ autocast, so what the inner backend traces afterwards differentiates and casts e
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
-import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-log = logging.getLogger(__name__)
+from packc.passes.reasons import NotPackable
 
 # What Inductor and AOTAutograd read from a graph that Dynamo made, besides its ``meta``.
 # Private; checked on torch 2.11 - 2.13 (torch/_functorch/_aot_autograd/frontend_utils.py).
@@ -29,11 +33,18 @@ def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
     """Retrace ``gm`` on ``fake_inputs`` into a graph whose nodes are OpOverloads.
 
     Placeholders keep their order, names and metadata; every node's ``meta["val"]`` is its fake value, and
-    ``nn_module_stack`` and ``stack_trace`` are those of the node it came from. ``gm`` itself is left as it was.
+    ``nn_module_stack`` and ``stack_trace`` are those of the node it came from. Bodies of checkpoints are inlined, tagged
+    for recomputation. ``gm`` itself is left as it was.
+
+    Raises:
+        NotPackable: the graph has another higher-order op, whose body would have to be rewritten too.
     """
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) and node.target is not tag_activation_checkpoint:
+            raise NotPackable(f"{node.target}: the graph inside it is not packed")
     mode = detect_fake_mode(fake_inputs)
     with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
-        normalized = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, record_module_stack=False)(*fake_inputs)
+        normalized = make_fx(_InlineCheckpoints(gm).run, pre_dispatch=True)(*fake_inputs)
     for old, new in zip(*(g.graph.find_nodes(op="placeholder") for g in (gm, normalized)), strict=True):
         new.meta = {**old.meta, **new.meta}
         new._rename(old.name)
@@ -41,6 +52,31 @@ def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
     carry_over_from_dynamo(gm, normalized)
     normalized.recompile()
     return normalized
+
+
+class _InlineCheckpoints(fx.Interpreter):
+    """Runs the body of a checkpoint in place, its nodes tagged as the partitioner wants them.
+
+    Activation checkpointing is a higher-order op in Dynamo's graph and two tags a node after AOTAutograd has traced it;
+    only the second form is one graph, which passes can follow.
+    """
+
+    def __init__(self, gm: fx.GraphModule, regions: Iterator[int] | None = None) -> None:
+        super().__init__(gm)
+        self.regions = itertools.count(1) if regions is None else regions
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        body, *operands = args
+        if "_checkpoint_context_fn" in body.meta:
+            raise NotPackable("a checkpoint that chooses what to save (context_fn) is not followed")
+        region = next(self.regions)
+        tagged = fx.GraphModule(body, copy.deepcopy(body.graph))
+        for node in tagged.graph.nodes:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = region
+        return _InlineCheckpoints(tagged, self.regions).run(*operands)
 
 
 def carry_over_from_dynamo(source: fx.GraphModule, target: fx.GraphModule) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import fx
 
 from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Layout, covers_tokens, module_path, same_size, value_of
-from packc.passes.forms import Boundary, Forms, NotPackable, choose_forms, is_computed_packed, packed_form, reads_as_is, switches_mode
+from packc.passes.forms import Forms, choose_forms, is_computed_packed, packed_form, reads_as_is, switches_mode
 from packc.passes.labels import IgnoredLabels, ignored_labels
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.padding import zero_at_padding
+from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.rules import PackedForm, Placeholder
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,10 @@ class _Emitter:
             return self.packed[node]
         key = (node, wanted, self.region)
         if key not in self.gathered:
-            self.gathered[key] = self._gather(self._padded(node), wanted, value_of(node).shape)
+            gathered = self._gather(self._padded(node), wanted, value_of(node).shape)
+            for name in _RECOMPUTE_META:
+                gathered.meta.pop(name, None)
+            self.gathered[key] = gathered
         return self.gathered[key]
 
     def _gather(self, value: fx.Node, layout: Layout, shape: Any) -> fx.Node:
@@ -253,8 +257,10 @@ class _Emitter:
         return self._call(operator.mul, (a, b)) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a * b
 
 
+# A checkpointed node is recomputed; what is gathered in the middle of one serves others too and is kept.
+_RECOMPUTE_META = ("recompute", "ac_graph_id")
 # What Inductor and people read from a node; its values and Dynamo's own notes do not survive the rewrite.
-_CARRIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "seq_nr", "from_node")
+_CARRIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", *_RECOMPUTE_META)
 
 
 def _front(layout: Layout) -> list[int] | None:

@@ -74,8 +74,6 @@ def one_hot(op: Op) -> PackedForm:
     return PackedForm((*layout, OTHER), {indices: layout})  # type: ignore[misc, dict-item]
 
 
-
-
 @register_rule(aten.type_as.default, aten.to.other)
 def cast_like(op: Op) -> PackedForm:
     """Only the other tensor's dtype counts."""
