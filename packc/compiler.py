@@ -14,7 +14,19 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from packc import config
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall
-from packc.passes import NoMask, NotPackable, Packed, check_mask, fakify, find_mask, layout, normalize, pack
+from packc.passes import (
+    NoMask,
+    NotPackable,
+    Packed,
+    check_mask,
+    fakify,
+    find_mask,
+    functional,
+    layout,
+    normalize,
+    pack,
+    widen_losses,
+)
 from packc.report import GraphReport
 
 log = logging.getLogger(__name__)
@@ -86,7 +98,8 @@ def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphM
     normalized = normalize(gm, fake_inputs=fakes)
     mask = find_mask(normalized, name=config.mask)
     check_mask(mask)
-    packed = pack(layout(normalized, mask=mask), mask=mask)
+    rewritten = widen_losses(functional(normalized))
+    packed = pack(layout(rewritten, mask=mask), mask=mask)
     _artifact("packc_after", packed)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.graph.nodes))
     return packed, _index_fakes(mask.meta["val"])

@@ -136,10 +136,12 @@ _explaining.__packc_backend__ = True  # type: ignore[attr-defined]
 
 def _merge(graphs: list[GraphReport]) -> Report:
     packings = [graph.call.last for graph in graphs if graph.call is not None and graph.call.last is not None]
-    reasons = dict.fromkeys(
+    reasons: dict[str, None] = dict.fromkeys(
         [graph.fallback for graph in graphs if graph.fallback]
         + [reason for packing in packings for reason in packing.reasons]
     )
+    if not graphs:
+        reasons = {"Dynamo captured no graph of the model (TORCH_LOGS=graph_breaks,recompiles says why)": None}
     return Report(
         mixers=[mixer for graph in graphs for mixer in graph.mixers],
         boundaries=[boundary for graph in graphs for boundary in graph.boundaries],

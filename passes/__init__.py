@@ -1,11 +1,13 @@
-"""Graph passes: Dynamo graph -> normalised -> with layouts -> packed. Each is a function ``(gm, *, ...) -> gm``."""
+"""Graph passes: Dynamo graph -> normalised ATen -> with layouts -> packed. Each is a function ``(gm, *, ...) -> gm``."""
 
 from packc.passes.axes import module_path
+from packc.passes.functional import functional
 from packc.passes.layout import layout
 from packc.passes.mask import NoMask, check_mask, find_mask
 from packc.passes.normalize import fakify, normalize
 from packc.passes.pack import Packed, pack
 from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.widen_losses import widen_losses
 
 __all__ = [
     "Boundary",
@@ -15,8 +17,10 @@ __all__ = [
     "check_mask",
     "fakify",
     "find_mask",
+    "functional",
     "layout",
     "module_path",
     "normalize",
     "pack",
+    "widen_losses",
 ]

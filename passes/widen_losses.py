@@ -1,0 +1,124 @@
+"""Losses on ``logits[:, :-1]`` become losses on all logits, with the label that the loss ignores where one was dropped.
+
+Next-token losses shift by dropping the last logits and the first labels. Cut along the sequence, logits of different
+rows no longer line up with the pack; the same loss over whole rows does:
+
+    cross_entropy(logits[:, :-1], labels[:, 1:])  ->  cross_entropy(logits, pad(labels[:, 1:], (0, 1), ignore_index))
+
+Equal for reductions that skip ignored labels (mean and sum), in value and in gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from packc.passes.axes import same_size, value_of
+
+aten = torch.ops.aten
+
+_LOSSES = {aten.cross_entropy_loss.default: (3, 4), aten.nll_loss_nd.default: (3, 4)}  # (reduction, ignore_index)
+_ELEMENTWISE = {aten.to.dtype, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.log_softmax.int}
+_FLATTENS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
+
+
+def widen_losses(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite every loss whose logits ``(B, L, C)`` were sliced along L on the way; no-op elsewhere."""
+    changed = False
+    for node in list(gm.graph.nodes):
+        if node.target not in _LOSSES:
+            continue
+        chain = _chain_to_slice(node.args[0])
+        if chain is None or _argument(node, _LOSSES[node.target][0], 1) == 0:
+            continue
+        sliced, steps = chain
+        with gm.graph.inserting_before(node):
+            logits = _replay(gm, sliced.args[0], steps)
+            labels = _padded_labels(gm, node, sliced, flat=value_of(logits).ndim == 2)
+            node.update_arg(0, logits)
+            node.update_arg(1, labels)
+        changed = True
+    if changed:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return gm
+
+
+def _argument(node: fx.Node, position: int, default: Any) -> Any:
+    name = node.target._schema.arguments[position].name  # type: ignore[union-attr]
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def _chain_to_slice(logits: Any) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The slice of (B, L, C) along L that the logits come from, and the ops after it, first to last."""
+    steps: list[fx.Node] = []
+    node = logits
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is aten.slice.Tensor:
+            x = node.args[0]
+            full, part = value_of(x).shape, value_of(node).shape
+            step = node.args[4] if len(node.args) > 4 else 1
+            along_length = len(full) == 3 and node.args[1] in (1, -2) and step == 1
+            if along_length and not same_size(full[1], part[1]):
+                return (node, steps[::-1]) if _dropped(node) is not None else None
+        elif node.target in _FLATTENS:
+            if value_of(node).ndim != 2 or not same_size(value_of(node).shape[1], value_of(node.args[0]).shape[-1]):
+                return None
+        elif node.target not in _ELEMENTWISE and node.target is not aten.transpose.int:
+            return None
+        steps.append(node)
+        node = node.args[0]
+    return None
+
+
+def _dropped(sliced: fx.Node) -> tuple[int, int] | None:
+    """How many positions a slice drops at the front and at the back; None where that is not a fixed number."""
+    full, part = value_of(sliced.args[0]).shape[1], value_of(sliced).shape[1]
+    start = sliced.args[2] if len(sliced.args) > 2 else 0
+    total = full - part
+    total = total if isinstance(total, int) else total.node.maybe_as_int()
+    if not isinstance(start, int) or start < 0 or total is None or total < start:
+        return None
+    return start, total - start
+
+
+def _replay(gm: fx.GraphModule, x: Any, steps: list[fx.Node]) -> fx.Node:
+    for step in steps:
+        if step.target is aten.slice.Tensor:
+            continue  # takes all of another axis
+        if step.target in _FLATTENS:
+            x = _call(gm, aten.reshape.default, (x, [-1, value_of(x).shape[-1]]), like=step)
+        else:
+            x = _call(gm, step.target, (x, *step.args[1:]), step.kwargs, like=step)
+    return x
+
+
+def _padded_labels(gm: fx.GraphModule, loss: fx.Node, sliced: fx.Node, *, flat: bool) -> fx.Node:
+    front, back = _dropped(sliced)  # type: ignore[misc]
+    ignore_index = _argument(loss, _LOSSES[loss.target][1], -100)  # type: ignore[index]
+    batch = _size(gm, value_of(sliced).shape[0], like=loss)
+    rows = _call(gm, aten.reshape.default, (loss.args[1], [batch, -1]), like=loss)
+    labels = _call(gm, aten.constant_pad_nd.default, (rows, [front, back], ignore_index), like=loss)
+    return _call(gm, aten.reshape.default, (labels, [-1]), like=loss) if flat else labels
+
+
+def _size(gm: fx.GraphModule, size: Any, *, like: fx.Node) -> Any:
+    """A size as an argument: read off an input, so that labels never seem to depend on what the model computes."""
+    if isinstance(size, int):
+        return size
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        for axis in range(value.ndim if isinstance(value, Tensor) else 0):
+            if same_size(value.shape[axis], size):
+                return _call(gm, aten.sym_size.int, (node, axis), like=like)
+    raise AssertionError(f"no input has an axis of size {size}")
+
+
+def _call(gm: fx.GraphModule, target: Any, args: tuple, kwargs: Any = None, *, like: fx.Node) -> fx.Node:
+    node = gm.graph.call_function(target, args, kwargs or {})
+    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    values = fx.map_arg((args, kwargs or {}), value_of)
+    node.meta["val"] = target(*values[0], **values[1])
+    return node
