@@ -155,7 +155,9 @@ torch.library.register_fake("packc::selective_scan_bwd", _backward_fake, lib=_li
 
 
 @register_flop_formula(torch.ops.packc.selective_scan)
-def _forward_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _forward_flops(
+    u_shape: Any, delta_shape: Any, A_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     """delta A and its exp, x B, the recurrence (2), C . h (2)."""
     batch, tokens, channels = u_shape
     return 7 * batch * tokens * channels * A_shape[1]
@@ -163,7 +165,14 @@ def _forward_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *args: Any, out
 
 @register_flop_formula(torch.ops.packc.selective_scan_bwd)
 def _backward_flops(
-    dout_shape: Any, dfinal_shape: Any, chunk_shape: Any, u_shape: Any, delta_shape: Any, A_shape: Any, *args: Any, **kwargs: Any
+    dout_shape: Any,
+    dfinal_shape: Any,
+    chunk_shape: Any,
+    u_shape: Any,
+    delta_shape: Any,
+    A_shape: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """The forward again; dh (2), dB (2), dC (2), B . dh (2), the decay of dh, g, dA (2) and A . g (2)."""
     batch, tokens, channels = u_shape
