@@ -1,0 +1,116 @@
+// The selective scan of Mamba-1 over documents, and its backward. selective_scan.h says how the work is cut.
+
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "selective_scan_bwd.h"
+#include "selective_scan_fwd.h"
+
+namespace packc {
+namespace {
+
+// body(group, block) for all pairs, in parallel.
+template <typename Body>
+void for_each_unit(const std::vector<Group>& groups, const std::vector<ChannelBlock>& blocks, const Body& body) {
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  at::parallel_for(0, static_cast<int64_t>(groups.size()) * count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit)
+      body(unit / count, blocks[unit % count]);
+  });
+}
+
+// An empty document ends as it began.
+void hand_on_states(const Documents& documents, const OptionalTensor& from, const Tensor& to) {
+  for (int64_t n = 0; n < documents.count(); ++n) {
+    if (documents.length(n) > 0)
+      continue;
+    if (from)
+      to.select(0, n).copy_(from->select(0, n));
+    else
+      to.select(0, n).zero_();
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& initial_state, bool output_final_state) {
+  const Problem p(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state);
+  const Documents documents(cu_seqlens, u.size(0), u.size(1));
+  check(p, documents);
+  const auto fp32 = u.options().dtype(at::kFloat);
+  const ForwardOutputs outputs{
+      at::empty(u.sizes(), u.options()),
+      at::empty({output_final_state ? documents.count() : 0, p.channels, p.N}, fp32),
+      at::empty({u.size(0), at::divup(u.size(1), kChunk), p.N, p.channels}, fp32)};
+  if (output_final_state)
+    hand_on_states(documents, p.initial_state, outputs.final_state);
+  const std::vector<Group> groups = groups_of(documents);
+  for_each_unit(groups, channel_blocks(p.channels, p.G), [&](int64_t group, const ChannelBlock& block) {
+    Forward(p, block, outputs).run(groups[group]);
+  });
+  return {outputs.out, outputs.final_state, outputs.chunk_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_bwd(
+    const Tensor& dout, const OptionalTensor& dfinal_state, const Tensor& chunk_states, const Tensor& u,
+    const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& initial_state, bool channel_first_ddelta) {
+  const Problem p(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state);
+  const Documents documents(cu_seqlens, u.size(0), u.size(1));
+  check(p, documents);
+  const auto fp32 = u.options().dtype(at::kFloat);
+  const int64_t rows = u.size(0), L = u.size(1);
+  const std::vector<Group> groups = groups_of(documents);
+  const std::vector<ChannelBlock> blocks = channel_blocks(p.channels, p.G);
+  const int64_t count = static_cast<int64_t>(groups.size());
+
+  const Tensor none = at::empty({0}, fp32);
+  const BackwardOutputs grads{
+      at::empty(u.sizes(), u.options()),
+      channel_first_ddelta ? at::empty({rows, p.channels, L}, delta.options()).transpose(1, 2)
+                           : at::empty(delta.sizes(), delta.options()),
+      z ? at::empty(z->sizes(), z->options()) : none,
+      at::empty({static_cast<int64_t>(blocks.size()), rows, L, 2, p.N}, fp32),
+      at::empty({count, p.N, p.channels}, fp32),
+      at::empty({count, 2, p.channels}, fp32),
+      initial_state ? at::empty({documents.count(), p.channels, p.N}, fp32) : none};
+  const OptionalTensor dfinal = Problem::fp32(dfinal_state);
+  if (initial_state)
+    hand_on_states(documents, dfinal, grads.dinitial_state);
+  for_each_unit(groups, blocks, [&](int64_t group, const ChannelBlock& block) {
+    Backward(p, block, dout, dfinal, chunk_states, grads).run(groups[group], group);
+  });
+
+  const auto [dB, dC] = sum_over_blocks(p, grads.dBC);
+  const Tensor sums = grads.dparameters.sum(0);
+  return {
+      grads.du,
+      grads.ddelta,
+      grads.dA.sum(0).t().to(A.scalar_type()).contiguous(),
+      dB.view(B.sizes()),
+      dC.view(C.sizes()),
+      D ? sums[0].to(D->scalar_type()).clone() : none,
+      grads.dz,
+      delta_bias ? sums[1].to(delta_bias->scalar_type()).clone() : none,
+      initial_state ? grads.dinitial_state.to(initial_state->scalar_type()) : none};
+}
+
+TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "bool delta_softplus, Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "selective_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor u, Tensor delta, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? cu_seqlens, "
+      "Tensor? initial_state, bool channel_first_ddelta) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.impl("selective_scan", c10::DispatchKey::CPU, TORCH_FN(selective_scan));
+  m.impl("selective_scan_bwd", c10::DispatchKey::CPU, TORCH_FN(selective_scan_bwd));
+}
+
+} // namespace
+} // namespace packc
