@@ -85,7 +85,17 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises for arguments that do not fit. Sizes that only a run can tell are left to the kernels."""
-    tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
+    tensors = {
+        "u": u,
+        "delta": delta,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "delta_bias": delta_bias,
+        "initial_state": initial_state,
+    }
     for name, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise TypeError(f"selective_scan: {name} must be a floating-point tensor, not {x.dtype}")

@@ -12,6 +12,7 @@ initial state. Arguments are as in the op's schema; B and C may be grouped.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -73,10 +74,7 @@ def prepare(
         stretches = [Stretch(slice(None), range(u.shape[1]))]
     else:
         starts = documents.offsets(cu_seqlens, u).tolist()
-        stretches = [
-            Stretch(slice(n, n + 1), range(start, end))
-            for n, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
-        ]
+        stretches = [Stretch(slice(n, n + 1), range(start, end)) for n, (start, end) in enumerate(pairwise(starts))]
     return Arguments(
         u=u.to(dtype),
         raw_delta=raw_delta,
@@ -129,7 +127,7 @@ def forward(
     outs, finals, kept = [args.u[:, :0]], [], [args.initial_state.new_zeros((u.shape[0], 0, A.shape[1], A.shape[0]))]
     for stretch in args.stretches:
         h = args.initial_state[stretch.states]
-        for t, entering, h in walk(args, stretch):  # noqa: B007 (the last state is the final one)
+        for t, entering, h in walk(args, stretch):
             if t % CHUNK == 0:
                 kept.append(rearrange(entering.detach(), "b d n -> b 1 n d"))
             C_t = per_channel(args.C[:, t], u.shape[2])
