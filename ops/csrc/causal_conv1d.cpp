@@ -26,8 +26,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunk = 256; // tokens
-constexpr int64_t kTile = 32; // tokens
-constexpr int64_t kChannels = 64; // of a block; tiles of it fit the first-level cache
+constexpr int64_t kTile = 16; // tokens
+constexpr int64_t kChannels = 128; // of a block; tiles of it fit the first-level cache
 
 // The parameters in fp32 with rows of whole vectors: W rows of taps, then the bias.
 struct Filter {
@@ -46,11 +46,25 @@ struct Filter {
       std::copy_n(offset.const_data_ptr<float>(), D, rows.data() + W * width);
     }
   }
-  const float* tap(int64_t k) const {
-    return rows.data() + k * width;
+};
+
+// A filter's rows from one channel on. A value, so that loops keep it in registers: any store of vectors might change
+// what lies behind a reference.
+template <int kW>
+struct Taps {
+  const float* rows;
+  int64_t stride, runtime_W;
+
+  Taps(const Filter& filter, int64_t channel)
+      : rows(filter.rows.data() + channel), stride(filter.width), runtime_W(filter.W) {}
+  int64_t W() const {
+    return kW ? kW : runtime_W;
   }
-  const float* bias() const {
-    return tap(W);
+  Vec tap(int64_t k, int64_t v) const {
+    return Vec::loadu(rows + k * stride + v);
+  }
+  Vec bias(int64_t v) const {
+    return tap(W(), v);
   }
 };
 
@@ -89,6 +103,13 @@ void for_each_span(const Documents& documents, int64_t begin, int64_t end, const
   }
 }
 
+// The tokens of a document as a block, from a token and a channel on.
+template <typename T>
+Block<const T> tokens_of(const Tensor& x, const Documents& documents, int64_t document, int64_t token, int64_t channel) {
+  return Block<const T>{x.const_data_ptr<T>() + documents.offset(document, x), x.stride(1), x.stride(2)}.at(
+      token, channel);
+}
+
 // Rows [begin - (W - 1), end) of a document: its tokens, and before its first one the initial state or zeros.
 template <typename T>
 void load_with_history(
@@ -104,27 +125,25 @@ void load_with_history(
     tile += rows * kChannels;
     first = 0;
   }
-  const Block<const T> tokens{x.const_data_ptr<T>() + documents.offset(span.document, x), x.stride(1), x.stride(2)};
-  load_tile(tokens.at(first, channel), span.end - first, channels, tile, kChannels);
+  load_tile(tokens_of<T>(x, documents, span.document, first, channel), span.end - first, channels, tile, kChannels);
 }
 
-// Vec sum_k taps[k] rows[t + k] at one place of a row.
+// bias + sum_k taps[k] x[k] for one vector of channels; x points to the oldest row.
 template <int kW>
-inline Vec convolve(const Filter& filter, int64_t W, int64_t channel, const float* x) {
-  Vec sum = Vec::loadu(filter.bias() + channel);
-  for (int64_t k = 0; k < (kW ? kW : W); ++k)
-    sum = at::vec::fmadd(Vec::loadu(filter.tap(k) + channel), Vec::loadu(x + k * kChannels), sum);
+inline Vec convolve(Taps<kW> taps, int64_t v, const float* x) {
+  Vec sum = taps.bias(v);
+  for (int64_t k = 0; k < taps.W(); ++k)
+    sum = at::vec::fmadd(taps.tap(k, v), Vec::loadu(x + k * kChannels + v), sum);
   return sum;
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 template <int kW, bool kSilu>
-void forward_tile(
-    const Filter& filter, int64_t channel, int64_t width, int64_t tokens, const float* x, float* out, int64_t out_width) {
+void forward_tile(Taps<kW> taps, int64_t width, int64_t tokens, const float* x, float* out, int64_t out_width) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t v = 0; v < width; v += kVec) {
-      Vec y = convolve<kW>(filter, filter.W, channel + v, x + t * kChannels + v);
+      Vec y = convolve(taps, v, x + t * kChannels);
       if constexpr (kSilu)
         y = y * sigmoid(y);
       y.store(out + t * out_width + v);
@@ -141,6 +160,7 @@ void forward(const Tensor& x, const Filter& filter, const Documents& documents, 
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t chunk = unit / blocks * kChunk, channel = unit % blocks * kChannels;
       const int64_t channels = std::min(kChannels, D - channel), width = whole_vectors(channels);
+      const Taps<kW> taps(filter, channel);
       for_each_span(documents, chunk, std::min(chunk + kChunk, tokens), [&](Span span) {
         for (int64_t t = span.begin; t < span.end; t += kTile) {
           const Span tile{span.document, t, std::min(t + kTile, span.end)};
@@ -150,11 +170,11 @@ void forward(const Tensor& x, const Filter& filter, const Documents& documents, 
               out.mutable_data_ptr<T>() + (documents.starts[span.document] + t) * D + channel, D, 1};
           if constexpr (std::is_same_v<T, float>) {
             if (width == channels) {
-              forward_tile<kW, kSilu>(filter, channel, width, count, rows.data(), target.data, D);
+              forward_tile<kW, kSilu>(taps, width, count, rows.data(), target.data, D);
               continue;
             }
           }
-          forward_tile<kW, kSilu>(filter, channel, width, count, rows.data(), result.data(), kChannels);
+          forward_tile<kW, kSilu>(taps, width, count, rows.data(), result.data(), kChannels);
           store_tile(result.data(), kChannels, count, channels, target);
         }
       });
@@ -186,13 +206,12 @@ void final_states(const Tensor& x, const Documents& documents, const State& init
 // dpre = dout, or dout silu'(pre) with pre computed again.
 template <int kW, bool kSilu>
 void preactivation_grads(
-    const Filter& filter, int64_t channel, int64_t width, int64_t tokens, const float* x, const float* dout,
-    float* dpre) {
+    Taps<kW> taps, int64_t width, int64_t tokens, const float* x, const float* dout, float* dpre) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t v = 0; v < width; v += kVec) {
       Vec grad = Vec::loadu(dout + t * kChannels + v);
       if constexpr (kSilu) {
-        const Vec pre = convolve<kW>(filter, filter.W, channel + v, x + t * kChannels + v), s = sigmoid(pre);
+        const Vec pre = convolve(taps, v, x + t * kChannels), s = sigmoid(pre);
         // silu' = s (1 + pre (1 - s))
         grad = grad * s * at::vec::fmadd(pre, Vec(1.f) - s, Vec(1.f));
       }
@@ -227,15 +246,12 @@ void parameter_grads(
 
 // dx[t] = sum_k taps[W - 1 - k] dpre[t + k]
 template <int kW>
-void input_grads(
-    const Filter& filter, int64_t channel, int64_t width, int64_t tokens, const float* dpre, float* dx) {
-  const int64_t W = kW ? kW : filter.W;
+void input_grads(Taps<kW> taps, int64_t width, int64_t tokens, const float* dpre, float* dx) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t v = 0; v < width; v += kVec) {
       Vec sum(0.f);
-      for (int64_t k = 0; k < W; ++k)
-        sum = at::vec::fmadd(
-            Vec::loadu(filter.tap(W - 1 - k) + channel + v), Vec::loadu(dpre + (t + k) * kChannels + v), sum);
+      for (int64_t k = 0; k < taps.W(); ++k)
+        sum = at::vec::fmadd(taps.tap(taps.W() - 1 - k, v), Vec::loadu(dpre + (t + k) * kChannels + v), sum);
       sum.store(dx + t * kChannels + v);
     }
   }
@@ -261,15 +277,16 @@ void backward(
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t chunk = unit / blocks * kChunk, channel = unit % blocks * kChannels;
       const int64_t channels = std::min(kChannels, D - channel), width = whole_vectors(channels);
+      const Taps<kW> taps(filter, channel);
       float* sums = grads.sums.mutable_data_ptr<float>() + unit / blocks * (W + 1) * filter.width + channel;
 
       const auto load_dpre = [&](Span tile) {
         const int64_t count = tile.end - tile.begin;
         load_with_history<T>(x, documents, initial, W, tile, channel, channels, rows.data());
-        const Block<const T> block{
-            dout.const_data_ptr<T>() + documents.offset(tile.document, dout), dout.stride(1), dout.stride(2)};
-        load_tile(block.at(tile.begin, channel), count, channels, result.data(), kChannels);
-        preactivation_grads<kW, kSilu>(filter, channel, width, count, rows.data(), result.data(), dpre);
+        load_tile(
+            tokens_of<T>(dout, documents, tile.document, tile.begin, channel), count, channels, result.data(),
+            kChannels);
+        preactivation_grads<kW, kSilu>(taps, width, count, rows.data(), result.data(), dpre);
       };
 
       for_each_span(documents, chunk, std::min(chunk + kChunk, tokens), [&](Span span) {
@@ -298,7 +315,7 @@ void backward(
           }
 
           // The token p is row p - (length - (W - 1)) of the final state.
-          input_grads<kW>(filter, channel, width, count, dpre, result.data());
+          input_grads(taps, width, count, dpre, result.data());
           if (dfinal) {
             const int64_t state_begin = std::max(tile.begin, length - (W - 1));
             for (int64_t p = state_begin; p < tile.end; ++p) {
@@ -315,7 +332,7 @@ void backward(
 
         if (grads.dinitial.defined() && span.begin == 0) {
           std::fill_n(padded.data(), (W - 1) * kChannels, 0.f);
-          input_grads<kW>(filter, channel, width, W - 1, padded.data(), result.data());
+          input_grads(taps, width, W - 1, padded.data(), result.data());
           float* dstate = grads.dinitial.mutable_data_ptr<float>() + (span.document * D + channel) * (W - 1);
           for (int64_t c = 0; c < channels; ++c)
             for (int64_t i = 0; i < W - 1; ++i)
