@@ -4,5 +4,7 @@ from packc import config, frontends, ops
 from packc.compiler import NotPacked, backend
 from packc.report import Report, explain
 
+frontends.install()
+
 __version__ = "0.1.0"
 __all__ = ["NotPacked", "Report", "backend", "config", "explain", "ops"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from packc.passes.axes import same_size
+from packc.passes.sources import argument_name, is_argument
 
 # In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else.
 _NAMES = ("attention_mask", "padding_mask", "pad_mask", "src_mask", "input_mask", "mask")
@@ -37,7 +38,7 @@ def find_mask(gm: fx.GraphModule, *, name: str | None = None) -> fx.Node:
         NoMask: there is none.
         ValueError: ``name`` was given and is not a two-dimensional input of this graph.
     """
-    candidates = {_argument_name(node): node for node in gm.graph.find_nodes(op="placeholder") if _is_input(node)}
+    candidates = {argument_name(node): node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)}
     if name is not None:
         if name not in candidates:
             raise ValueError(f"packc.mask: the graph has no input {name!r}; it has {sorted(candidates)}")
@@ -57,19 +58,6 @@ def check_mask(mask: fx.Node) -> None:
     batch, length = mask.meta["val"].shape
     if same_size(length, 1):
         raise NoMask(f"the batch ({batch}, {length}) has one position per row")
-
-
-def _is_input(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and not isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-
-
-def _argument_name(node: fx.Node) -> str:
-    """``l_kwargs_attention_mask_`` -> ``attention_mask``: the name as Dynamo's source has it."""
-    source = getattr(node, "_dynamo_source", None)
-    text = source.name if source is not None else str(node.target)
-    text = text() if callable(text) else text  # a method up to torch 2.11
-    return text.rstrip("']\"").split("'")[-1].split('"')[-1].split(".")[-1]
 
 
 def _is_added(node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ PackedForm = Callable[..., Any]
 Dynamo inlines it, so it is plain code on tensors. It names the original's parameters, in order, and takes ``*args`` and
 ``**kwargs`` for those a later version of the library may add.
 """
+
+# Copies of the originals, by attributes: what Dynamo reads off a global it can guard, a bare closure it cannot.
+_untouched = SimpleNamespace()
 
 # Name of each function that a frontend met -> None when packc keeps it whole, else why it does not.
 _outcomes: dict[str, str | None] = {}
@@ -72,14 +75,15 @@ def _same_parameters(original: Callable[..., Any], packed_form: PackedForm) -> b
 
 def _substitute(original: FunctionType, packed_form: PackedForm) -> str | None:
     """Register the polyfill of ``original``; returns the reason when it could not be."""
-    untouched = _copy(original)
+    key = f"{original.__name__}_{len(vars(_untouched))}"
+    setattr(_untouched, key, _copy(original))
 
     def polyfill(*args: Any, **kwargs: Any) -> Any:
         if packc_is_tracing():
             result = packed_form(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return untouched(*args, **kwargs)
+        return getattr(_untouched, key)(*args, **kwargs)
 
     try:
         # The signatures drift from version to version of a library, and a wildcard takes them all.

@@ -57,8 +57,9 @@ class PackedForm:
 class Op:
     """A node of the padded graph, as rules ask about it."""
 
-    def __init__(self, node: fx.Node, layouts: dict[fx.Node, Layout]) -> None:
+    def __init__(self, node: fx.Node, layouts: dict[fx.Node, Any], batch: Any, length: Any) -> None:
         self.node = node
+        self.batch, self.length = batch, length
         self.target: OpOverload = node.target  # type: ignore[assignment]
         self._layouts = layouts
         self.args = self._positional()

@@ -39,7 +39,7 @@ def reshape(op: Op) -> PackedForm:
     """Anything that keeps the row-major order of elements, as a reshape to explicit packed sizes."""
     x, layout, shape = _input(op)
     out_shape = value_of(op.node).shape
-    out = reshaped_layout(layout, shape, out_shape)
+    out = reshaped_layout(layout, shape, out_shape, op.batch, op.length)
     written = op.args[1] if op.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) else None
     sizes = []
     for axis, (kind, size) in enumerate(zip(out, out_shape, strict=True)):
@@ -53,7 +53,7 @@ def reshape(op: Op) -> PackedForm:
     return PackedForm(out, {x: layout}, args=(x, sizes), target=target)
 
 
-def reshaped_layout(layout: Layout, shape: Any, out_shape: Any) -> Layout:
+def reshaped_layout(layout: Layout, shape: Any, out_shape: Any, batch: Any, length: Any) -> Layout:
     """Follow axes through a row-major reshape by matching the shortest runs of axes with equal products.
 
     Raises :class:`NotTokenwise` where a token axis is merged with features or split.
@@ -61,26 +61,40 @@ def reshaped_layout(layout: Layout, shape: Any, out_shape: Any) -> Layout:
     out: list[Axis] = []
     i = j = 0
     while i < len(shape) or j < len(out_shape):
-        ni, nj = _shortest_match(shape, out_shape, i, j)
-        out.extend(_regroup(layout[i:ni], shape[i:ni], out_shape[j:nj]))
+        # Rows and positions are joined and parted as such first: with one row, sizes alone could not tell.
+        if layout[i : i + 2] == (BATCH, SEQ) and _starts_with(out_shape[j:], batch * length):
+            if not _starts_with(out_shape[j:], batch, length):
+                out.append(TOKENS)
+                i, j = i + 2, j + 1
+                continue
+        elif layout[i : i + 1] == (TOKENS,) and _starts_with(out_shape[j:], batch, length):
+            out += [BATCH, SEQ]
+            i, j = i + 1, j + 2
+            continue
+        ni, nj = _shortest_match(layout, shape, out_shape, i, j)
+        out += _regroup(layout[i:ni], shape[i:ni], out_shape[j:nj])
         i, j = ni, nj
     if not covers_tokens(tuple(out)):
         raise NotTokenwise(f"{show(layout)} of {tuple(shape)} does not reshape to {tuple(out_shape)} axis by axis")
     return tuple(out)
 
 
-def _shortest_match(shape: Any, out_shape: Any, i: int, j: int) -> tuple[int, int]:
-    # Axes of size one are matched to nothing: they may come and go anywhere.
-    if i < len(shape) and same_size(shape[i], 1) and not (j < len(out_shape) and same_size(out_shape[j], 1)):
+def _starts_with(sizes: Any, *wanted: Any) -> bool:
+    return len(sizes) >= len(wanted) and all(map(same_size, sizes, wanted))
+
+
+def _shortest_match(layout: Layout, shape: Any, out_shape: Any, i: int, j: int) -> tuple[int, int]:
+    # Features of size one are matched to nothing: they may come and go anywhere.
+    left = i < len(shape) and layout[i] is OTHER and same_size(shape[i], 1)
+    right = j < len(out_shape) and same_size(out_shape[j], 1)
+    if left and not right:
         return i + 1, j
-    if j < len(out_shape) and same_size(out_shape[j], 1) and not (i < len(shape) and same_size(shape[i], 1)):
+    if right and not (i < len(shape) and same_size(shape[i], 1)):
         return i, j + 1
     for total in range(2, len(shape) - i + len(out_shape) - j + 1):
         for ni in range(i + 1, min(len(shape), i + total - 1) + 1):
             nj = j + total - (ni - i)
-            if nj > len(out_shape):
-                continue
-            if same_size(_product(shape[i:ni]), _product(out_shape[j:nj])):
+            if nj <= len(out_shape) and same_size(_product(shape[i:ni]), _product(out_shape[j:nj])):
                 return ni, nj
     raise NotTokenwise(f"cannot match {tuple(shape)} to {tuple(out_shape)} axis by axis")
 
@@ -98,8 +112,6 @@ def _regroup(kinds: Layout, sizes: Any, out_sizes: Any) -> list[Axis]:
         return [OTHER] * len(out_sizes)
     if len(kinds) == len(out_sizes) == 1:
         return [kinds[0]]
-    if kinds == (BATCH, SEQ) and len(out_sizes) == 1:
-        return [TOKENS]
     raise NotTokenwise(f"axes {show(kinds)} of {tuple(sizes)} are regrouped as {tuple(out_sizes)}")
 
 

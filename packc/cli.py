@@ -1,0 +1,19 @@
+"""The command line: ``python -m packc COMMAND``, one module a command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import packc
+from packc.demo import command as demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m packc", description=packc.__doc__)
+    parser.add_argument("--version", action="version", version=f"packc {packc.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo.add_to(commands)
+    chosen = parser.parse_args(arguments)
+    return chosen.run(chosen)

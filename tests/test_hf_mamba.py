@@ -1,0 +1,170 @@
+"""A stock Mamba under packc: the numbers of eager at real tokens, for every kind of padding, with no recompiles."""
+
+import pytest
+import torch
+from harness import ALIGNED, BOTH, LEFT, RIGHT, RecordingBackend, assert_same_step, batch_of, tiny_mamba, train_step
+
+import packc
+
+CONV, SCAN = torch.ops.packc.causal_conv1d.default, torch.ops.packc.selective_scan.default
+DEBUG = {"packc.inner": "aot_eager"}
+
+
+def stretched(rows: list[str], times: int) -> list[str]:
+    """The same padding at ``times`` the length."""
+    return ["".join(c * times for c in row) for row in rows]
+
+
+@pytest.mark.parametrize("padding", ALIGNED)
+def test_a_training_step_equals_eager(padding):
+    model, batch = tiny_mamba(), batch_of(ALIGNED[padding])
+    expected = train_step(model, batch)
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True}, fullgraph=True)
+    assert_same_step(train_step(compiled, batch), expected, batch["attention_mask"])
+
+
+@pytest.mark.parametrize("padding", ALIGNED)
+def test_inference_equals_eager_and_is_zero_at_padding(padding):
+    model, batch = tiny_mamba().eval(), batch_of(ALIGNED[padding])
+    del batch["labels"]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        actual = torch.compile(model, backend="packc", options=DEBUG)(**batch).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert actual[~real].eq(0).all()
+
+
+def test_each_layer_has_one_packed_conv_and_scan_and_inputs_are_gathered_once():
+    backend = RecordingBackend()
+    torch.compile(tiny_mamba(layers=3), backend=backend)(**batch_of(RIGHT))
+    assert (backend.op_count(CONV), backend.op_count(SCAN)) == (3, 3)
+    for node in backend.after[-1].graph.nodes:
+        if node.target in (CONV, SCAN):
+            assert "packc_cu_seqlens" in map(str, node.args)
+    # token ids and mask are packed as (B, L); labels, shifted and flattened, by index
+    assert backend.op_count(torch.ops.packc.pack.default) + backend.op_count(torch.ops.aten.index_select.default) == 3
+    assert backend.op_count(torch.ops.packc.unpack.default) == 1
+
+
+def test_the_packed_graph_calls_only_overloads_that_the_autograd_cache_knows():
+    backend = RecordingBackend()
+    torch.compile(tiny_mamba(), backend=backend, dynamic=True)(**batch_of(RIGHT))
+    import operator
+
+    allowed = {operator.getitem, operator.mul, operator.add, operator.sub}
+    targets = {node.target for node in backend.after[-1].graph.nodes if node.op == "call_function"}
+    assert all(isinstance(target, torch._ops.OpOverload) or target in allowed for target in targets)
+    assert not any(node.op in ("call_method", "call_module") for node in backend.after[-1].graph.nodes)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+def test_other_shapes_compile_nothing_new(family):
+    """One compile for the first shape, one when the length varies, one when the batch size does."""
+    model = tiny_mamba() if family == "mamba" else tiny_falcon_mamba()
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
+    shapes = [stretched(RIGHT, 1), stretched(LEFT, 2), [*RIGHT, *RIGHT], stretched(BOTH, 3), stretched(RIGHT[:2], 5)]
+    shapes += [stretched(LEFT, 4), stretched([*BOTH, *LEFT], 2)]
+    for step, rows in enumerate(shapes):
+        batch = batch_of(rows)
+        with torch._dynamo.config.patch(error_on_recompile=step > 2):
+            assert_same_step(train_step(compiled, batch), train_step(model, batch), batch["attention_mask"])
+
+
+def tiny_falcon_mamba():
+    from harness import _shaken
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    config = FalconMambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False)
+    return _shaken(FalconMambaForCausalLM(config))
+
+
+def test_the_label_of_a_left_padded_rows_first_token_counts():
+    model, batch = tiny_mamba(), batch_of(LEFT)
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
+    before = compiled(**batch).loss
+    batch["labels"][1, 3] = batch["labels"][1, 3] % 31 + 1  # row 1 begins at 3
+    after = compiled(**batch).loss
+    assert before != after
+    torch.testing.assert_close(after, model(**batch).loss, rtol=1e-5, atol=0)
+
+
+def test_hidden_states_and_tuple_outputs_keep_their_strides():
+    model, batch = tiny_mamba().eval(), batch_of(RIGHT)
+    real = batch["attention_mask"].bool()
+    compiled = torch.compile(model, backend="packc", options=DEBUG)
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True, return_dict=False)
+        actual = compiled(**batch, output_hidden_states=True, return_dict=False)
+    for a, b in zip(actual[-1], expected[-1], strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        torch.testing.assert_close(a[real], b[real], rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+def test_inputs_embeds_get_their_gradient():
+    model, batch = tiny_mamba(), batch_of(LEFT)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    gradients = []
+    for each in (model, torch.compile(model, backend="packc", options=DEBUG)):
+        leaf = embeds.clone().requires_grad_()
+        each(inputs_embeds=leaf, **batch).loss.backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-5 * gradients[0].abs().max().item())
+
+
+def test_gradient_checkpointing_packs_and_recomputes():
+    model, batch = tiny_mamba(), batch_of(RIGHT)
+    model.gradient_checkpointing_enable()
+    expected = train_step(model, batch)
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
+    assert_same_step(train_step(compiled, batch), expected, batch["attention_mask"])
+    with torch.profiler.profile() as profile:
+        train_step(compiled, batch)
+    scans = {event.key: event.count for event in profile.key_averages()}["packc::selective_scan"]
+    assert scans == 2 * 2  # two layers, forward and again in the backward
+
+
+def _error(actual, exact):
+    return max(((actual[name].double() - exact[name]).abs().max() / exact[name].abs().max()).item() for name in exact)
+
+
+def test_autocast_is_no_further_from_fp64_than_twice_eagers_own_error():
+    model, batch = tiny_mamba(), batch_of(BOTH)
+    real = batch["attention_mask"].bool()
+
+    def step(each, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = train_step(each, batch)
+        result["logits"] = result["logits"][real]
+        return result
+
+    eager = step(model, True)
+    packed = step(torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True}), True)
+    exact = step(model.double(), False)
+    assert {name: value.dtype for name, value in packed.items()} == {name: value.dtype for name, value in eager.items()}
+    assert _error(packed, exact) <= 2 * _error(eager, exact)
+
+
+def test_a_bf16_model_is_no_further_from_fp64_than_twice_eagers_own_error():
+    model, batch = tiny_mamba().bfloat16(), batch_of(BOTH)
+    real = batch["attention_mask"].bool()
+
+    def step(each):
+        result = train_step(each, batch)
+        result["logits"] = result["logits"][real]
+        return result
+
+    eager = step(model)
+    packed = step(torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True}))
+    exact = step(model.double())
+    assert _error(packed, exact) <= 2 * _error(eager, exact)
+
+
+@pytest.mark.slow
+def test_inductor_trains_over_many_shapes_without_recompiling():
+    model = tiny_mamba()
+    compiled = torch.compile(model, backend=packc.backend, options={"packc.strict": True})
+    for step, (rows, times) in enumerate([(RIGHT, 1), (LEFT, 2), (BOTH, 3), (RIGHT, 5), (LEFT, 4)]):
+        batch = batch_of(stretched(rows, times))
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            assert_same_step(train_step(compiled, batch), train_step(model, batch), batch["attention_mask"])
