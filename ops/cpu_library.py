@@ -144,5 +144,5 @@ def _key(source: Path, command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, errors="replace").stdout
     digest = hashlib.sha256("\0".join([*command, version, torch.__version__, platform.machine()]).encode())
     for file in [source, *sorted(source.parent.glob("*.h"))]:
-        digest.update(file.read_bytes())
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

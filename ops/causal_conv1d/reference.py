@@ -103,9 +103,8 @@ def causal_conv1d_bwd(
         # Documents' last rows do not overlap either.
         drows[layout.final] += rearrange(dfinal_state.to(drows.dtype), "n d w -> (n w) d")
     dx = rearrange(drows[layout.tokens], "(b l) d -> b l d", b=B, d=D).to(x.dtype)
-    none = drows.new_empty(0)
-    dbias = none if bias is None else dpre.sum(0).to(bias.dtype)
-    dinitial_state = none
+    dbias = drows.new_empty(0) if bias is None else dpre.sum(0).to(bias.dtype)
+    dinitial_state = drows.new_empty(0)
     if initial_state is not None:
         N = documents.count(cu_seqlens, x)
         dinitial_state = rearrange(drows[layout.history], "(n w) d -> n d w", n=N, w=W - 1)

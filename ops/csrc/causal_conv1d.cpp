@@ -446,12 +446,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
     });
   });
   const auto [dweight, dbias] = parameter_totals(grads.sums, filter.D);
-  const Tensor none = at::empty({0}, fp32);
+  const auto none = [&] { return at::empty({0}, fp32); };
   return {
       grads.dx,
       dweight.to(weight.scalar_type()).contiguous(),
-      bias ? dbias.to(bias->scalar_type()) : none,
-      initial ? grads.dinitial.to(initial_state->scalar_type()) : none};
+      bias ? dbias.to(bias->scalar_type(), false, true) : none(),
+      initial ? grads.dinitial.to(initial_state->scalar_type()) : none()};
 }
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {

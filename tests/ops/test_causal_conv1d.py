@@ -1,0 +1,356 @@
+"""The causal convolution: kernels against the specification, documents against each other, eager against compiled."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from packc import config
+from packc.ops import causal_conv1d, cpu_library
+
+D, W = 19, 4  # no multiple of a vector, so that every row has a partial one
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request):
+    if request.param == "cpu" and not cpu_library.load("causal_conv1d"):
+        pytest.skip("no C++ compiler")
+    with config.patch(kernels=request.param):
+        yield request.param
+
+
+def inputs(lengths, D=D, W=W, dtype=torch.float32, seed=0):
+    """x, weight, bias, initial_state as leaves, and cu_seqlens."""
+    torch.manual_seed(seed)
+    shapes = (1, sum(lengths), D), (D, W), (D,), (len(lengths), D, W - 1)
+    leaves = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    return leaves, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def run(leaves, cu_seqlens=None, activation="silu", seed=1):
+    """out, final_state and the gradients of all leaves for random gradients of both."""
+    x, weight, bias, initial_state = leaves
+    out, final_state = causal_conv1d(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        cu_seqlens=cu_seqlens,
+        initial_state=initial_state,
+        output_final_state=True,
+    )
+    torch.manual_seed(seed)
+    grads = [torch.randn(t.shape, dtype=torch.float64).to(t.dtype) for t in (out, final_state)]
+    return [out, final_state, *torch.autograd.grad([out, final_state], leaves, grads)]
+
+
+def exact(leaves, cu_seqlens=None, activation="silu"):
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    return run(wide, cu_seqlens, activation)
+
+
+def error(result, expected):
+    """The largest one, relative to the largest entry."""
+    if not result.numel():
+        return 0.0
+    return ((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_values_and_gradients_are_those_of_the_specification(kernels, width, activation):
+    leaves, cu_seqlens = inputs([0, 1, 2, 40, 1, 300, 0], W=width)
+    for result, expected in zip(
+        run(leaves, cu_seqlens, activation), exact(leaves, cu_seqlens, activation), strict=True
+    ):
+        assert error(result, expected) < 2e-6
+
+
+def test_the_specification_is_a_padded_conv1d_per_document():
+    leaves, _ = inputs([50], dtype=torch.float64)
+    x, weight, bias, initial_state = leaves
+    history = torch.cat([initial_state, x.transpose(1, 2)], 2)
+    expected = F.silu(F.conv1d(history, weight[:, None], bias, groups=D)).transpose(1, 2)
+    torch.testing.assert_close(run(leaves)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_plain_torch(kernels, dtype):
+    leaves, _ = inputs([200], dtype=dtype)
+    x, weight, bias, initial_state = leaves
+    padded = torch.cat([initial_state, x.transpose(1, 2)], 2)
+    plain = F.silu(F.conv1d(padded, weight[:, None], bias, groups=D)).transpose(1, 2)
+    torch.manual_seed(1)
+    grad = torch.randn(plain.shape, dtype=torch.float64).to(dtype)
+    plain = [plain, *torch.autograd.grad(plain, leaves, grad)]
+    ours = run_out_only(leaves, grad)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    for mine, theirs, expected in zip(ours, plain, run_out_only(wide, grad.double()), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert error(mine, expected) <= 2 * error(theirs, expected)
+
+
+def run_out_only(leaves, grad):
+    x, weight, bias, initial_state = leaves
+    out = causal_conv1d(x, weight, bias, activation="silu", initial_state=initial_state)
+    return [out, *torch.autograd.grad(out, leaves, grad)]
+
+
+def test_dtypes_mix_as_under_autocast(kernels):
+    (x, weight, bias, initial_state), cu_seqlens = inputs([5, 9])
+    leaves = [x.detach().bfloat16().requires_grad_(), weight, bias, initial_state]
+    results = run(leaves, cu_seqlens)
+    assert [t.dtype for t in results] == [torch.bfloat16, torch.float32, torch.bfloat16, *[torch.float32] * 3]
+    for result, expected in zip(results[3:], exact(leaves, cu_seqlens)[3:], strict=True):
+        assert error(result, expected) < 1e-2  # only dout is rounded
+
+
+def test_gradients_are_exact_through_both_states():
+    leaves, cu_seqlens = inputs([0, 1, 2, 5], D=2, dtype=torch.float64)
+    for activation in (None, "silu"):
+        assert gradcheck(lambda *leaves, a=activation: run_states(leaves, cu_seqlens, a), leaves)
+
+
+def run_states(leaves, cu_seqlens, activation):
+    x, weight, bias, initial_state = leaves
+    options = {"activation": activation, "cu_seqlens": cu_seqlens, "initial_state": initial_state}
+    return causal_conv1d(x, weight, bias, **options, output_final_state=True)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1] * 9])
+def test_empty_packs_and_single_tokens(kernels, lengths):
+    leaves, cu_seqlens = inputs(lengths)
+    for result, expected in zip(run(leaves, cu_seqlens), exact(leaves, cu_seqlens), strict=True):
+        assert result.shape == expected.shape
+        assert error(result, expected) < 2e-6
+
+
+def test_rows_of_a_batch_are_documents(kernels):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 21, D), torch.randn(D, W), torch.randn(D)
+    cu_seqlens = torch.arange(4) * 21
+    rows = causal_conv1d(x, weight, bias, output_final_state=True)
+    packed = causal_conv1d(x.view(1, 63, D), weight, bias, cu_seqlens=cu_seqlens, output_final_state=True)
+    torch.testing.assert_close(rows[0].flatten(0, 1), packed[0][0], rtol=0, atol=0)
+    torch.testing.assert_close(rows[1], packed[1], rtol=0, atol=0)
+
+
+def test_swish_is_silu():
+    (x, weight, bias, _), _ = inputs([5])
+    assert torch.equal(*(causal_conv1d(x, weight, bias, activation=name) for name in ("silu", "swish")))
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40) | st.integers(250, 270), min_size=1, max_size=6))
+def test_packed_documents_are_each_document_alone(lengths):
+    leaves, cu_seqlens = inputs(lengths)
+    x, weight, bias, initial_state = leaves
+    out, final_state = run_states(leaves, cu_seqlens, "silu")
+    dout, dfinal = torch.randn_like(out), torch.randn_like(final_state)
+    dx, dweight, dbias, dinitial = torch.autograd.grad([out, final_state], leaves, [dout, dfinal])
+    totals = [torch.zeros_like(dweight), torch.zeros_like(dbias)]
+    for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        alone = run_states((x[:, begin:end], weight, bias, initial_state[n : n + 1]), None, "silu")
+        grads = torch.autograd.grad(alone, leaves, [dout[:, begin:end], dfinal[n : n + 1]])
+        # Bit for bit, except where gradients are summed over documents.
+        assert torch.equal(alone[0], out[:, begin:end])
+        assert torch.equal(alone[1][0], final_state[n])
+        assert torch.equal(grads[0][:, begin:end], dx[:, begin:end])
+        assert torch.equal(grads[3][n], dinitial[n])
+        totals = [total + grad for total, grad in zip(totals, grads[1:3], strict=True)]
+    torch.testing.assert_close([dweight, dbias], totals, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(0, 40) | st.integers(250, 270), data=st.data())
+def test_cut_anywhere_with_the_state_carried_is_the_whole(length, data):
+    cut = data.draw(st.integers(0, length))
+    leaves, _ = inputs([length])
+    x, weight, bias, initial_state = leaves
+    whole = run_states(leaves, None, "silu")
+    first, state = run_states((x[:, :cut], weight, bias, initial_state), None, "silu")
+    second, state = run_states((x[:, cut:], weight, bias, state), None, "silu")
+    parts = (torch.cat([first, second], 1), state)
+    assert torch.equal(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
+    grads = [torch.randn_like(t) for t in whole]
+    for a, b in zip(torch.autograd.grad(parts, leaves, grads), torch.autograd.grad(whole, leaves, grads), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [0, 2, 4])
+def test_nan_in_one_document_changes_no_bit_of_another(kernels, bad):
+    lengths = [3, 1, 30, 2, 300]
+    leaves, cu_seqlens = inputs(lengths)
+    poisoned = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    begin, end = cu_seqlens[bad : bad + 2].tolist()
+    with torch.no_grad():
+        poisoned[0][:, begin:end] = float("nan")
+        poisoned[3][bad] = float("inf")
+    clean, dirty = run(leaves, cu_seqlens), run(poisoned, cu_seqlens)
+    others = [n for n in range(len(lengths)) if n != bad]
+    tokens = [t for t in range(sum(lengths)) if not begin <= t < end]
+    for i, index in ((0, (0, tokens)), (2, (0, tokens)), (1, (others,)), (5, (others,))):
+        assert torch.equal(clean[i][index], dirty[i][index])
+    assert dirty[0][:, begin:end].isnan().all()
+
+
+def test_documents_that_do_not_cover_the_tokens_are_refused(kernels):
+    (x, weight, bias, _), _ = inputs([5])
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to L = 5"):
+        causal_conv1d(x, weight, bias, cu_seqlens=torch.tensor([0, 3, 2, 5]))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+VIEWS = {
+    "rows of a projection": lambda x: torch.cat([x, x], 2)[..., : x.shape[2]],
+    "channel-first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channel-first half": lambda x: torch.cat([x, x], 2).transpose(1, 2).contiguous().chunk(2, 1)[1].transpose(1, 2),
+    "every other one": lambda x: x.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, ::2, ::2],
+    "one row for all": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs_are_those_of_contiguous_ones(kernels, view, dtype):
+    leaves, cu_seqlens = inputs([3, 0, 70], dtype=dtype)
+    strided = VIEWS[view](leaves[0].detach()).requires_grad_()
+    assert not strided.is_contiguous()
+    dense = strided.detach().contiguous().requires_grad_()
+    for a, b in zip(run([strided, *leaves[1:]], cu_seqlens), run([dense, *leaves[1:]], cu_seqlens), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_inputs_are_read_in_place(view):
+    if not cpu_library.load("causal_conv1d"):
+        pytest.skip("no C++ compiler")
+    leaves, cu_seqlens = inputs([300], D=40)
+    leaves[0] = VIEWS[view](leaves[0].detach()).requires_grad_()
+    out = causal_conv1d(*leaves[:3], cu_seqlens=cu_seqlens)
+    dout = VIEWS[view](torch.randn_like(out))
+    with profile(record_shapes=True) as record:
+        causal_conv1d(*leaves[:3], cu_seqlens=cu_seqlens)
+        torch.ops.packc.causal_conv1d_bwd(dout, None, *leaves[:3], None, cu_seqlens, None)
+    touching = {event.name for event in record.events() if list(out.shape) in event.input_shapes}
+    assert touching
+    assert not any(name.startswith("aten::") for name in touching), touching
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward(kernels):
+    leaves, cu_seqlens = inputs([7, 9])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        run_states(leaves, cu_seqlens, "silu")
+    assert set(kept) == {t.data_ptr() for t in (*leaves, cu_seqlens)}
+
+
+def test_results_do_not_depend_on_the_number_of_threads(kernels):
+    leaves, cu_seqlens = inputs([700, 3, 90], D=200)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            results.append(run(leaves, cu_seqlens))
+    finally:
+        torch.set_num_threads(threads)
+    if kernels == "reference":  # torch's own sums depend on it
+        results = results[1::2]
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["plain", "biased", "packed", "stateful"])
+def test_opcheck(kernels, pattern):
+    (x, weight, bias, initial_state), cu_seqlens = inputs([2, 0, 9], D=3)
+    arguments = {
+        "plain": (x.transpose(1, 2).contiguous().transpose(1, 2), weight, None, None, None, None, False),
+        "biased": (x.detach(), weight.bfloat16(), bias, "silu", None, None, True),
+        "packed": (x, weight, bias, "silu", cu_seqlens, None, False),
+        "stateful": (x, weight, bias, "silu", cu_seqlens, initial_state, True),
+    }[pattern]
+    torch.library.opcheck(torch.ops.packc.causal_conv1d.default, arguments)
+    out, final_state = torch.ops.packc.causal_conv1d(*arguments)
+    backward = (out.detach(), final_state.detach() if arguments[-1] else None, *arguments[:-1])
+    torch.library.opcheck(
+        torch.ops.packc.causal_conv1d_bwd.default, backward, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_flops_are_counted_forward_and_backward():
+    leaves, cu_seqlens = inputs([10, 20])
+    with FlopCounterMode(display=False) as counter:
+        run(leaves, cu_seqlens)
+    assert counter.get_total_flops() == (1 + 3) * 2 * 30 * D * W
+
+
+def test_a_compiled_step_serves_every_length_and_document_count():
+    @torch.compile(fullgraph=True)
+    def step(x, weight, bias, cu_seqlens, initial_state):
+        return run_states((2 * x, weight, bias, initial_state), cu_seqlens, "silu")
+
+    for i, lengths in enumerate(([5, 3, 4], [9, 8], [1, 2, 3, 30], [7, 2])):
+        leaves, cu_seqlens = inputs(lengths)
+        x, weight, bias, initial_state = leaves
+        # One compile for the first shape, one when the sizes turn dynamic.
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            results = step(x, weight, bias, cu_seqlens, initial_state)
+        expected = run_states((2 * x, weight, bias, initial_state), cu_seqlens, "silu")
+        grads = [torch.randn_like(t) for t in expected]
+        torch.testing.assert_close(results, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(results, leaves, grads), torch.autograd.grad(expected, leaves, grads)
+        )
+
+
+def test_a_length_that_only_a_run_can_tell_compiles():
+    step = torch.compile(run_states, fullgraph=True, backend="aot_eager")
+    for lengths in ([4, 5], [2, 3, 1], [1]):
+        leaves, cu_seqlens = inputs(lengths)
+        for tensor, dim in ((leaves[0], 1), (cu_seqlens, 0), (leaves[3], 0)):
+            torch._dynamo.decorators.mark_unbacked(tensor, dim)
+        with torch._dynamo.config.patch(error_on_recompile=lengths != [4, 5]):
+            results = step(leaves, cu_seqlens, "silu")
+        torch.testing.assert_close(results, run_states(leaves, cu_seqlens, "silu"))
+        torch.autograd.grad(results[0].sum(), leaves)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.empty(5, D)}, ValueError, r"x must be \(B, L, D\) and floating; got \(5, 19\)"),
+        ({"x": torch.ones(1, 5, D, dtype=torch.long)}, TypeError, "x must be .* floating; got .* torch.int64"),
+        ({"weight": torch.empty(D + 1, W)}, ValueError, r"weight must be \(D, W\) with D = 19 .* got \(20, 4\)"),
+        ({"weight": torch.empty(D, 0)}, ValueError, r"weight .* W >= 1; got \(19, 0\)"),
+        ({"weight": torch.ones(D, W, dtype=torch.int32)}, TypeError, "weight must be floating; got .* torch.int32"),
+        ({"bias": torch.empty(1, D)}, ValueError, r"bias must be \(D,\) with D = 19; got \(1, 19\)"),
+        ({"activation": "gelu"}, ValueError, "activation must be None, .* not 'gelu'"),
+        ({"cu_seqlens": torch.tensor([0, 5]).float()}, TypeError, "cu_seqlens must be int32 or int64"),
+        ({"initial_state": torch.empty(2, D, 3)}, ValueError, r"initial_state .* \(1, 19, 3\); got \(2, 19, 3\)"),
+    ],
+)
+def test_bad_arguments_are_named_with_their_shapes(change, error, message):
+    arguments = {"x": torch.empty(1, 5, D), "weight": torch.empty(D, W)} | change
+    with pytest.raises(error, match=message):
+        causal_conv1d(**arguments)
