@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(
   const ForwardOutputs outputs{
       at::empty(u.sizes(), u.options()),
       at::empty({output_final_state ? documents.count() : 0, p.channels, p.N}, fp32),
-      at::empty({u.size(0), at::divup(u.size(1), kChunk), p.N, p.channels}, fp32)};
+      at::empty({u.size(0) * at::divup(u.size(1), kChunk) * p.N * p.channels}, fp32)};
   if (output_final_state)
     hand_on_states(documents, p.initial_state, outputs.final_state);
   const std::vector<Group> groups = groups_of(documents);
@@ -61,22 +61,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Problem p(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state);
   const Documents documents(cu_seqlens, u.size(0), u.size(1));
   check(p, documents);
+  check_sizes("dout", dout, u.sizes());
+  if (dfinal_state)
+    check_sizes("dfinal_state", *dfinal_state, {documents.count(), p.channels, p.N});
+  check_sizes("chunk_states", chunk_states, {u.size(0) * at::divup(u.size(1), kChunk) * p.N * p.channels});
   const auto fp32 = u.options().dtype(at::kFloat);
   const int64_t rows = u.size(0), L = u.size(1);
   const std::vector<Group> groups = groups_of(documents);
   const std::vector<ChannelBlock> blocks = channel_blocks(p.channels, p.G);
   const int64_t count = static_cast<int64_t>(groups.size());
 
-  const Tensor none = at::empty({0}, fp32);
+  const auto none = [&] { return at::empty({0}, fp32); };
   const BackwardOutputs grads{
       at::empty(u.sizes(), u.options()),
       channel_first_ddelta ? at::empty({rows, p.channels, L}, delta.options()).transpose(1, 2)
                            : at::empty(delta.sizes(), delta.options()),
-      z ? at::empty(z->sizes(), z->options()) : none,
+      z ? at::empty(z->sizes(), z->options()) : none(),
       at::empty({static_cast<int64_t>(blocks.size()), rows, L, 2, p.N}, fp32),
       at::empty({count, p.N, p.channels}, fp32),
       at::empty({count, 2, p.channels}, fp32),
-      initial_state ? at::empty({documents.count(), p.channels, p.N}, fp32) : none};
+      initial_state ? at::empty({documents.count(), p.channels, p.N}, fp32) : none()};
   const OptionalTensor dfinal = Problem::fp32(dfinal_state);
   if (initial_state)
     hand_on_states(documents, dfinal, grads.dinitial_state);
@@ -92,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       grads.dA.sum(0).t().to(A.scalar_type()).contiguous(),
       dB.view(B.sizes()),
       dC.view(C.sizes()),
-      D ? sums[0].to(D->scalar_type()).clone() : none,
+      D ? sums[0].to(D->scalar_type()).clone() : none(),
       grads.dz,
-      delta_bias ? sums[1].to(delta_bias->scalar_type()).clone() : none,
-      initial_state ? grads.dinitial_state.to(initial_state->scalar_type()) : none};
+      delta_bias ? sums[1].to(delta_bias->scalar_type()).clone() : none(),
+      initial_state ? grads.dinitial_state.to(initial_state->scalar_type()) : none()};
 }
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {

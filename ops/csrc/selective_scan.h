@@ -129,6 +129,14 @@ struct Problem {
   }
 };
 
+// Where the states entering a chunk are kept, of a state n the channels of a vector; one row of D after the other, so
+// that channels are contiguous. The tensor is flat: a compiler that traces the op need not ask whether there is but one
+// chunk.
+inline int64_t kept_state(const Problem& p, const Piece& piece, int64_t n, int64_t channel) {
+  const int64_t chunk = piece.row * at::divup(p.u.size(1), kChunk) + piece.chunk();
+  return (chunk * p.N + n) * p.channels + channel;
+}
+
 inline void check_sizes(const char* name, const Tensor& x, at::IntArrayRef sizes) {
   TORCH_CHECK_VALUE(x.sizes() == sizes, "selective_scan: ", name, " must have shape ", sizes, ", not ", x.sizes());
 }

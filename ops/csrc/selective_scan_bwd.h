@@ -135,10 +135,11 @@ class Backward {
   }
 
   void enter_chunk(const Piece& piece, int64_t v, int64_t n, Registers& h) const {
-    const int64_t D = p_.channels, row = piece.row * chunk_states_.size(1) + piece.chunk();
-    const float* kept = chunk_states_.const_data_ptr<float>() + row * p_.N * D + block_.first + v * kVec;
+    const float* kept = chunk_states_.const_data_ptr<float>();
     for (int64_t i = 0; i < kStates; ++i)
-      h[i] = n + i < p_.N ? Vec::loadu(kept + (n + i) * D, block_.lanes(v)) : Vec(0.f);
+      h[i] = n + i < p_.N
+          ? Vec::loadu(kept + kept_state(p_, piece, n + i, block_.first + v * kVec), block_.lanes(v))
+          : Vec(0.f);
   }
 
   // ---- backwards -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ namespace packc {
 struct ForwardOutputs {
   Tensor out; // (B, L, D)
   Tensor final_state; // (documents, D, N), or (0, D, N) where it is not wanted
-  Tensor chunk_states; // (B, chunks, N, D): channels last, as they are computed
+  Tensor chunk_states; // see kept_state
 };
 
 class Forward {
@@ -76,10 +76,9 @@ class Forward {
   }
 
   void keep_chunk_state(const Piece& piece, int64_t v, int64_t n, const Registers& h) {
-    const int64_t D = p_.channels, row = piece.row * outputs_.chunk_states.size(1) + piece.chunk();
-    float* kept = outputs_.chunk_states.mutable_data_ptr<float>() + row * p_.N * D + block_.first + v * kVec;
+    float* kept = outputs_.chunk_states.mutable_data_ptr<float>();
     for (int64_t i = 0; i < kStates && n + i < p_.N; ++i)
-      h[i].store(kept + (n + i) * D, block_.lanes(v));
+      h[i].store(kept + kept_state(p_, piece, n + i, block_.first + v * kVec), block_.lanes(v));
   }
 
   void end_document(int64_t document, int64_t v, int64_t n, const Registers& h) {

@@ -1,7 +1,8 @@
 """``packc::selective_scan`` and ``packc::selective_scan_bwd``: schemas, fakes, FLOPs and autograd.
 
-The forward also returns the state that enters every chunk of 64 tokens of a row: of shapes alone, (B, ceil(L / 64), N,
-D). The backward computes the states in between again, chunk by chunk.
+The forward also returns the state that enters every chunk of 64 tokens of a row; the backward computes the others
+again, chunk by chunk. They are (B, ceil(L / 64), N, D), flattened: tracing an axis of ceil(L / 64) would guard on
+whether it is one.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _forward_fake(
     return (
         u.new_empty(u.shape),
         u.new_empty((states, *A.shape), dtype=dtype),
-        u.new_empty((u.shape[0], chunks, A.shape[1], A.shape[0]), dtype=dtype),
+        u.new_empty((u.shape[0] * chunks * A.shape[1] * A.shape[0],), dtype=dtype),
     )
 
 
@@ -183,10 +184,10 @@ def _backward_flops(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, _ = inputs
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, output_final_state = inputs
     chunk_states = output[2]
     ctx.save_for_backward(chunk_states, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, initial_state)
-    ctx.delta_softplus = delta_softplus
+    ctx.delta_softplus, ctx.output_final_state = delta_softplus, output_final_state
     ctx.mark_non_differentiable(chunk_states)
     ctx.set_materialize_grads(False)
 
@@ -197,7 +198,7 @@ def _autograd(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Non
         dout = u.new_zeros(u.shape)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = torch.ops.packc.selective_scan_bwd.default(
         dout,
-        dfinal_state,
+        dfinal_state if ctx.output_final_state else None,
         chunk_states,
         u,
         delta,

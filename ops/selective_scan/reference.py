@@ -139,7 +139,7 @@ def forward(
     if args.z is not None:
         y = y * F.silu(args.z)
     final = torch.cat(finals) if output_final_state else args.initial_state.new_zeros((0, *A.shape))
-    return y.to(u.dtype).contiguous(), final.contiguous(), torch.cat(kept, 1).contiguous()
+    return y.to(u.dtype).contiguous(), final.contiguous(), torch.cat(kept, 1).flatten()
 
 
 class Gradients(NamedTuple):
