@@ -1,0 +1,127 @@
+"""The four Mamba-1 families of transformers, as small as they get, and what a graph of one of them holds.
+
+Imports no packc: the tests run it in processes with and without. Run as a script it prints, as JSON, what Dynamo,
+export and eager make of a tiny Mamba: ``python tiny_models.py {stock,packc-first,model-first}``.
+"""
+
+import collections
+import json
+import re
+import sys
+
+import torch
+import transformers
+
+# family -> (layers that hold a mixer, scans per mixer: zamba scans each head on its own)
+MIXERS = {"mamba": (2, 1), "falcon_mamba": (2, 1), "jamba": (1, 1), "zamba": (2, 2)}
+
+
+def tiny_model(family: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = _BUILD[family](**options)
+    with torch.no_grad():
+        # Away from the initial values: there dt is so small that nothing would depend on the state.
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def batch(length: int = 7, rows: int = 2) -> dict[str, torch.Tensor | bool]:
+    """A training batch with two padded positions at the end of the first row; no cache, which export cannot return."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 32, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+
+
+def counts(graph: torch.fx.Graph) -> dict[str, int]:
+    """Target -> how many nodes call it."""
+    calls = [re.sub(" at 0x[0-9a-f]+", "", str(node.target)) for node in graph.nodes if node.op.startswith("call_")]
+    return dict(sorted(collections.Counter(calls).items()))
+
+
+def _mamba(**options) -> torch.nn.Module:
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, **options)
+    return transformers.MambaForCausalLM(config)
+
+
+def _falcon_mamba(**options) -> torch.nn.Module:
+    config = transformers.FalconMambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, **options)
+    return transformers.FalconMambaForCausalLM(config)
+
+
+def _jamba(**options) -> torch.nn.Module:
+    config = transformers.JambaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+        **options,
+    )
+    return transformers.JambaForCausalLM(config)
+
+
+def _zamba(**options) -> torch.nn.Module:
+    config = transformers.ZambaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        attention_hidden_size=32,
+        attention_head_dim=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        layers_block_type=["hybrid", "hybrid"],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+        **options,
+    )
+    return transformers.ZambaForCausalLM(config)
+
+
+_BUILD = {"mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba, "zamba": _zamba}
+
+
+def _what_is_traced() -> dict[str, object]:
+    model, inputs = tiny_model("mamba"), batch(4)
+    graphs = []
+
+    def record(gm, example_inputs):
+        graphs.append(gm.graph)
+        return gm.forward
+
+    def record_for_packc(gm, example_inputs):
+        return record(gm, example_inputs)
+
+    record_for_packc.__packc_backend__ = True  # type: ignore[attr-defined]
+    eager = model(**inputs).logits
+    torch.compile(model, backend=record, fullgraph=True)(**inputs)
+    torch.compile(model, backend=record_for_packc, fullgraph=True)(**inputs)
+    return {
+        "eager": [value.hex() for value in eager.flatten().tolist()],
+        "another backend": counts(graphs[0]),
+        "packc's backend": counts(graphs[1]),
+        "export": counts(torch.export.export(model, (), inputs, strict=False).graph),
+        "strict export": counts(torch.export.export(model, (), inputs, strict=True).graph),
+    }
+
+
+if __name__ == "__main__":
+    order = sys.argv[1]
+    if order == "packc-first":
+        assert "transformers.models.mamba.modeling_mamba" not in sys.modules
+        from packc import backend
+    if order == "model-first":
+        tiny_model("mamba")
+        from packc import backend  # noqa: F401
+    print(json.dumps(_what_is_traced()))
