@@ -13,25 +13,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
 _PAD, _END = "<pad>", "<end>"
+_ELSEWHERE = {"site-packages", "dist-packages", "test", "tests", "lib2to3"}
+"""Folders that are not of the library, not in every installation, or not real text."""
 
 
-def documents(count: int, *, seed: int = 0) -> list[str]:
-    """Sources of functions, and docstrings, of the standard library: ``count`` of them in random order."""
-    pick = random.Random(seed)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    pick.shuffle(files)
-    found: list[str] = []
+def documents(*, seed: int = 0) -> Iterator[str]:
+    """Sources of functions, and docstrings, of the standard library, a file after another in random order."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in sorted(library.rglob("*.py")) if not _ELSEWHERE & set(file.relative_to(library).parts)]
+    random.Random(seed).shuffle(files)
     for file in files:
-        found.extend(_documents_of(file.read_text(encoding="utf-8", errors="replace")))
-        if len(found) >= 2 * count:  # of several files, not of the first ones alone
-            break
-    pick.shuffle(found)
-    return found[:count]
+        yield from _documents_of(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _documents_of(source: str) -> Iterator[str]:
@@ -63,11 +60,15 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizer
 
 
 def padded_batches(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, *, batch_size: int, max_length: int
-) -> list[dict[str, Tensor]]:
-    """Rows of text cut at ``max_length`` tokens and padded to the longest of their batch, labels -100 on padding."""
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, *, batch_size: int, max_length: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches padded to their longest row, labels -100 on padding. Texts longer than ``max_length`` are left out."""
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    ended = [text + tokenizer.eos_token for text in texts]
-    rows = [tokenizer(text, truncation=True, max_length=max_length, return_token_type_ids=False) for text in ended]
-    last = len(rows) - batch_size
-    return [dict(collate(rows[first : first + batch_size])) for first in range(0, last + 1, batch_size)]
+    rows = []
+    for text in texts:
+        row = tokenizer(text + tokenizer.eos_token, return_token_type_ids=False)
+        if len(row["input_ids"]) <= max_length:
+            rows.append(row)
+        if len(rows) == batch_size:
+            yield dict(collate(rows))
+            rows = []

@@ -19,16 +19,14 @@ _COLOURS = {"packc": "tab:blue", "stock Inductor": "tab:orange", "stock eager": 
 def draw(packc: Result, stock: list[Result], file: Path) -> None:
     """Loss curves, step times, memory and compile times; the format is the file's ending."""
     figure = Figure(figsize=(12, 7), layout="constrained")
-    curves, bars = figure.subfigures(2, 1, height_ratios=[1.3, 1])
-    training, repeated = curves.subplots(1, 2)
+    axes = figure.subplot_mosaic("tttrrr;ssmmcc")
     contenders = [packc, *stock]
-    _loss(training, {each.name: each.losses() for each in contenders}, "Training: a step on each batch")
-    _loss(repeated, {each.name: each.repeated for each in contenders}, "The first batch over and over (one shape)")
-    step, memory, compiling = bars.subplots(1, 3)
-    _bars(step, {each.name: each.step_seconds for each in contenders}, "training step, s", log=True)
-    _bars(memory, {each.name: each.peak_mib for each in contenders}, "peak memory of a step, MiB")
+    _loss(axes["t"], {each.name: each.losses() for each in contenders}, "Training: a step on each batch")
+    _loss(axes["r"], {each.name: each.repeated for each in contenders}, "The first batch over and over (one shape)")
+    _bars(axes["s"], {each.name: each.step_seconds for each in contenders}, "training step, s", log=True)
+    _bars(axes["m"], {each.name: each.peak_mib for each in contenders}, "peak memory of a step, MiB")
     compiled = {each.name: each.compile_seconds for each in contenders if each.compile_seconds is not None}
-    _bars(compiling, compiled, "compile time, cold, s")
+    _bars(axes["c"], compiled, "compile time, cold, s")
     figure.savefig(file, dpi=120)
 
 

@@ -21,8 +21,12 @@ TOLERANCE = 1e-4
 
 def show(packc: Result, stock: list[Result], batches: list[dict[str, Tensor]], console: Console) -> bool:
     """Print everything; whether all loss curves agree."""
-    console.print(_training(packc, batches))
-    console.print(_comparison(packc, stock, batches[0]))
+    console.print("\n[bold]Training with packc[/]", _training(packc, batches))
+    console.print(
+        f"\n[bold]One shape[/]: {_size(batches[0])}. "
+        "Each contender in its own process, the stock ones without packc, with the same allocator settings.",
+        _comparison(packc, stock, batches[0]),
+    )
     same = True
     for other in stock:
         ours, theirs, what = (
@@ -46,7 +50,7 @@ def _training(packc: Result, batches: list[dict[str, Tensor]]) -> Table:
     padded = [batch["attention_mask"].numel() for batch in batches]
     shapes = {tuple(batch["input_ids"].shape) for batch in batches}
     rates = [count / step.seconds for count, step in zip(tokens, packc.curve, strict=True)]
-    table = Table(title="Training with packc", show_header=False)
+    table = Table(show_header=False)
     table.add_row("loss, first to last step", f"{packc.curve[0].loss:.3f} to {packc.curve[-1].loss:.3f}")
     table.add_row("steps, of as many batches", str(len(batches)))
     table.add_row("padding share", f"{1 - sum(tokens) / sum(padded):.0%} of {sum(padded):,} positions")
@@ -58,10 +62,8 @@ def _training(packc: Result, batches: list[dict[str, Tensor]]) -> Table:
 
 
 def _comparison(packc: Result, stock: list[Result], batch: dict[str, Tensor]) -> Table:
-    rows, length = batch["input_ids"].shape
     tokens = int(batch["attention_mask"].sum())
-    title = f"One shape: the batch of {rows} rows padded to {length}, {tokens} real tokens ({rows * length} padded)"
-    table = Table(title=title, caption="each in its own process, the stock ones without packc")
+    table = Table()
     table.add_column()
     contenders = [packc, *stock]
     for each in contenders:
@@ -77,6 +79,13 @@ def _comparison(packc: Result, stock: list[Result], batch: dict[str, Tensor]) ->
     row("peak memory of a step", lambda each: f"{each.peak_mib:,.0f} MiB")
     row("compile time, cold", lambda each: "-" if each.compile_seconds is None else _seconds(each.compile_seconds))
     return table
+
+
+def _size(batch: dict[str, Tensor]) -> str:
+    mask = batch["attention_mask"]
+    rows, length = mask.shape
+    share = 1 - mask.float().mean().item()
+    return f"the first batch, {rows} rows padded to {length}, {int(mask.sum())} real tokens, {share:.0%} padding"
 
 
 def _seconds(seconds: float) -> str:

@@ -6,20 +6,24 @@ Requests come on stdin and replies go to stdout, a JSON object a line: ``{"batch
 ``{"restart": true}`` goes back to the first weights.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [path for path in sys.path if path != HERE]  # files beside this one must not pass for libraries
 
 import torch  # noqa: E402
 from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Training:
