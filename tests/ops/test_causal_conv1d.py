@@ -191,19 +191,28 @@ def test_cut_anywhere_with_the_state_carried_is_the_whole(length, data):
 
 
 @pytest.mark.parametrize("bad", [0, 2, 4])
-def test_nan_in_one_document_changes_no_bit_of_another(kernels, bad):
+@pytest.mark.parametrize("stateful", [False, True])
+def test_nan_in_one_document_changes_no_bit_of_another(kernels, bad, stateful):
     lengths = [3, 1, 30, 2, 300]
     leaves, cu_seqlens = inputs(lengths)
-    poisoned = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     begin, end = cu_seqlens[bad : bad + 2].tolist()
-    with torch.no_grad():
-        poisoned[0][:, begin:end] = float("nan")
-        poisoned[3][bad] = float("inf")
-    clean, dirty = run(leaves, cu_seqlens), run(poisoned, cu_seqlens)
+
+    def run_once(poison):
+        x, weight, bias, initial_state = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+        with torch.no_grad():
+            x[:, begin:end] *= poison
+            initial_state[bad] *= poison
+        state = initial_state if stateful else None
+        results = run_states((x, weight, bias, state), cu_seqlens, "silu")
+        return [*results, *torch.autograd.grad(results, [x, state] if stateful else [x], grads)]
+
+    grads = [torch.randn(1, sum(lengths), D), torch.randn(len(lengths), D, W - 1)]
+    clean, dirty = run_once(1.0), run_once(float("nan"))
     others = [n for n in range(len(lengths)) if n != bad]
     tokens = [t for t in range(sum(lengths)) if not begin <= t < end]
-    for i, index in ((0, (0, tokens)), (2, (0, tokens)), (1, (others,)), (5, (others,))):
-        assert torch.equal(clean[i][index], dirty[i][index])
+    for i, (a, b) in enumerate(zip(clean, dirty, strict=True)):  # out, final_state, dx, dinitial_state
+        index = (others,) if i % 2 else (0, tokens)
+        assert torch.equal(a[index], b[index])
     assert dirty[0][:, begin:end].isnan().all()
 
 
