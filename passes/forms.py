@@ -73,9 +73,7 @@ def _is_item(node: fx.Node) -> bool:
 def _find_packed_only(gm: fx.GraphModule, forms: Forms) -> None:
     for node in gm.graph.nodes:
         form = packed_form(node)
-        if form is not None and (form.is_mixer or any(n in forms.packed_only for n in form.operands)):
-            forms.packed_only.add(node)
-        elif _is_item(node) and node.args[0] in forms.packed_only:
+        if (form is not None and (form.is_mixer or any(n in forms.packed_only for n in form.operands))) or (_is_item(node) and node.args[0] in forms.packed_only):
             forms.packed_only.add(node)
 
 

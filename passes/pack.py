@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Layout, covers_tokens, module_path, same_size, value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Layout, module_path, same_size, value_of
 from packc.passes.forms import Forms, choose_forms, is_computed_packed, packed_form, reads_as_is, switches_mode
 from packc.passes.labels import IgnoredLabels, ignored_labels
 from packc.passes.normalize import carry_over_from_dynamo
@@ -50,10 +50,14 @@ def pack(gm: fx.GraphModule, *, mask: fx.Node) -> fx.GraphModule:
     forms = choose_forms(gm, zero=zero)
     requirements = _requirements(gm, forms, zero, mask)
     if not any(packed_form(node) for node in forms.packed):
-        raise NotPackable("nothing in the graph works on tokens")
+        raise NotPackable("; ".join(["nothing in the graph works on tokens", *_unpacked_reasons(gm)]))
     packed = _Emitter(gm, forms, mask).run()
     packed.meta["packc"] = requirements
     return packed
+
+
+def _unpacked_reasons(gm: fx.GraphModule) -> list[str]:
+    return [f"{n.target}: {n.meta['unpacked_because']}" for n in gm.graph.nodes if "unpacked_because" in n.meta][:3]
 
 
 def _requirements(gm: fx.GraphModule, forms: Forms, zero: set[fx.Node], mask: fx.Node) -> Packed:
@@ -226,9 +230,8 @@ class _Emitter:
     def _as_output(self, node: fx.Node) -> fx.Node:
         """Size, dtype and strides of the padded graph's output."""
         result = self._padded(node)
-        value = value_of(node)
-        if covers_tokens(node.meta.get("layout")) and node in self.forms.packed and value.is_contiguous():
-            result = self._call(aten.contiguous.default, (result,))
+        if result.target is aten.permute.default and value_of(node).is_contiguous():
+            return self._call(aten.contiguous.default, (result,))
         return result
 
     def _padded_size(self, node: fx.Node, axis: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import torch
@@ -94,10 +95,10 @@ def tiny_mamba(*, layers: int = 2, **options) -> nn.Module:
         use_cache=False,
         **options,
     )
-    return _shaken(MambaForCausalLM(config))
+    return shaken(MambaForCausalLM(config))
 
 
-def _shaken(model: nn.Module) -> nn.Module:
+def shaken(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,6 +140,11 @@ def train_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, to
     return {"loss": out.loss.detach(), "logits": out.logits.detach(), **{_plain(n): g for n, g in gradients.items()}}
 
 
+def exact_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """:func:`train_step` of the eager model in fp64: what every fp32 implementation is an approximation of."""
+    return train_step(copy.deepcopy(model).double(), batch)
+
+
 def _plain(name: str) -> str:
     return name.removeprefix("_orig_mod.")
 
@@ -148,11 +154,12 @@ def assert_same_step(actual, expected, mask: torch.Tensor, *, rtol: float = 1e-5
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         got = actual[name]
-        assert got.dtype == value.dtype, f"{name}: {got.dtype}, expected {value.dtype}"
         if name == "logits":
             assert got.shape == value.shape
             assert got.stride() == value.stride()
             got, value = got[mask.bool()], value[mask.bool()]
         if value.numel():
             scale = value.abs().max().item()
-            torch.testing.assert_close(got, value, rtol=0, atol=rtol * scale, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                got.double(), value.double(), rtol=0, atol=rtol * scale, msg=lambda m, name=name: f"{name}: {m}"
+            )

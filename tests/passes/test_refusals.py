@@ -34,7 +34,7 @@ ACROSS_TOKENS = {
     "rows split": (lambda x, m: x.view(2, 2, H, H), "view"),
     "joined along positions": (lambda x, m: torch.cat([x, x], 1), "cat"),
     "written in place through a view": (lambda x, m: _write_through_view(x), "copy_"),
-    "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "mse_loss"),
+    "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "broadcast_tensors"),
 }
 
 

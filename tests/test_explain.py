@@ -1,0 +1,81 @@
+"""explain says what happened: mixers, boundaries, tokens, and why something was not packed."""
+
+import torch
+from expecttest import TestCase
+from harness import HOLE, RIGHT, PlainLM, batch_of, masks, tiny_mamba
+
+import packc
+
+
+class TestExplain(TestCase):
+    maxDiff = None
+
+    def test_a_packed_model(self):
+        report = packc.explain(tiny_mamba())(**batch_of(RIGHT))
+        assert (report.tokens, report.padded_tokens, report.fallback) == (15, 24, None)
+        self.assertExpectedInline(str(report), """\
+packc: packed 4 of 4 mixers (1 graph)
+  tokens      15 of 24 padded (37.5% left out)
+  mixers      4
+    packc.causal_conv1d.default   packed  backbone.layers.0.mixer
+    packc.selective_scan.default  packed  backbone.layers.0.mixer
+    packc.causal_conv1d.default   packed  backbone.layers.1.mixer
+    packc.selective_scan.default  packed  backbone.layers.1.mixer
+  boundaries  none""")
+
+    def test_a_batch_with_a_hole(self):
+        report = packc.explain(tiny_mamba(layers=1))(**batch_of(HOLE))
+        self.assertExpectedInline(str(report), """\
+packc: packed 2 of 2 mixers (1 graph)
+  tokens      19 of 24 padded (20.8% left out)
+  mixers      2
+    packc.causal_conv1d.default   packed  backbone.layers.0.mixer
+    packc.selective_scan.default  packed  backbone.layers.0.mixer
+  boundaries  none
+  not packed  padding between tokens of a row""")
+
+    def test_no_mask(self):
+        batch = batch_of(RIGHT)
+        del batch["attention_mask"]
+        self.assertExpectedInline(str(packc.explain(tiny_mamba(layers=1))(**batch)), """\
+packc: nothing packed (1 graph)
+  mixers      2
+    packc.causal_conv1d.default   padded  backbone.layers.0.mixer
+    packc.selective_scan.default  padded  backbone.layers.0.mixer
+  boundaries  none
+  not packed  no (B, L) padding mask among the inputs ['input_ids', 'labels']""")
+
+    def test_a_boundary(self):
+        def pooled(x, mask):
+            y = packc.ops.causal_conv1d(x * mask[..., None], torch.ones(4, 2)) * mask[..., None]
+            return y.sum(1)
+
+        report = packc.explain(pooled)(torch.randn(3, 8, 4), masks(RIGHT))
+        (boundary,) = report.boundaries
+        assert (boundary.node, boundary.module, boundary.reason) == (
+            "aten.sum.dim_IntList",
+            "",
+            "reduces the L axis of (B, L, .)",
+        )
+
+    def test_two_graphs_are_both_reported(self):
+        model = PlainLM()
+
+        def broken(ids, mask):
+            h = model.hidden(ids, mask)
+            torch._dynamo.graph_break()
+            return model.hidden(ids, mask) + h
+
+        report = packc.explain(broken)(torch.randint(1, 32, (3, 8)), masks(RIGHT))
+        assert report.graphs == 2
+        assert [mixer.packed for mixer in report.mixers] == [True] * 4
+
+
+def test_explaining_leaves_the_compiled_model_as_it_is():
+    model, batch = tiny_mamba(), batch_of(RIGHT)
+    compiled = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager"})
+    compiled(**batch)
+    reports = [packc.explain(compiled)(**batch) for _ in range(10)]
+    assert all(report.tokens == 15 and report.graphs == 1 for report in reports)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(**batch)
