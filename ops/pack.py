@@ -8,13 +8,22 @@ from __future__ import annotations
 import torch
 from torch import SymInt, Tensor
 
+from packc import config
+from packc.ops import cpu_library
+
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define("pack(Tensor x, Tensor index) -> Tensor")
 _lib.define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor")
 
 
 def _pack(x: Tensor, index: Tensor) -> Tensor:
-    return x.flatten(0, 1).index_select(0, index).unsqueeze(0)
+    tokens = x.flatten(0, 1)
+    rows = torch.ops.packc_cpu.gather_rows if _has_kernel(x) else _gather_rows
+    return rows(tokens, index).unsqueeze(0)
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
 
 
 def _pack_fake(x: Tensor, index: Tensor) -> Tensor:
@@ -22,9 +31,17 @@ def _pack_fake(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _unpack(x: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
-    out = x.new_zeros((batch, length, *x.shape[2:]))
-    out.view(batch * length, *x.shape[2:]).index_copy_(0, index, x.squeeze(0))
-    return out
+    rows = torch.ops.packc_cpu.scatter_rows if _has_kernel(x) else _scatter_rows
+    return rows(x.squeeze(0), index, batch * length).unflatten(0, (batch, length))
+
+
+def _scatter_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    # torch's own index_copy on the CPU takes a view of every row first.
+    return x.device.type == "cpu" and config.kernels in ("auto", "cpu") and cpu_library.load("pack")
 
 
 def _unpack_fake(x: Tensor, index: Tensor, batch: int | SymInt, length: int | SymInt) -> Tensor:

@@ -1,4 +1,7 @@
-"""Graph passes: Dynamo graph -> normalised ATen -> with layouts -> packed. Each is a function ``(gm, *, ...) -> gm``."""
+"""Graph passes: Dynamo graph -> normalised ATen -> with layouts -> packed.
+
+Each is a function ``(gm, *, ...) -> gm``.
+"""
 
 from packc.passes.axes import module_path
 from packc.passes.functional import functional

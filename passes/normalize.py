@@ -32,8 +32,8 @@ def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
     """Retrace ``gm`` on ``fake_inputs`` into a graph whose nodes are OpOverloads.
 
     Placeholders keep their order, names and metadata; every node's ``meta["val"]`` is its fake value, and
-    ``nn_module_stack`` and ``stack_trace`` are those of the node it came from. Bodies of checkpoints are inlined, tagged
-    for recomputation. ``gm`` itself is left as it was.
+    ``nn_module_stack`` and ``stack_trace`` are those of the node it came from. Bodies of checkpoints are inlined and
+    tagged for recomputation. ``gm`` itself is left as it was.
 
     Raises:
         NotPackable: the graph has another higher-order op, whose body would have to be rewritten too.

@@ -38,7 +38,7 @@ class Packed:
 
 
 def pack(gm: fx.GraphModule, *, mask: fx.Node) -> fx.GraphModule:
-    """Rewrite a graph with layouts into its packed form, with two more inputs: ``index`` (T,) and ``cu_seqlens`` (B+1,).
+    """Rewrite a graph with layouts into its packed form, with two more inputs: ``index``, ``cu_seqlens``.
 
     Outputs keep size, dtype and strides; their padded positions are zero. Exact under the conditions listed in the
     result's ``meta["packc"]`` (:class:`Packed`), which hold batch by batch or not.

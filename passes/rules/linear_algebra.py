@@ -24,7 +24,7 @@ def linear(op: Op) -> PackedForm:
 
 @register_rule(aten.mm.default, aten.matmul.default, aten.bmm.default)
 def matmul(op: Op) -> PackedForm:
-    """a (..., M, K) @ b (..., K, N), the leading axes broadcast; a or b may be a weight, or both have the same tokens."""
+    """a (..., M, K) @ b (..., K, N), leading axes broadcast: one is a weight, or both have the same tokens."""
     a, b = op.args[:2]
     la, lb = _layout_or_other(op, a), _layout_or_other(op, b)
     if len(la) < 2 or len(lb) < 2:

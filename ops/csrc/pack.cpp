@@ -1,0 +1,74 @@
+// Rows of memory gathered and scattered by an index, for any dtype: what packing and unpacking are on a CPU.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+namespace packc {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kBytes = 1 << 16; // of a task, so that short rows are not handed out one by one
+
+int64_t grain(int64_t row_bytes) {
+  return std::max<int64_t>(1, kBytes / std::max<int64_t>(1, row_bytes));
+}
+
+void check(const Tensor& index, int64_t rows) {
+  const int64_t* at = index.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < index.numel(); ++t)
+    TORCH_CHECK_INDEX(at[t] >= 0 && at[t] < rows, "index[", t, "] = ", at[t], " is not a place in ", rows, " tokens");
+}
+
+// (R, ...) -> (T, ...): row index[t] of x.
+Tensor gather_rows(const Tensor& x, const Tensor& index) {
+  const Tensor source = x.contiguous(), places = index.contiguous();
+  check(places, source.size(0));
+  auto sizes = source.sizes().vec();
+  sizes[0] = places.numel();
+  Tensor out = at::empty(sizes, source.options());
+  const int64_t bytes = source.size(0) == 0 ? 0 : source.nbytes() / source.size(0);
+  const auto* from = static_cast<const char*>(source.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t* at = places.const_data_ptr<int64_t>();
+  at::parallel_for(0, places.numel(), grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      std::memcpy(to + t * bytes, from + at[t] * bytes, bytes);
+  });
+  return out;
+}
+
+// (T, ...) -> (rows, ...): row t of x to row index[t], zero elsewhere.
+Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t rows) {
+  const Tensor source = x.contiguous(), places = index.contiguous();
+  check(places, rows);
+  auto sizes = source.sizes().vec();
+  sizes[0] = rows;
+  Tensor out = at::zeros(sizes, source.options());
+  const int64_t bytes = source.size(0) == 0 ? 0 : source.nbytes() / source.size(0);
+  const auto* from = static_cast<const char*>(source.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t* at = places.const_data_ptr<int64_t>();
+  at::parallel_for(0, places.numel(), grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      std::memcpy(to + at[t] * bytes, from + t * bytes, bytes);
+  });
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
+  m.def("gather_rows(Tensor x, Tensor index) -> Tensor");
+  m.def("scatter_rows(Tensor x, Tensor index, int rows) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(packc_cpu, CPU, m) {
+  m.impl("gather_rows", gather_rows);
+  m.impl("scatter_rows", scatter_rows);
+}
+
+} // namespace
+} // namespace packc
