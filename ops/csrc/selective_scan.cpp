@@ -10,13 +10,18 @@
 namespace packc {
 namespace {
 
-// body(group, block) for all pairs, in parallel.
-template <typename Body>
-void for_each_unit(const std::vector<Group>& groups, const std::vector<ChannelBlock>& blocks, const Body& body) {
+// body(worker, group, bundle of blocks) for all pairs of group and block, in parallel; every thread makes a worker.
+template <typename Make, typename Body>
+void for_each_bundle(
+    const std::vector<Group>& groups, const std::vector<ChannelBlock>& blocks, const Make& make, const Body& body) {
   const int64_t count = static_cast<int64_t>(blocks.size());
   at::parallel_for(0, static_cast<int64_t>(groups.size()) * count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit)
-      body(unit / count, blocks[unit % count]);
+    auto worker = make();
+    for (int64_t unit = first; unit < last;) {
+      const int64_t block = unit % count, size = std::min({kBundle, count - block, last - unit});
+      body(worker, unit / count, std::span(blocks).subspan(block, size));
+      unit += size;
+    }
   });
 }
 
@@ -47,9 +52,11 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(
   if (output_final_state)
     hand_on_states(documents, p.initial_state, outputs.final_state);
   const std::vector<Group> groups = groups_of(documents);
-  for_each_unit(groups, channel_blocks(p.channels, p.G), [&](int64_t group, const ChannelBlock& block) {
-    Forward(p, block, outputs).run(groups[group]);
-  });
+  for_each_bundle(
+      groups,
+      channel_blocks(p.channels, p.G),
+      [&] { return Forward(p, outputs); },
+      [&](Forward& worker, int64_t group, auto blocks) { worker.run(groups[group], blocks); });
   return {outputs.out, outputs.final_state, outputs.chunk_states};
 }
 
@@ -84,9 +91,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const OptionalTensor dfinal = Problem::fp32(dfinal_state);
   if (initial_state)
     hand_on_states(documents, dfinal, grads.dinitial_state);
-  for_each_unit(groups, blocks, [&](int64_t group, const ChannelBlock& block) {
-    Backward(p, block, dout, dfinal, chunk_states, grads).run(groups[group], group);
-  });
+  for_each_bundle(
+      groups,
+      blocks,
+      [&] { return Backward(p, dout, dfinal, chunk_states, grads); },
+      [&](Backward& worker, int64_t group, auto bundle) { worker.run(groups[group], group, bundle); });
 
   const auto [dB, dC] = sum_over_blocks(p, grads.dBC);
   const Tensor sums = grads.dparameters.sum(0);

@@ -6,6 +6,9 @@
 // tokens in chunks; a chunk's inputs are brought into small fp32 tiles, one per vector of channels, and every loop runs
 // over (vector of channels, a few states, tokens) with the states in registers. How the work is cut depends on shapes
 // and cu_seqlens only, and sums are added in order: results do not depend on the number of threads.
+//
+// The blocks that fall to one thread take turns at each chunk: the rows of a tensor lie pages apart, and finding a page
+// anew for every block costs as much as a third of the scan.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -30,6 +33,7 @@ constexpr int64_t kChannels = 64; // of a block
 constexpr int64_t kVectors = kChannels / kVec;
 constexpr int64_t kStates = 4; // computed at once, in registers
 constexpr int64_t kGroupTokens = 1024; // a group of documents has at least so many tokens
+constexpr int64_t kBundle = 8; // blocks of channels that take turns at each piece
 
 constexpr int64_t whole_states(int64_t N) {
   return (N + kStates - 1) / kStates * kStates;
@@ -228,25 +232,33 @@ inline void scatter_state(Vec x, float* matrix, int64_t N, int64_t n, int64_t la
 
 using Registers = std::array<Vec, kStates>;
 
+// A times log2(e), of one block of channels: the decay is exp2(delta A).
+inline States scaled_A(const Problem& p, const ChannelBlock& block) {
+  States A(p.N);
+  const float* source = p.A.const_data_ptr<float>() + block.first * p.N;
+  for (int64_t v = 0; v < block.vectors(); ++v)
+    for (int64_t n = 0; n < A.states; ++n)
+      (gather_state(source + v * kVec * p.N, p.N, n, block.lanes(v)) * Vec(kLog2e)).store(A.at(v, n));
+  return A;
+}
+
 // The inputs of one piece and one block of channels as the loops over states read them.
 struct Inputs {
   const Problem& p;
-  const ChannelBlock& block;
+  ChannelBlock block;
   int64_t states;
   Scratch rows, B, C; // B, C: [token][state]
-  States A; // times log2(e): the decay is exp2(delta A)
   Tile delta, u, x; // delta after bias and softplus; x = delta u
 
-  Inputs(const Problem& p, const ChannelBlock& block)
-      : p(p), block(block), states(whole_states(p.N)), rows(kChunk * kChannels), B(kChunk * states),
-        C(kChunk * states), A(p.N) {
-    const float* source = p.A.const_data_ptr<float>() + block.first * p.N;
-    for (int64_t v = 0; v < block.vectors(); ++v)
-      for (int64_t n = 0; n < states; ++n)
-        (gather_state(source + v * kVec * p.N, p.N, n, block.lanes(v)) * Vec(kLog2e)).store(A.at(v, n));
+  explicit Inputs(const Problem& p)
+      : p(p), block{}, states(whole_states(p.N)), rows(kChunk * kChannels), B(kChunk * states), C(kChunk * states) {}
+
+  void load_BC(const Piece& piece, int64_t g) {
+    load(p.B.select(2, g), piece.row, piece.first, 0, piece.count, p.N, B.data(), states);
+    load(p.C.select(2, g), piece.row, piece.first, 0, piece.count, p.N, C.data(), states);
   }
 
-  // Reads a (B, L, D) tensor's piece; row t of vector v is then at(v, t).
+  // Reads a (B, L, D) tensor's piece; its tokens are then row(v, t).
   void load_rows(const Tensor& tensor, const Piece& piece) {
     load(tensor, piece.row, piece.first, block.first, piece.count, block.count, rows.data(), kChannels);
   }
@@ -261,9 +273,11 @@ struct Inputs {
 
   // before(v, t, raw) sees delta with its bias, before softplus.
   template <typename Before>
-  void load_piece(const Piece& piece, const Before& before) {
-    load(p.B.select(2, block.g), piece.row, piece.first, 0, piece.count, p.N, B.data(), states);
-    load(p.C.select(2, block.g), piece.row, piece.first, 0, piece.count, p.N, C.data(), states);
+  void load_piece(const Piece& piece, const ChannelBlock& next, const Before& before) {
+    // Lanes beyond a block's channels stay zero, so that sums over lanes need no mask.
+    if (next.count < block.count)
+      std::fill_n(rows.data(), kChunk * kChannels, 0.f);
+    block = next;
     load_rows(p.delta, piece);
     for (int64_t v = 0; v < block.vectors(); ++v) {
       const Vec bias = parameter(p.delta_bias, v);

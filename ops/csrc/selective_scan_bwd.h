@@ -13,6 +13,7 @@
 
 #include "selective_scan.h"
 
+#include <span>
 #include <utility>
 
 namespace packc {
@@ -28,38 +29,54 @@ struct BackwardOutputs {
 class Backward {
  public:
   Backward(
-      const Problem& p, const ChannelBlock& block, const Tensor& dout, const OptionalTensor& dfinal_state,
-      const Tensor& chunk_states, const BackwardOutputs& grads)
-      : p_(p), block_(block), dout_(dout), dfinal_state_(dfinal_state), chunk_states_(chunk_states), grads_(grads),
-        in_(p, block), dh_(p.N), dA_(p.N), decays_(kChunk * kStates * kVec),
+      const Problem& p, const Tensor& dout, const OptionalTensor& dfinal_state, const Tensor& chunk_states,
+      const BackwardOutputs& grads)
+      : p_(p), dout_(dout), dfinal_state_(dfinal_state), chunk_states_(chunk_states), grads_(grads), in_(p),
+        decays_(kChunk * kStates * kVec),
         // A run begins with the state that enters it: one place more for each.
         history_(2 * kChunk * kStates * kVec), dB_(kChunk * kStates * kVec), dC_(kChunk * kStates * kVec),
-        result_(kChunk * kChannels), dparameters_(2 * kChannels) {}
+        result_(kChunk * kChannels) {}
 
-  void run(const Group& group, int64_t index) {
+  void run(const Group& group, int64_t index, std::span<const ChannelBlock> blocks) {
+    std::vector<Carried> carried;
+    for (const ChannelBlock& block : blocks)
+      carried.push_back({block, scaled_A(p_, block), States(p_.N), States(p_.N), Scratch(2 * kChannels)});
     for (auto piece = group.rbegin(); piece != group.rend(); ++piece) {
-      load_piece(*piece);
-      for (int64_t n = 0; n < in_.states; n += kStates) {
-        clear(dB_, piece->count);
-        clear(dC_, piece->count);
-        for (int64_t v = 0; v < block_.vectors(); ++v) {
-          recompute(*piece, v, n);
-          sweep(*piece, v, n);
+      int64_t g = -1;
+      for (const Carried& each : carried) {
+        if (g != each.block.g)
+          in_.load_BC(*piece, g = each.block.g);
+        load_piece(*piece, each.block);
+        for (int64_t n = 0; n < in_.states; n += kStates) {
+          clear(dB_, piece->count);
+          clear(dC_, piece->count);
+          for (int64_t v = 0; v < in_.block.vectors(); ++v) {
+            recompute(*piece, each, v, n);
+            sweep(*piece, each, v, n);
+          }
+          store_dBC(*piece, n);
         }
-        store_dBC(*piece, n);
+        store_piece(*piece, each);
       }
-      store_piece(*piece);
     }
-    store_parameters(index);
+    for (const Carried& each : carried)
+      store_parameters(index, each);
   }
 
  private:
+  // What a block of channels takes from piece to piece.
+  struct Carried {
+    ChannelBlock block;
+    States A, dh, dA;
+    Scratch dparameters; // dD, ddelta_bias
+  };
+
   static void clear(const Scratch& sums, int64_t tokens) {
     std::fill_n(sums.data(), tokens * kStates * kVec, 0.f);
   }
 
-  void load_piece(const Piece& piece) {
-    in_.load_piece(piece, [&](int64_t v, int64_t t, Vec raw) {
+  void load_piece(const Piece& piece, const ChannelBlock& block) {
+    in_.load_piece(piece, block, [&](int64_t v, int64_t t, Vec raw) {
       if (p_.delta_softplus)
         accurate_sigmoid(raw).store(slope_.at(v, t));
     });
@@ -73,7 +90,7 @@ class Backward {
         (dout * s * at::vec::fmadd(z, one - s, one)).store(gate_.at(v, t));
       });
     }
-    for (int64_t v = 0; v < block_.vectors(); ++v) {
+    for (int64_t v = 0; v < in_.block.vectors(); ++v) {
       const Vec D = in_.parameter(p_.D, v);
       for (int64_t t = 0; t < piece.count; ++t) {
         (p_.D ? D * Vec::loadu(in_.u.at(v, t)) : D).store(y_.at(v, t));
@@ -85,7 +102,7 @@ class Backward {
 
   template <typename Body>
   void for_each_vector(const Piece& piece, const Body& body) {
-    for (int64_t v = 0; v < block_.vectors(); ++v)
+    for (int64_t v = 0; v < in_.block.vectors(); ++v)
       for (int64_t t = 0; t < piece.count; ++t)
         body(v, t);
   }
@@ -96,10 +113,10 @@ class Backward {
     return history_.data() + place * kStates * kVec;
   }
 
-  void recompute(const Piece& piece, int64_t v, int64_t n) {
+  void recompute(const Piece& piece, const Carried& carried, int64_t v, int64_t n) {
     Registers h, A;
     for (int64_t i = 0; i < kStates; ++i)
-      A[i] = Vec::loadu(in_.A.at(v, n + i));
+      A[i] = Vec::loadu(carried.A.at(v, n + i));
     for (size_t r = 0; r < piece.runs.size(); ++r) {
       const Run& run = piece.runs[r];
       if (run.starts)
@@ -138,34 +155,35 @@ class Backward {
     const float* kept = chunk_states_.const_data_ptr<float>();
     for (int64_t i = 0; i < kStates; ++i)
       h[i] = n + i < p_.N
-          ? Vec::loadu(kept + kept_state(p_, piece, n + i, block_.first + v * kVec), block_.lanes(v))
+          ? Vec::loadu(kept + kept_state(p_, piece, n + i, in_.block.first + v * kVec), in_.block.lanes(v))
           : Vec(0.f);
   }
 
   // ---- backwards -----------------------------------------------------------------------------------------------------
 
-  void sweep(const Piece& piece, int64_t v, int64_t n) {
+  void sweep(const Piece& piece, const Carried& carried, int64_t v, int64_t n) {
     Registers dh;
     for (int64_t i = 0; i < kStates; ++i)
-      dh[i] = Vec::loadu(dh_.at(v, n + i));
+      dh[i] = Vec::loadu(carried.dh.at(v, n + i));
     for (int64_t r = static_cast<int64_t>(piece.runs.size()) - 1; r >= 0; --r) {
       const Run& run = piece.runs[r];
       if (run.ends)
         end_document(run.document, v, n, dh);
-      sweep_tokens(run, v, n, history(run.begin + r), dh);
+      sweep_tokens(run, carried, v, n, history(run.begin + r), dh);
       if (run.starts && p_.initial_state)
         begin_document(run.document, v, n, dh);
     }
     for (int64_t i = 0; i < kStates; ++i)
-      dh[i].store(dh_.at(v, n + i));
+      dh[i].store(carried.dh.at(v, n + i));
   }
 
-  void sweep_tokens(const Run& run, int64_t v, int64_t n, const float* places, Registers& adjoints) {
+  void sweep_tokens(
+      const Run& run, const Carried& carried, int64_t v, int64_t n, const float* places, Registers& adjoints) {
     const float* B = in_.B.data() + n;
     const float* C = in_.C.data() + n;
     Registers dh = adjoints, dA;
     for (int64_t i = 0; i < kStates; ++i)
-      dA[i] = Vec::loadu(dA_.at(v, n + i));
+      dA[i] = Vec::loadu(carried.dA.at(v, n + i));
     for (int64_t t = run.end - 1; t >= run.begin; --t) {
       const Vec delta = Vec::loadu(in_.delta.at(v, t)), x = Vec::loadu(in_.x.at(v, t)), dy = Vec::loadu(dy_.at(v, t));
       Vec B_dh = Vec::loadu(B_dh_.at(v, t)), A_g = Vec::loadu(A_g_.at(v, t));
@@ -183,13 +201,13 @@ class Backward {
         dh[i] = dh[i] * Vec::loadu(decays + i * kVec);
         const Vec g = dh[i] * Vec::loadu(before + i * kVec);
         dA[i] = at::vec::fmadd(g, delta, dA[i]);
-        A_g = at::vec::fmadd(g, Vec::loadu(in_.A.at(v, n + i)), A_g);
+        A_g = at::vec::fmadd(g, Vec::loadu(carried.A.at(v, n + i)), A_g);
       }
       B_dh.store(B_dh_.at(v, t));
       A_g.store(A_g_.at(v, t));
     }
     for (int64_t i = 0; i < kStates; ++i)
-      dA[i].store(dA_.at(v, n + i));
+      dA[i].store(carried.dA.at(v, n + i));
     adjoints = dh;
   }
 
@@ -199,16 +217,16 @@ class Backward {
       return;
     }
     const float* matrix =
-        dfinal_state_->const_data_ptr<float>() + (document * p_.channels + block_.first + v * kVec) * p_.N;
+        dfinal_state_->const_data_ptr<float>() + (document * p_.channels + in_.block.first + v * kVec) * p_.N;
     for (int64_t i = 0; i < kStates; ++i)
-      dh[i] = gather_state(matrix, p_.N, n + i, block_.lanes(v));
+      dh[i] = gather_state(matrix, p_.N, n + i, in_.block.lanes(v));
   }
 
   void begin_document(int64_t document, int64_t v, int64_t n, const Registers& dh) const {
     float* matrix = grads_.dinitial_state.mutable_data_ptr<float>() +
-        (document * p_.channels + block_.first + v * kVec) * p_.N;
+        (document * p_.channels + in_.block.first + v * kVec) * p_.N;
     for (int64_t i = 0; i < kStates; ++i)
-      scatter_state(dh[i], matrix, p_.N, n + i, block_.lanes(v));
+      scatter_state(dh[i], matrix, p_.N, n + i, in_.block.lanes(v));
   }
 
   // ---- results -------------------------------------------------------------------------------------------------------
@@ -220,7 +238,7 @@ class Backward {
   void store_dBC(const Piece& piece, int64_t n) {
     const int64_t N = p_.N, rows = p_.u.size(0), L = p_.u.size(1);
     float* out = grads_.dBC.mutable_data_ptr<float>() +
-        ((block_.index * rows + piece.row) * L + piece.first) * 2 * N + n;
+        ((in_.block.index * rows + piece.row) * L + piece.first) * 2 * N + n;
     const int64_t count = std::min(kStates, N - n);
     for (int64_t t = 0; t < piece.count; ++t, out += 2 * N) {
       for (int64_t i = 0; i < count; ++i) {
@@ -236,12 +254,12 @@ class Backward {
     for_each_vector(piece, [&](int64_t v, int64_t t) {
       result(v, t).store(result_.data() + t * kChannels + v * kVec);
     });
-    store(result_.data(), kChannels, grad, piece.row, piece.first, block_.first, piece.count, block_.count);
+    store(result_.data(), kChannels, grad, piece.row, piece.first, in_.block.first, piece.count, in_.block.count);
   }
 
-  void store_piece(const Piece& piece) {
+  void store_piece(const Piece& piece, const Carried& carried) {
     alignas(64) float D[kChannels];
-    for (int64_t v = 0; v < block_.vectors(); ++v)
+    for (int64_t v = 0; v < in_.block.vectors(); ++v)
       in_.parameter(p_.D, v).store(D + v * kVec);
     store_result(piece, grads_.du, [&](int64_t v, int64_t t) {
       const Vec du = Vec::loadu(in_.delta.at(v, t)) * Vec::loadu(B_dh_.at(v, t));
@@ -251,49 +269,47 @@ class Backward {
       store_result(piece, grads_.dz, [&](int64_t v, int64_t t) {
         return Vec::loadu(gate_.at(v, t)) * Vec::loadu(y_.at(v, t));
       });
-    for (int64_t v = 0; v < block_.vectors(); ++v) {
-      Vec dD = Vec::loadu(dparameters_.data() + v * kVec);
+    for (int64_t v = 0; v < in_.block.vectors(); ++v) {
+      Vec dD = Vec::loadu(carried.dparameters.data() + v * kVec);
       for (int64_t t = 0; t < piece.count; ++t)
         dD = at::vec::fmadd(Vec::loadu(dy_.at(v, t)), Vec::loadu(in_.u.at(v, t)), dD);
-      dD.store(dparameters_.data() + v * kVec);
+      dD.store(carried.dparameters.data() + v * kVec);
     }
     store_result(piece, grads_.ddelta, [&](int64_t v, int64_t t) {
       Vec ddelta = at::vec::fmadd(
           Vec::loadu(in_.u.at(v, t)), Vec::loadu(B_dh_.at(v, t)), Vec(kLn2) * Vec::loadu(A_g_.at(v, t)));
       if (p_.delta_softplus)
         ddelta = ddelta * Vec::loadu(slope_.at(v, t));
-      float* sum = dparameters_.data() + kChannels + v * kVec;
+      float* sum = carried.dparameters.data() + kChannels + v * kVec;
       (Vec::loadu(sum) + ddelta).store(sum);
       return ddelta;
     });
   }
 
-  void store_parameters(int64_t group) {
+  void store_parameters(int64_t group, const Carried& carried) {
     const int64_t D = p_.channels;
-    for (int64_t v = 0; v < block_.vectors(); ++v) {
-      const int64_t channel = block_.first + v * kVec, lanes = block_.lanes(v);
+    for (int64_t v = 0; v < carried.block.vectors(); ++v) {
+      const int64_t channel = carried.block.first + v * kVec, lanes = carried.block.lanes(v);
       float* dA = grads_.dA.mutable_data_ptr<float>() + group * p_.N * D + channel;
       for (int64_t n = 0; n < p_.N; ++n)
-        Vec::loadu(dA_.at(v, n)).store(dA + n * D, lanes);
+        Vec::loadu(carried.dA.at(v, n)).store(dA + n * D, lanes);
       float* dparameters = grads_.dparameters.mutable_data_ptr<float>() + group * 2 * D + channel;
       for (int64_t i = 0; i < 2; ++i)
-        Vec::loadu(dparameters_.data() + i * kChannels + v * kVec).store(dparameters + i * D, lanes);
+        Vec::loadu(carried.dparameters.data() + i * kChannels + v * kVec).store(dparameters + i * D, lanes);
     }
   }
 
   const Problem& p_;
-  const ChannelBlock& block_;
   const Tensor& dout_;
   const OptionalTensor& dfinal_state_;
   const Tensor& chunk_states_;
   const BackwardOutputs& grads_;
   Inputs in_;
-  States dh_, dA_; // of the piece after; of all pieces so far
   Tile slope_, gate_; // d delta / d raw; d out / d y's factor of dz
   Tile y_, dy_, B_dh_, A_g_;
   Scratch decays_, history_; // [token][state][lane], of one vector of channels and a few states
   Scratch dB_, dC_; // [token][state][lane], summed over the block's vectors
-  Scratch result_, dparameters_;
+  Scratch result_;
 };
 
 // dB and dC (B, L, G, N) out of the sums of every block of channels.

@@ -1,7 +1,9 @@
-// The selective scan's forward: one unit is a group of documents times a block of channels.
+// The selective scan's forward.
 #pragma once
 
 #include "selective_scan.h"
+
+#include <span>
 
 namespace packc {
 
@@ -13,34 +15,48 @@ struct ForwardOutputs {
 
 class Forward {
  public:
-  Forward(const Problem& p, const ChannelBlock& block, const ForwardOutputs& outputs)
-      : p_(p), block_(block), outputs_(outputs), in_(p, block), state_(p.N), result_(kChunk * kChannels) {}
+  Forward(const Problem& p, const ForwardOutputs& outputs)
+      : p_(p), outputs_(outputs), in_(p), result_(kChunk * kChannels) {}
 
-  void run(const Group& group) {
+  void run(const Group& group, std::span<const ChannelBlock> blocks) {
+    std::vector<Carried> carried;
+    for (const ChannelBlock& block : blocks)
+      carried.push_back({block, scaled_A(p_, block), States(p_.N)});
     for (const Piece& piece : group) {
-      in_.load_piece(piece, [](int64_t, int64_t, Vec) {});
-      skip_connection(piece);
-      for (int64_t v = 0; v < block_.vectors(); ++v)
-        for (int64_t n = 0; n < in_.states; n += kStates)
-          scan(piece, v, n);
-      gate_and_store(piece);
+      int64_t g = -1;
+      for (const Carried& each : carried) {
+        if (g != each.block.g)
+          in_.load_BC(piece, g = each.block.g);
+        in_.load_piece(piece, each.block, [](int64_t, int64_t, Vec) {});
+        skip_connection(piece);
+        for (int64_t v = 0; v < in_.block.vectors(); ++v)
+          for (int64_t n = 0; n < in_.states; n += kStates)
+            scan(piece, each, v, n);
+        gate_and_store(piece);
+      }
     }
   }
 
  private:
+  // What a block of channels takes from piece to piece.
+  struct Carried {
+    ChannelBlock block;
+    States A, h;
+  };
+
   void skip_connection(const Piece& piece) {
-    for (int64_t v = 0; v < block_.vectors(); ++v) {
+    for (int64_t v = 0; v < in_.block.vectors(); ++v) {
       const Vec D = in_.parameter(p_.D, v);
       for (int64_t t = 0; t < piece.count; ++t)
         (p_.D ? D * Vec::loadu(in_.u.at(v, t)) : D).store(y_.at(v, t));
     }
   }
 
-  void scan(const Piece& piece, int64_t v, int64_t n) {
+  void scan(const Piece& piece, const Carried& carried, int64_t v, int64_t n) {
     Registers h, A;
     for (int64_t i = 0; i < kStates; ++i) {
-      h[i] = Vec::loadu(state_.at(v, n + i));
-      A[i] = Vec::loadu(in_.A.at(v, n + i));
+      h[i] = Vec::loadu(carried.h.at(v, n + i));
+      A[i] = Vec::loadu(carried.A.at(v, n + i));
     }
     for (const Run& run : piece.runs) {
       if (run.starts)
@@ -52,7 +68,7 @@ class Forward {
         end_document(run.document, v, n, h);
     }
     for (int64_t i = 0; i < kStates; ++i)
-      h[i].store(state_.at(v, n + i));
+      h[i].store(carried.h.at(v, n + i));
   }
 
   void scan_tokens(const Run& run, int64_t v, int64_t n, const Registers& A, Registers& states) {
@@ -78,20 +94,20 @@ class Forward {
   void keep_chunk_state(const Piece& piece, int64_t v, int64_t n, const Registers& h) {
     float* kept = outputs_.chunk_states.mutable_data_ptr<float>();
     for (int64_t i = 0; i < kStates && n + i < p_.N; ++i)
-      h[i].store(kept + kept_state(p_, piece, n + i, block_.first + v * kVec), block_.lanes(v));
+      h[i].store(kept + kept_state(p_, piece, n + i, in_.block.first + v * kVec), in_.block.lanes(v));
   }
 
   void end_document(int64_t document, int64_t v, int64_t n, const Registers& h) {
     float* matrix = outputs_.final_state.mutable_data_ptr<float>() +
-        (document * p_.channels + block_.first + v * kVec) * p_.N;
+        (document * p_.channels + in_.block.first + v * kVec) * p_.N;
     for (int64_t i = 0; i < kStates; ++i)
-      scatter_state(h[i], matrix, p_.N, n + i, block_.lanes(v));
+      scatter_state(h[i], matrix, p_.N, n + i, in_.block.lanes(v));
   }
 
   void gate_and_store(const Piece& piece) {
     if (p_.z)
       in_.load_rows(*p_.z, piece);
-    for (int64_t v = 0; v < block_.vectors(); ++v) {
+    for (int64_t v = 0; v < in_.block.vectors(); ++v) {
       for (int64_t t = 0; t < piece.count; ++t) {
         Vec y = Vec::loadu(y_.at(v, t));
         if (p_.z) {
@@ -102,14 +118,12 @@ class Forward {
       }
     }
     store(
-        result_.data(), kChannels, outputs_.out, piece.row, piece.first, block_.first, piece.count, block_.count);
+        result_.data(), kChannels, outputs_.out, piece.row, piece.first, in_.block.first, piece.count, in_.block.count);
   }
 
   const Problem& p_;
-  const ChannelBlock& block_;
   const ForwardOutputs& outputs_;
   Inputs in_;
-  States state_; // after the piece before
   Tile y_;
   Scratch result_;
 };
