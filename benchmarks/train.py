@@ -240,6 +240,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         relation, target = TARGETS.get(name, ("", ""))
         found.add_row(name, f"{value:.3g}", f"{relation} {target}")
     console.print(found)
+    if report["model"]["length"] != LENGTH:
+        console.print("The targets are for the model in full size, not for --quick.")
 
 
 def draw(report: dict[str, Any], file: Path) -> None:

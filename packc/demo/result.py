@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from packc.demo.contender import Step
 
@@ -41,5 +43,7 @@ class Result:
 
 
 def largest_difference(ours: list[float], theirs: list[float]) -> float:
-    """Between two loss curves over the steps that both have, relative to theirs."""
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=False))
+    """Between two loss curves over the steps that both have, relative to theirs; NaN if there is one in either."""
+    steps = min(len(ours), len(theirs))
+    a, b = (torch.tensor(losses[:steps], dtype=torch.float64) for losses in (ours, theirs))
+    return ((a - b) / b).abs().max().item()

@@ -36,7 +36,7 @@ def show(packc: Result, stock: list[Result], batches: list[dict[str, Tensor]], c
         )
         difference = largest_difference(ours, theirs)
         agrees = difference <= TOLERANCE
-        same &= agrees
+        same = same and agrees
         console.print(
             f"Loss curve against {other.name}, {len(theirs)} {what}: "
             f"largest relative difference {difference:.1e}, tolerance {TOLERANCE:.0e}: "

@@ -1,0 +1,23 @@
+"""The examples run as they stand, on sizes that take seconds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ["--steps=10", "--batch-size=3", "--max-length=48", "--hidden-size=16", "--layers=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "says"), [("train_loop.py", "step  10"), ("hf_trainer.py", "train_loss")])
+def test_example(name, says):
+    ran = subprocess.run([sys.executable, EXAMPLES / name, *SMALL], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert says in ran.stdout
+    assert "packc left" not in ran.stderr  # nothing fell back
+
+
+def test_every_example_is_tested():
+    assert {file.name for file in EXAMPLES.glob("*.py")} == {"train_loop.py", "hf_trainer.py"}
