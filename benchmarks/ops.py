@@ -51,7 +51,45 @@ def causal_conv1d(T: int, D: int) -> Contenders:
     }
 
 
-SECTIONS: dict[str, Callable[[int, int], Contenders]] = {"causal_conv1d": causal_conv1d}
+def selective_scan(T: int, D: int) -> Contenders:
+    """N = 16; the baseline is the exponential of a (T, D, N) tensor into one that exists already.
+
+    As a model calls it: softplus, bias, skip connection and gate; delta in channel-first memory, the others slices of
+    token-major projections.
+    """
+    from packc.ops import selective_scan as scan
+
+    N, rank = 16, 32
+    states, exponentials = torch.randn(T, D, N), torch.empty(T, D, N)
+    u, dout = torch.randn(1, T, D), torch.randn(1, T, D)
+    delta, channel_first = torch.rand(1, T, D), torch.randn(1, D, T).transpose(1, 2)
+    A = -torch.arange(1, N + 1).float().repeat(D, 1)
+    z = torch.randn(1, T, 2 * D)[..., D:]
+    B, C = torch.randn(1, T, rank + 2 * N)[..., rank:].chunk(2, -1)
+    bare = (u, delta, A, B.contiguous(), C.contiguous())
+    model = (u, channel_first, A, B, C, torch.ones(D), z, torch.randn(D) - 4)
+    lengths = torch.randint(1, 65, (64,), generator=torch.Generator().manual_seed(0)).cumsum(0)
+    documents = torch.cat([torch.zeros(1, dtype=torch.long), lengths[lengths < T], torch.tensor([T])])
+
+    def forward_backward(inputs: tuple[torch.Tensor, ...], softplus: bool, cu_seqlens: torch.Tensor | None = None):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return lambda: torch.autograd.grad(scan(*leaves, delta_softplus=softplus, cu_seqlens=cu_seqlens), leaves, dout)
+
+    return {
+        "exp of (T, D, N)": lambda: torch.exp(states, out=exponentials),
+        "forward, bare": lambda: scan(*bare),
+        "forward, as a model calls it": lambda: scan(*model, delta_softplus=True),
+        "forward, documents of 1-64": lambda: scan(*model, delta_softplus=True, cu_seqlens=documents),
+        "forward + backward, bare": forward_backward(bare, False),
+        "forward + backward, as a model": forward_backward(model, True),
+        "forward + backward, docs of 1-64": forward_backward(model, True, documents),
+    }
+
+
+SECTIONS: dict[str, Callable[[int, int], Contenders]] = {
+    "causal_conv1d": causal_conv1d,
+    "selective_scan": selective_scan,
+}
 
 
 def medians(contenders: Contenders, rounds: int) -> dict[str, float]:
