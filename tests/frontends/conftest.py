@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager, eager
 
+import packc
+
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, which subprocesses run as a script
 
 
@@ -40,3 +42,11 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels(monkeypatch):
+    """What a graph holds does not depend on the kernels; building them takes a minute."""
+    monkeypatch.setenv("PACKC_KERNELS", "reference")  # for subprocesses
+    with packc.config.patch(kernels="reference"):
+        yield

@@ -31,7 +31,7 @@ def stock():
 def test_whichever_is_imported_first_only_packc_sees_its_ops(order, stock):
     traced = in_a_fresh_process(order)
     for_packc = traced.pop("packc's backend")
-    assert (for_packc["packc.causal_conv1d.default"], for_packc["packc.selective_scan.default"]) == (2, 2)
+    assert (for_packc["packc.causal_conv1d.default"], for_packc["packc.selective_scan.default"]) == (1, 1)
     for_stock = dict(stock)
     assert for_stock.pop("packc's backend") == for_stock["another backend"]
     assert traced == for_stock  # eager to the last bit
@@ -43,19 +43,19 @@ def packc_calls(recorder):
 
 @pytest.mark.parametrize("packc_first", [True, False])
 def test_one_model_under_both_backends_keeps_two_graphs(packc_first, packc_backend, other_backend):
-    model, inputs = tiny_model("mamba", use_associative_scan=False), batch(4)
+    model, inputs = tiny_model("mamba", layers=1, use_associative_scan=False), batch(4)
     backends = [packc_backend, other_backend] if packc_first else [other_backend, packc_backend]
     compiled = [torch.compile(model, backend=backend, fullgraph=True) for backend in backends]
     for _ in range(2):  # the second time round from the cache
         for call in compiled:
             call(**inputs)
     assert len(packc_backend.graphs) == len(other_backend.graphs) == 1
-    assert packc_calls(packc_backend) == 4
+    assert packc_calls(packc_backend) == 2
     assert packc_calls(other_backend) == 0
 
 
 def test_export_after_packc_compiled_the_model_has_the_original_functions(packc_backend):
-    model, inputs = tiny_model("mamba", use_associative_scan=False), batch(4)
+    model, inputs = tiny_model("mamba", layers=1, use_associative_scan=False), batch(4)
     torch.compile(model, backend=packc_backend, fullgraph=True)(**inputs)
     exported = torch.export.export(model, (), inputs, strict=True)  # strict: by Dynamo
     assert not [target for target in counts(exported.graph) if "packc" in target]

@@ -42,8 +42,8 @@ def counts(graph: torch.fx.Graph) -> dict[str, int]:
     return dict(sorted(collections.Counter(calls).items()))
 
 
-def _mamba(**options) -> torch.nn.Module:
-    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, **options)
+def _mamba(layers=2, **options) -> torch.nn.Module:
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=layers, state_size=4, **options)
     return transformers.MambaForCausalLM(config)
 
 
@@ -93,7 +93,7 @@ _BUILD = {"mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba, "zamb
 
 
 def _what_is_traced() -> dict[str, object]:
-    model, inputs = tiny_model("mamba"), batch(4)
+    model, inputs = tiny_model("mamba", layers=1), batch(4)
     graphs = []
 
     def record(gm, example_inputs):
