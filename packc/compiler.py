@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,9 @@ from packc.passes import (
     NoMask,
     NotPackable,
     Packed,
+    WrongMask,
     check_mask,
+    confirm_mask,
     fakify,
     find_mask,
     functional,
@@ -26,6 +29,7 @@ from packc.passes import (
     normalize,
     pack,
     widen_losses,
+    zero_at_padding,
 )
 from packc.report import GraphReport
 
@@ -80,11 +84,25 @@ def compile_graph(
     except (NoMask, NotPackable) as reason:
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {reason}") from None
-        log.info("not packed: %s", reason)
-        return compile_inner(gm, example_inputs), GraphReport.unpacked(gm, str(reason))
+        return _unpacked(gm, example_inputs, compile_inner, str(reason))
+    except Exception as error:
+        if config.strict or isinstance(error, WrongMask):
+            raise
+        # A mistake of ours must not stop anybody's training; it must not pass unseen either.
+        log.exception("a pass failed")
+        warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
+        return _unpacked(gm, example_inputs, compile_inner, f"a pass failed: {error!r}")
     requirements: Packed = packed.meta["packc"]
     call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=strict)
     return call, GraphReport.packed(requirements, call)
+
+
+def _unpacked(
+    gm: fx.GraphModule, example_inputs: list[Any], compile_inner: Callable[..., Any], reason: str
+) -> tuple[Callable[..., Any], GraphReport]:
+    """The graph as it was; its mixers are packc's ops all the same."""
+    log.info("not packed: %s", reason)
+    return compile_inner(gm, example_inputs), GraphReport.unpacked(gm, reason)
 
 
 def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:
@@ -98,8 +116,10 @@ def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphM
     normalized = normalize(gm, fake_inputs=fakes)
     mask = find_mask(normalized, name=config.mask)
     check_mask(mask)
-    rewritten = widen_losses(functional(normalized))
-    packed = pack(layout(rewritten, mask=mask), mask=mask)
+    labelled = layout(widen_losses(functional(normalized)), mask=mask)
+    zero = zero_at_padding(labelled, mask)
+    confirm_mask(labelled, mask, zero=zero, name=config.mask)
+    packed = pack(labelled, mask=mask, zero=zero)
     _artifact("packc_after", packed)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.graph.nodes))
     return packed, _index_fakes(mask.meta["val"])

@@ -6,9 +6,10 @@ Each is a function ``(gm, *, ...) -> gm``.
 from packc.passes.axes import module_path
 from packc.passes.functional import functional
 from packc.passes.layout import layout
-from packc.passes.mask import NoMask, check_mask, find_mask
+from packc.passes.mask import NoMask, WrongMask, check_mask, confirm_mask, find_mask
 from packc.passes.normalize import fakify, normalize
 from packc.passes.pack import Packed, pack
+from packc.passes.padding import zero_at_padding
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.widen_losses import widen_losses
 
@@ -17,7 +18,9 @@ __all__ = [
     "NoMask",
     "NotPackable",
     "Packed",
+    "WrongMask",
     "check_mask",
+    "confirm_mask",
     "fakify",
     "find_mask",
     "functional",
@@ -26,4 +29,5 @@ __all__ = [
     "normalize",
     "pack",
     "widen_losses",
+    "zero_at_padding",
 ]

@@ -73,7 +73,8 @@ def _is_item(node: fx.Node) -> bool:
 def _find_packed_only(gm: fx.GraphModule, forms: Forms) -> None:
     for node in gm.graph.nodes:
         form = packed_form(node)
-        if (form is not None and (form.is_mixer or any(n in forms.packed_only for n in form.operands))) or (_is_item(node) and node.args[0] in forms.packed_only):
+        sources = form.operands if form is not None else node.args[:1] if _is_item(node) else ()
+        if (form is not None and form.is_mixer) or any(source in forms.packed_only for source in sources):
             forms.packed_only.add(node)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -41,6 +43,8 @@ def _functional_overload(node: fx.Node) -> OpOverload | None:
 
 def _is_fresh(value: object) -> bool:
     """Made by an op that returns new memory."""
+    if isinstance(value, fx.Node) and value.target is operator.getitem:
+        value = value.args[0]  # one result of several
     if not isinstance(value, fx.Node) or not isinstance(value.target, OpOverload):
         return False
     return all(result.alias_info is None for result in value.target._schema.returns)

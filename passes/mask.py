@@ -8,8 +8,10 @@ from torch import fx
 from packc.passes.axes import same_size
 from packc.passes.sources import argument_name, is_argument
 
-# In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else.
-_NAMES = ("attention_mask", "padding_mask", "pad_mask", "src_mask", "input_mask", "mask")
+# In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else, and even of these
+# only the first always says which positions are tokens: see confirm_mask.
+_TRUSTED = "attention_mask"
+_NAMES = (_TRUSTED, "input_mask", "padding_mask", "pad_mask", "mask")
 _MULTIPLIES = {torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor}
 _ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 _FORWARDS = {
@@ -22,6 +24,10 @@ _FORWARDS = {
 }
 
 
+class WrongMask(ValueError):
+    """``packc.mask`` names something that is not a ``(B, L)`` input."""
+
+
 class NoMask(Exception):
     """Nothing tells padding from tokens; the message says what was looked for."""
 
@@ -32,19 +38,20 @@ def find_mask(gm: fx.GraphModule, *, name: str | None = None) -> fx.Node:
     Args:
         gm: a normalised graph.
         name: the argument's name in the model's ``forward``; None looks for a two-dimensional input with a known name
-            (``attention_mask``, ``padding_mask``, ``mask``, ...) that is not added to scores.
+            (``attention_mask``, ``padding_mask``, ``mask``, ...) that is not added to scores, and leaves the rest to
+            :func:`confirm_mask`.
 
     Raises:
         NoMask: there is none.
-        ValueError: ``name`` was given and is not a two-dimensional input of this graph.
+        WrongMask: ``name`` was given and is not a two-dimensional input of this graph.
     """
     candidates = {argument_name(node): node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)}
     if name is not None:
         if name not in candidates:
-            raise ValueError(f"packc.mask: the graph has no input {name!r}; it has {sorted(candidates)}")
+            raise WrongMask(f"packc.mask: the graph has no input {name!r}; it has {sorted(candidates)}")
         node = candidates[name]
         if node.meta["val"].ndim != 2:
-            raise ValueError(f"packc.mask: {name!r} must be (B, L), got shape {tuple(node.meta['val'].shape)}")
+            raise WrongMask(f"packc.mask: {name!r} must be (B, L), got shape {tuple(node.meta['val'].shape)}")
         return node
     for known in _NAMES:
         node = candidates.get(known)
@@ -58,6 +65,28 @@ def check_mask(mask: fx.Node) -> None:
     batch, length = mask.meta["val"].shape
     if same_size(length, 1):
         raise NoMask(f"the batch ({batch}, {length}) has one position per row")
+
+
+def confirm_mask(gm: fx.GraphModule, mask: fx.Node, *, zero: set[fx.Node], name: str | None = None) -> None:
+    """Refuse a mask that may be something else: only its use tells a padding mask from its opposite, or from the
+    positions that count in a loss.
+
+    Needs the layouts of :func:`packc.passes.layout.layout`. The names ``attention_mask`` and ``name`` are trusted.
+
+    Raises:
+        NoMask: no mixer reads a value of ``zero``, the values that are zero wherever this mask is.
+    """
+    own = argument_name(mask)
+    if own in (_TRUSTED, name):
+        return
+    for node in gm.graph.nodes:
+        form = node.meta.get("packed_form")
+        if form is not None and form.keep_left_unless_zero is not None and form.keep_left_unless_zero[0] in zero:
+            return
+    raise NoMask(
+        f"no mixer reads a value that {own!r} sets to zero, so it may not be a padding mask; "
+        f'if it is one, say so: options={{"packc.mask": {own!r}}}'
+    )
 
 
 def _is_added(node: fx.Node) -> bool:

@@ -14,7 +14,6 @@ from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Layout, module_path, sa
 from packc.passes.forms import Forms, choose_forms, is_computed_packed, packed_form, reads_as_is, switches_mode
 from packc.passes.labels import IgnoredLabels, ignored_labels
 from packc.passes.normalize import carry_over_from_dynamo
-from packc.passes.padding import zero_at_padding
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.rules import PackedForm, Placeholder
 
@@ -37,16 +36,20 @@ class Packed:
     boundaries: list[Boundary] = field(default_factory=list)
 
 
-def pack(gm: fx.GraphModule, *, mask: fx.Node) -> fx.GraphModule:
+def pack(gm: fx.GraphModule, *, mask: fx.Node, zero: set[fx.Node]) -> fx.GraphModule:
     """Rewrite a graph with layouts into its packed form, with two more inputs: ``index``, ``cu_seqlens``.
 
     Outputs keep size, dtype and strides; their padded positions are zero. Exact under the conditions listed in the
     result's ``meta["packc"]`` (:class:`Packed`), which hold batch by batch or not.
 
+    Args:
+        gm: a graph with layouts.
+        mask: its padding mask.
+        zero: values known to be zero at padding.
+
     Raises:
         NotPackable: no packed graph computes the same.
     """
-    zero = zero_at_padding(gm, mask)
     forms = choose_forms(gm, zero=zero)
     requirements = _requirements(gm, forms, zero, mask)
     if not any(packed_form(node) for node in forms.packed):

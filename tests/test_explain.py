@@ -13,7 +13,9 @@ class TestExplain(TestCase):
     def test_a_packed_model(self):
         report = packc.explain(tiny_mamba())(**batch_of(RIGHT))
         assert (report.tokens, report.padded_tokens, report.fallback) == (15, 24, None)
-        self.assertExpectedInline(str(report), """\
+        self.assertExpectedInline(
+            str(report),
+            """\
 packc: packed 4 of 4 mixers (1 graph)
   tokens      15 of 24 padded (37.5% left out)
   mixers      4
@@ -21,29 +23,36 @@ packc: packed 4 of 4 mixers (1 graph)
     packc.selective_scan.default  packed  backbone.layers.0.mixer
     packc.causal_conv1d.default   packed  backbone.layers.1.mixer
     packc.selective_scan.default  packed  backbone.layers.1.mixer
-  boundaries  none""")
+  boundaries  none""",
+        )
 
     def test_a_batch_with_a_hole(self):
         report = packc.explain(tiny_mamba(layers=1))(**batch_of(HOLE))
-        self.assertExpectedInline(str(report), """\
+        self.assertExpectedInline(
+            str(report),
+            """\
 packc: packed 2 of 2 mixers (1 graph)
   tokens      19 of 24 padded (20.8% left out)
   mixers      2
     packc.causal_conv1d.default   packed  backbone.layers.0.mixer
     packc.selective_scan.default  packed  backbone.layers.0.mixer
   boundaries  none
-  not packed  padding between tokens of a row""")
+  not packed  padding between tokens of a row""",
+        )
 
     def test_no_mask(self):
         batch = batch_of(RIGHT)
         del batch["attention_mask"]
-        self.assertExpectedInline(str(packc.explain(tiny_mamba(layers=1))(**batch)), """\
+        self.assertExpectedInline(
+            str(packc.explain(tiny_mamba(layers=1))(**batch)),
+            """\
 packc: nothing packed (1 graph)
   mixers      2
     packc.causal_conv1d.default   padded  backbone.layers.0.mixer
     packc.selective_scan.default  padded  backbone.layers.0.mixer
   boundaries  none
-  not packed  no (B, L) padding mask among the inputs ['input_ids', 'labels']""")
+  not packed  no (B, L) padding mask among the inputs ['input_ids', 'labels']""",
+        )
 
     def test_a_boundary(self):
         def pooled(x, mask):

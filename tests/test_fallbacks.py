@@ -94,9 +94,9 @@ def test_strict_may_be_turned_on_for_the_process():
 def test_left_padding_that_a_mixer_reads_stays_in():
     taps = torch.randn(4, 3)
 
-    def unmasked(x, mask):
+    def unmasked(x, attention_mask):
         y = packc.ops.causal_conv1d(x, taps)
-        return (y * mask[..., None]).sum()
+        return (y * attention_mask[..., None]).sum()
 
     x, mask = torch.randn(2, 6, 4), masks(["000111", "111100"])
     fast = torch.compile(unmasked, backend="packc", options=DEBUG)
@@ -120,3 +120,17 @@ def test_final_states_keep_right_padding_in():
     expected_out, expected_state = with_state(x, mask)
     torch.testing.assert_close(out[mask.bool()], expected_out[mask.bool()])
     torch.testing.assert_close(state, expected_state)
+
+
+def test_a_mistake_in_a_pass_leaves_the_graph_unpacked_and_says_so(monkeypatch):
+    def broken(gm, *, mask):
+        raise AssertionError("a mistake")
+
+    monkeypatch.setattr(packc.compiler, "layout", broken)
+    model, batch = tiny_mamba(), batch_of(RIGHT)
+    with pytest.warns(UserWarning, match="please report this: AssertionError"):
+        actual = train_step(compiled(model), batch)
+    assert_same_step(actual, exact_step(model, batch), batch["attention_mask"])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="a mistake"):
+        compiled(model, strict=True)(**batch)

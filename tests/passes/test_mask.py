@@ -12,13 +12,21 @@ def taken(function, *inputs) -> bool:
     return packc.explain(function)(*inputs).tokens is not None
 
 
+TAPS = torch.randn(4, 2)
+
+
+def mix(x):
+    return packc.ops.causal_conv1d(x, TAPS)
+
+
 X, MASK = torch.randn(3, 8, 4), masks(RIGHT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_a_known_name_of_any_dtype(dtype):
     assert taken(lambda x, attention_mask: x * attention_mask[..., None], X, MASK.to(dtype))
-    assert taken(lambda x, padding_mask: x * padding_mask[..., None], X, MASK.to(dtype))
+    assert taken(lambda x, padding_mask: mix(x * padding_mask[..., None]), X, MASK.to(dtype))
+    assert taken(lambda x, mask: mix(x.masked_fill(mask[..., None] == 0, 0.0)), X, MASK.to(dtype))
 
 
 def test_not_a_mask_that_is_added_to_scores():
@@ -26,9 +34,25 @@ def test_not_a_mask_that_is_added_to_scores():
     assert not taken(lambda x, mask: (x.sum(-1) + mask).softmax(-1), X, additive)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, padding_mask: mix(x.masked_fill(padding_mask[..., None] == 1, 0.0)),
+        lambda x, pad_mask: mix(x * (1 - pad_mask)[..., None]),
+        lambda x, mask: mix(x * ~mask.bool()[..., None]),
+    ],
+)
+def test_not_a_mask_that_is_one_at_padding(function):
+    assert not taken(function, X, MASK)
+
+
+def test_not_a_mask_of_what_counts_in_the_loss():
+    assert not taken(lambda x, mask: (mix(x).square().mean(-1) * mask).sum() / mask.sum(), X, MASK)
+
+
 def test_not_one_of_another_purpose_or_shape():
-    assert not taken(lambda x, loss_mask: x * loss_mask[..., None], X, MASK)
-    assert not taken(lambda x, mask: x * mask, X, MASK[..., None])
+    assert not taken(lambda x, loss_mask: mix(x * loss_mask[..., None]), X, MASK)
+    assert not taken(lambda x, mask: mix(x * mask), X, MASK[..., None])
 
 
 def test_the_attention_mask_goes_before_any_other():

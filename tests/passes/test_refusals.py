@@ -63,8 +63,8 @@ def test_runs_unpacked_with_the_reason(name):
 def test_a_mixer_that_is_packed_already_is_left_alone():
     cu_seqlens = torch.tensor([0, 3, 8])
 
-    def packed_by_hand(x, mask):
-        return packc.ops.causal_conv1d(x * mask[..., None], TAPS, cu_seqlens=cu_seqlens)
+    def packed_by_hand(x, attention_mask):
+        return packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS, cu_seqlens=cu_seqlens)
 
     x, mask, backend = torch.randn(1, 8, H), torch.ones(1, 8), RecordingBackend("eager")
     expected = packed_by_hand(x, mask)

@@ -6,7 +6,7 @@ from harness import code, masks
 from torch.nn import functional as F
 
 import packc
-from packc.passes import fakify, find_mask, functional, layout, normalize, pack, widen_losses
+from packc.passes import fakify, find_mask, functional, layout, normalize, pack, widen_losses, zero_at_padding
 from packc.passes.axes import show
 
 
@@ -29,7 +29,7 @@ def stages(function, *inputs, dynamic=False):
             for node in normalized.graph.nodes
             if "layout" in node.meta
         )
-        graphs["pack"] = code(pack(normalized, mask=mask))
+        graphs["pack"] = code(pack(normalized, mask=mask, zero=zero_at_padding(normalized, mask)))
         return gm.forward
 
     torch.compile(function, backend=record, fullgraph=True, dynamic=dynamic)(*inputs)
