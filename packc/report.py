@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,13 +106,27 @@ def explain(model: Callable[..., Any]) -> Callable[..., Report]:
         token = _seen.set(graphs)
         try:
             # Entries of an explained model are its own, and must not use up what Dynamo grants the compiled one.
-            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64), _not_compiled(original):
                 torch.compile(original, backend=_explaining)(*args, **kwargs)
         finally:
             _seen.reset(token)
         return _merge(graphs)
 
     return run
+
+
+@contextlib.contextmanager
+def _not_compiled(model: Any) -> Iterator[None]:
+    """After ``model.compile()`` a module calls what it compiled; here it is to be called itself."""
+    compiled = getattr(model, "_compiled_call_impl", None)
+    if compiled is None:
+        yield
+        return
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
 
 
 def _explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -80,6 +80,13 @@ packc: nothing packed (1 graph)
         assert [mixer.packed for mixer in report.mixers] == [True] * 4
 
 
+def test_a_model_compiled_in_place_is_looked_at_itself():
+    model, batch = tiny_mamba(), batch_of(RIGHT)
+    model.compile(backend="packc", options={"packc.inner": "aot_eager"})
+    model(**batch)
+    assert packc.explain(model)(**batch).tokens == 15
+
+
 def test_explaining_leaves_the_compiled_model_as_it_is():
     model, batch = tiny_mamba(), batch_of(RIGHT)
     compiled = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager"})
