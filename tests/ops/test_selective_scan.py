@@ -16,10 +16,8 @@ from selective_scan_data import (
 from packc import config
 from packc.ops import cpu_library, selective_scan
 
-KERNELS = [
-    "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(not cpu_library.load("selective_scan"), reason="no C++ compiler")),
-]
+needs_compiler = pytest.mark.skipif(not cpu_library.load("selective_scan"), reason="no C++ compiler")
+KERNELS = ["reference", pytest.param("cpu", marks=needs_compiler)]
 
 
 @pytest.fixture(params=KERNELS)
@@ -177,7 +175,8 @@ def test_a_nan_in_any_input_shows_in_the_output(kernels):
         assert selective_scan(**inputs, delta_softplus=True)[0, :, 0].isnan().any(), name
 
 
-def test_runs_are_bitwise_reproducible_for_any_number_of_threads(kernels):
+@needs_compiler
+def test_runs_are_bitwise_reproducible_for_any_number_of_threads():
     inputs = make_inputs(B=2, L=200, D=130, N=5)
     threads = torch.get_num_threads()
     results = []
@@ -190,6 +189,20 @@ def test_runs_are_bitwise_reproducible_for_any_number_of_threads(kernels):
     for other in results[1:]:
         for name, x in other.items():
             assert torch.equal(x, results[0][name]), name
+
+
+@needs_compiler
+def test_memory_beyond_inputs_and_outputs_and_no_copies_of_strided_inputs():
+    T, D, N = 1024, 192, 16
+    inputs = {name: as_a_model_hands_over(name, x) for name, x in make_inputs(L=T, D=D, N=N).items()}
+    arguments = (*inputs.values(), True, None, None)
+    with torch.profiler.profile(profile_memory=True) as record:
+        out, _, chunk_states = torch.ops.packc.selective_scan.default(*arguments, False)
+        grads = torch.ops.packc.selective_scan_bwd.default(out, None, chunk_states, *arguments, True)
+    events = record.profiler.kineto_results.events()
+    allocated = sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+    extra = allocated - sum(x.numel() * x.element_size() for x in (out, *grads))
+    assert 0 < extra <= T * D * N * 4 / 8
 
 
 def test_equals_the_function_of_transformers():

@@ -74,8 +74,9 @@ def test_one_compilation_serves_every_length_and_number_of_documents():
         assert_all_close(dict(enumerate(results)), dict(enumerate(expected)))
 
 
-def test_an_unbacked_length_compiles():
-    """Every length, also 0 and 1, out of one compilation that was told nothing of it."""
+@pytest.mark.parametrize("train", [False, True])
+def test_an_unbacked_length_compiles(train):
+    """Every length, also one, out of one compilation that was told nothing of it."""
 
     def scan(u, delta, A, B, C, cu_seqlens):
         return selective_scan(u, delta, A, B, C, delta_softplus=True, cu_seqlens=cu_seqlens)
@@ -83,12 +84,18 @@ def test_an_unbacked_length_compiles():
     compiled = torch.compile(scan, fullgraph=True)
     for step, L in enumerate([50, 1, 130]):
         inputs = make_inputs(L=L)
-        values = [inputs[name] for name in ("u", "delta", "A", "B", "C")]
+        values = [inputs[name].requires_grad_(train) for name in ("u", "delta", "A", "B", "C")]
         for x in values:
             if x.ndim == 3:
                 torch._dynamo.decorators.mark_unbacked(x, 1)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            torch.testing.assert_close(compiled(*values, offsets([L])), scan(*values, offsets([L])))
+            out = compiled(*values, offsets([L]))
+        expected = scan(*values, offsets([L]))
+        torch.testing.assert_close(out, expected)
+        if train:
+            dout = torch.randn_like(out)
+            results = torch.autograd.grad(out, values, dout)
+            torch.testing.assert_close(results, torch.autograd.grad(expected, values, dout))
 
 
 def test_lengths_that_a_trace_cannot_compare_are_checked_by_the_kernel():
