@@ -26,8 +26,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunk = 256; // tokens
-constexpr int64_t kTile = 16; // tokens
-constexpr int64_t kChannels = 128; // of a block; tiles of it fit the first-level cache
+constexpr int64_t kTile = 16; // tokens of a tile, whose arrays together fit the second-level cache
+constexpr int64_t kChannels = 512; // of a block: rows are long runs of memory, as hardware prefetchers like them
 
 // The parameters in fp32 with rows of whole vectors: W rows of taps, then the bias.
 struct Filter {
@@ -103,6 +103,17 @@ void for_each_span(const Documents& documents, int64_t begin, int64_t end, const
   }
 }
 
+// Rows of vectors that kernels read: a staged tile, or the tensor itself.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// Whether the tensor's own rows will do.
+bool readable_in_place(const Tensor& x) {
+  return x.scalar_type() == at::kFloat && x.stride(2) == 1 && x.size(2) % kVec == 0;
+}
+
 // The tokens of a document as a block, from a token and a channel on.
 template <typename T>
 Block<const T> tokens_of(const Tensor& x, const Documents& documents, int64_t document, int64_t token, int64_t channel) {
@@ -130,23 +141,21 @@ void load_with_history(
 
 // bias + sum_k taps[k] x[k] for one vector of channels; x points to the oldest row.
 template <int kW>
-inline Vec convolve(Taps<kW> taps, int64_t v, const float* x) {
+inline Vec convolve(Taps<kW> taps, int64_t v, const float* x, int64_t stride) {
   Vec sum = taps.bias(v);
   for (int64_t k = 0; k < taps.W(); ++k)
-    sum = at::vec::fmadd(taps.tap(k, v), Vec::loadu(x + k * kChannels + v), sum);
+    sum = at::vec::fmadd(taps.tap(k, v), Vec::loadu(x + k * stride + v), sum);
   return sum;
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 template <int kW, bool kSilu>
-void forward_tile(Taps<kW> taps, int64_t width, int64_t tokens, const float* x, float* out, int64_t out_width) {
+void forward_tile(Taps<kW> taps, int64_t width, int64_t tokens, Rows x, float* out, int64_t out_stride) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t v = 0; v < width; v += kVec) {
-      Vec y = convolve(taps, v, x + t * kChannels);
-      if constexpr (kSilu)
-        y = y * sigmoid(y);
-      y.store(out + t * out_width + v);
+      const Vec pre = convolve(taps, v, x.data + t * x.stride, x.stride);
+      (kSilu ? silu(pre) : pre).store(out + t * out_stride + v);
     }
   }
 }
@@ -155,27 +164,36 @@ template <typename T, int kW, bool kSilu>
 void forward(const Tensor& x, const Filter& filter, const Documents& documents, const State& initial, Tensor& out) {
   const int64_t D = filter.D, W = filter.W, tokens = documents.tokens();
   const int64_t blocks = at::divup(D, kChannels), units = at::divup(tokens, kChunk) * blocks;
+  const bool in_place = readable_in_place(x);
   at::parallel_for(0, units, 1, [&](int64_t first, int64_t last) {
     std::vector<float> rows((W - 1 + kTile) * kChannels), result(kTile * kChannels);
+
+    const auto staged = [&](Taps<kW> taps, Span span, int64_t channel, int64_t channels) {
+      for (int64_t t = span.begin; t < span.end; t += kTile) {
+        const Span tile{span.document, t, std::min(t + kTile, span.end)};
+        const int64_t count = tile.end - tile.begin;
+        load_with_history<T>(x, documents, initial, W, tile, channel, channels, rows.data());
+        forward_tile<kW, kSilu>(
+            taps, whole_vectors(channels), count, Rows{rows.data(), kChannels}, result.data(), kChannels);
+        const Block<T> target{out.mutable_data_ptr<T>() + (documents.starts[span.document] + t) * D + channel, D, 1};
+        store_tile(result.data(), kChannels, count, channels, target);
+      }
+    };
+
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t chunk = unit / blocks * kChunk, channel = unit % blocks * kChannels;
-      const int64_t channels = std::min(kChannels, D - channel), width = whole_vectors(channels);
+      const int64_t channels = std::min(kChannels, D - channel);
       const Taps<kW> taps(filter, channel);
       for_each_span(documents, chunk, std::min(chunk + kChunk, tokens), [&](Span span) {
-        for (int64_t t = span.begin; t < span.end; t += kTile) {
-          const Span tile{span.document, t, std::min(t + kTile, span.end)};
-          const int64_t count = tile.end - tile.begin;
-          load_with_history<T>(x, documents, initial, W, tile, channel, channels, rows.data());
-          const Block<T> target{
-              out.mutable_data_ptr<T>() + (documents.starts[span.document] + t) * D + channel, D, 1};
-          if constexpr (std::is_same_v<T, float>) {
-            if (width == channels) {
-              forward_tile<kW, kSilu>(taps, width, count, rows.data(), target.data, D);
-              continue;
-            }
-          }
-          forward_tile<kW, kSilu>(taps, width, count, rows.data(), result.data(), kChannels);
-          store_tile(result.data(), kChannels, count, channels, target);
+        // Only a document's first W - 1 tokens look at rows that are not there.
+        const int64_t head = in_place ? std::clamp(W - 1, span.begin, span.end) : span.end;
+        staged(taps, Span{span.document, span.begin, head}, channel, channels);
+        if constexpr (std::is_same_v<T, float>) {
+          if (head < span.end)
+            forward_tile<kW, kSilu>(
+                taps, channels, span.end - head,
+                Rows{tokens_of<T>(x, documents, span.document, head - (W - 1), channel).data, x.stride(1)},
+                out.mutable_data_ptr<T>() + (documents.starts[span.document] + head) * D + channel, D);
         }
       });
     }
@@ -206,12 +224,12 @@ void final_states(const Tensor& x, const Documents& documents, const State& init
 // dpre = dout, or dout silu'(pre) with pre computed again.
 template <int kW, bool kSilu>
 void preactivation_grads(
-    Taps<kW> taps, int64_t width, int64_t tokens, const float* x, const float* dout, float* dpre) {
+    Taps<kW> taps, int64_t width, int64_t tokens, Rows x, Rows dout, float* dpre) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t v = 0; v < width; v += kVec) {
-      Vec grad = Vec::loadu(dout + t * kChannels + v);
+      Vec grad = Vec::loadu(dout.data + t * dout.stride + v);
       if constexpr (kSilu) {
-        const Vec pre = convolve(taps, v, x + t * kChannels), s = sigmoid(pre);
+        const Vec pre = convolve(taps, v, x.data + t * x.stride, x.stride), s = sigmoid(pre);
         // silu' = s (1 + pre (1 - s))
         grad = grad * s * at::vec::fmadd(pre, Vec(1.f) - s, Vec(1.f));
       }
@@ -223,7 +241,7 @@ void preactivation_grads(
 // The gradients of kTaps taps from tap k on (and of the bias, with the first): sums[k] += sum_t dpre[t] x[t + k].
 template <int kTaps, bool kBias>
 void parameter_grads(
-    int64_t k, int64_t width, int64_t tokens, const float* x, const float* dpre, float* sums, float* bias_sums,
+    int64_t k, int64_t width, int64_t tokens, Rows x, const float* dpre, float* sums, float* bias_sums,
     int64_t sums_width) {
   for (int64_t v = 0; v < width; v += kVec) {
     Vec taps[kTaps], bias(0.f);
@@ -232,7 +250,7 @@ void parameter_grads(
     for (int64_t t = 0; t < tokens; ++t) {
       const Vec grad = Vec::loadu(dpre + t * kChannels + v);
       for (int i = 0; i < kTaps; ++i)
-        taps[i] = at::vec::fmadd(grad, Vec::loadu(x + (t + k + i) * kChannels + v), taps[i]);
+        taps[i] = at::vec::fmadd(grad, Vec::loadu(x.data + (t + k + i) * x.stride + v), taps[i]);
       bias = bias + grad;
     }
     for (int i = 0; i < kTaps; ++i) {
@@ -246,13 +264,13 @@ void parameter_grads(
 
 // dx[t] = sum_k taps[W - 1 - k] dpre[t + k]
 template <int kW>
-void input_grads(Taps<kW> taps, int64_t width, int64_t tokens, const float* dpre, float* dx) {
+void input_grads(Taps<kW> taps, int64_t width, int64_t tokens, const float* dpre, float* dx, int64_t dx_stride) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t v = 0; v < width; v += kVec) {
       Vec sum(0.f);
       for (int64_t k = 0; k < taps.W(); ++k)
         sum = at::vec::fmadd(taps.tap(taps.W() - 1 - k, v), Vec::loadu(dpre + (t + k) * kChannels + v), sum);
-      sum.store(dx + t * kChannels + v);
+      sum.store(dx + t * dx_stride + v);
     }
   }
 }
@@ -268,6 +286,7 @@ void backward(
     const Tensor& dout, const State& dfinal, const Tensor& x, const Filter& filter, const Documents& documents,
     const State& initial, Grads& grads) {
   const int64_t D = filter.D, W = filter.W, tokens = documents.tokens();
+  const bool x_in_place = readable_in_place(x), dout_in_place = readable_in_place(dout);
   const int64_t blocks = at::divup(D, kChannels), units = at::divup(tokens, kChunk) * blocks;
   at::parallel_for(0, units, 1, [&](int64_t first, int64_t last) {
     std::vector<float> rows((kTile + 2 * (W - 1)) * kChannels), result((kTile + W - 1) * kChannels);
@@ -280,13 +299,23 @@ void backward(
       const Taps<kW> taps(filter, channel);
       float* sums = grads.sums.mutable_data_ptr<float>() + unit / blocks * (W + 1) * filter.width + channel;
 
+      // Computes dpre of a tile; returns its rows of x.
       const auto load_dpre = [&](Span tile) {
         const int64_t count = tile.end - tile.begin;
-        load_with_history<T>(x, documents, initial, W, tile, channel, channels, rows.data());
-        load_tile(
-            tokens_of<T>(dout, documents, tile.document, tile.begin, channel), count, channels, result.data(),
-            kChannels);
-        preactivation_grads<kW, kSilu>(taps, width, count, rows.data(), result.data(), dpre);
+        Rows x_rows{rows.data(), kChannels}, dout_rows{result.data(), kChannels};
+        const auto dout_block = tokens_of<T>(dout, documents, tile.document, tile.begin, channel);
+        if constexpr (std::is_same_v<T, float>) {
+          if (x_in_place && tile.begin >= W - 1)
+            x_rows = {tokens_of<T>(x, documents, tile.document, tile.begin - (W - 1), channel).data, x.stride(1)};
+          if (dout_in_place)
+            dout_rows = {dout_block.data, dout.stride(1)};
+        }
+        if (x_rows.data == rows.data())
+          load_with_history<T>(x, documents, initial, W, tile, channel, channels, rows.data());
+        if (dout_rows.data == result.data())
+          load_tile(dout_block, count, channels, result.data(), kChannels);
+        preactivation_grads<kW, kSilu>(taps, width, count, x_rows, dout_rows, dpre);
+        return x_rows;
       };
 
       for_each_span(documents, chunk, std::min(chunk + kChunk, tokens), [&](Span span) {
@@ -303,36 +332,42 @@ void backward(
           const Span tile{span.document, begin, std::min(begin + kTile, span.end)};
           const int64_t count = tile.end - tile.begin;
           std::copy_backward(dpre, dpre + (W - 1) * kChannels, dpre + (count + W - 1) * kChannels);
-          load_dpre(tile);
+          const Rows x_rows = load_dpre(tile);
 
           float* bias_sums = sums + W * filter.width;
           if constexpr (kW > 0) {
-            parameter_grads<kW, true>(0, width, count, rows.data(), dpre, sums, bias_sums, filter.width);
+            parameter_grads<kW, true>(0, width, count, x_rows, dpre, sums, bias_sums, filter.width);
           } else {
-            parameter_grads<1, true>(0, width, count, rows.data(), dpre, sums, bias_sums, filter.width);
+            parameter_grads<1, true>(0, width, count, x_rows, dpre, sums, bias_sums, filter.width);
             for (int64_t k = 1; k < W; ++k)
-              parameter_grads<1, false>(k, width, count, rows.data(), dpre, sums, bias_sums, filter.width);
+              parameter_grads<1, false>(k, width, count, x_rows, dpre, sums, bias_sums, filter.width);
           }
 
-          // The token p is row p - (length - (W - 1)) of the final state.
-          input_grads(taps, width, count, dpre, result.data());
-          if (dfinal) {
-            const int64_t state_begin = std::max(tile.begin, length - (W - 1));
-            for (int64_t p = state_begin; p < tile.end; ++p) {
-              const auto row = dfinal.rows(span.document, p - (length - (W - 1)), channel);
-              float* dx = result.data() + (p - tile.begin) * kChannels;
-              for (int64_t c = 0; c < channels; ++c)
-                dx[c] += row.data[c * row.channel_stride];
+          T* dx = grads.dx.mutable_data_ptr<T>() + (documents.starts[span.document] + tile.begin) * D + channel;
+          float* dx_rows = result.data();
+          int64_t dx_stride = kChannels;
+          if constexpr (std::is_same_v<T, float>) {
+            if (width == channels) {
+              dx_rows = dx;
+              dx_stride = D;
             }
           }
-          const Block<T> target{
-              grads.dx.mutable_data_ptr<T>() + (documents.starts[span.document] + tile.begin) * D + channel, D, 1};
-          store_tile(result.data(), kChannels, count, channels, target);
+          input_grads(taps, width, count, dpre, dx_rows, dx_stride);
+          // Token p is row p - (length - (W - 1)) of the final state.
+          if (dfinal) {
+            for (int64_t p = std::max(tile.begin, length - (W - 1)); p < tile.end; ++p) {
+              const auto row = dfinal.rows(span.document, p - (length - (W - 1)), channel);
+              for (int64_t c = 0; c < channels; ++c)
+                dx_rows[(p - tile.begin) * dx_stride + c] += row.data[c * row.channel_stride];
+            }
+          }
+          if (dx_rows == result.data())
+            store_tile(result.data(), kChannels, count, channels, Block<T>{dx, D, 1});
         }
 
         if (grads.dinitial.defined() && span.begin == 0) {
           std::fill_n(padded.data(), (W - 1) * kChannels, 0.f);
-          input_grads(taps, width, W - 1, padded.data(), result.data());
+          input_grads(taps, width, W - 1, padded.data(), result.data(), kChannels);
           float* dstate = grads.dinitial.mutable_data_ptr<float>() + (span.document * D + channel) * (W - 1);
           for (int64_t c = 0; c < channels; ++c)
             for (int64_t i = 0; i < W - 1; ++i)

@@ -2,7 +2,7 @@
 //
 // This is how the kernels read what models hand over, in place: token-major rows, the halves of a projection (channels
 // contiguous, rows far apart), channel-first memory (tokens contiguous), any other stride; fp32, bf16 or fp16. A tile is
-// meant to stay in the first-level cache, so reading a tensor through it costs little more than reading it once.
+// meant to stay in a cache, so reading a tensor through it costs little more than reading it once.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
