@@ -6,9 +6,13 @@ compiled model (``torch.compile(m, backend="packc", options={"packc.strict": Tru
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 # Private in torch, public in practice: every torch subsystem keeps its options this way. Checked on torch 2.11 - 2.13.
 from torch.utils._config_module import Config, install_config_module
+
+if TYPE_CHECKING:
+    from torch.utils._config_typing import *  # noqa: F403  what install_config_module adds: patch, get_config_copy, ...
 
 strict: bool = Config(default=False, env_name_default="PACKC_STRICT")
 """Every fallback raises with its reason: a graph that cannot be packed when it is compiled, a batch when it is run."""

@@ -161,10 +161,10 @@ def _kwargs(node: fx.Node, form: PackedForm) -> Any:
 
 def is_computed_packed(operand: fx.Node, wanted: Any) -> bool:
     """Whether the operand's packed form comes from an op; otherwise it is gathered from the padded one."""
-    if packed_form(operand) is None and not (
-        _is_item(operand) and isinstance(operand.args[0].meta.get("layout"), list)
-    ):  # type: ignore[union-attr]
-        return False
+    if packed_form(operand) is None:
+        source: Any = operand.args[0] if _is_item(operand) else None
+        if source is None or not isinstance(source.meta.get("layout"), list):
+            return False
     assert operand.meta.get("layout") == wanted, f"{operand} {show(operand.meta.get('layout'))}, wanted {show(wanted)}"
     return True
 

@@ -50,7 +50,8 @@ def _graph_of(gm: fx.GraphModule, labels: fx.Node, forms: Forms) -> fx.GraphModu
         weight = isinstance(node.meta.get("example_value"), torch.nn.Parameter)
         if weight or node in forms.packed_only or len(needed) > _MAX_OPS:
             raise NotPackable(f"the labels of the loss ({labels.name}) are computed by the model")
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)

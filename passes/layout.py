@@ -8,6 +8,7 @@ why it has no packed form although an operand has token axes.
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -36,7 +37,7 @@ def layout(gm: fx.GraphModule, *, mask: fx.Node) -> fx.GraphModule:
     return gm
 
 
-def _label_input(node: fx.Node, batch: object, length: object, layouts: dict) -> None:
+def _label_input(node: fx.Node, batch: Any, length: Any, layouts: dict) -> None:
     if not is_argument(node):
         return
     value = node.meta["val"]
@@ -44,11 +45,12 @@ def _label_input(node: fx.Node, batch: object, length: object, layouts: dict) ->
         layouts[node] = (BATCH, SEQ) + (OTHER,) * (value.ndim - 2)
 
 
-def _label_call(node: fx.Node, layouts: dict, batch: object, length: object) -> None:
+def _label_call(node: fx.Node, layouts: dict, batch: Any, length: Any) -> None:
     if node.target is operator.getitem:
-        parent = layouts.get(node.args[0])
-        if isinstance(parent, list) and covers_tokens(parent[node.args[1]]):
-            layouts[node] = parent[node.args[1]]
+        source, item = cast("tuple[fx.Node, int]", node.args)
+        parent = layouts.get(source)
+        if isinstance(parent, list) and covers_tokens(parent[item]):
+            layouts[node] = parent[item]
         return
     if node.target is torch.ops.aten.sym_size.int:
         return

@@ -112,4 +112,4 @@ def _fakify_one(mode: FakeTensorMode, context: TracingContext | None, x: Any, no
     symbolic = context.tensor_to_context.get(x) if context is not None else None
     if symbolic is None:
         return mode.from_tensor(x, static_shapes=mode.shape_env is None)
-    return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)  # type: ignore[attr-defined]
+    return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)

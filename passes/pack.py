@@ -135,7 +135,7 @@ class _Emitter:
         if packed_form(node) is not None and reads_as_is(node):
             return  # written once, by its packed form
         if node.target is aten.sym_size.int and node.args[0] in self.forms.packed_only:
-            self.padded[node] = self._padded_size(*node.args)  # type: ignore[assignment, arg-type]
+            self.padded[node] = self._padded_size(*node.args)  # type: ignore[arg-type]
             return
         copied = self.graph.node_copy(node, self._padded)
         copied.meta = {k: v for k, v in node.meta.items() if k in _CARRIED_META}

@@ -7,6 +7,7 @@ Packing leaves padding out; wherever an op would have read it, these values are 
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -83,7 +84,7 @@ def zero_at_padding(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
 
 
 def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
-    target, args = node.target, node.args
+    target, args = node.target, cast("tuple[Any, ...]", node.args)
     if target in _KEEPS_ZERO:
         return args[0] in zero
     if target in _MULTIPLIES:
@@ -106,7 +107,7 @@ def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
 
 
 def _is_negation(node: fx.Node, one: set[fx.Node], mask: fx.Node) -> bool:
-    args = node.args
+    args = cast("tuple[Any, ...]", node.args)
     if node.target in _IS_ZERO:
         return args[1] == 0 and _is_mask_itself(args[0], mask)
     if node.target in _NOT:

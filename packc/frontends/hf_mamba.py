@@ -23,7 +23,7 @@ def causal_conv1d_fn(
     # The original refuses seq_idx and cu_seqlens, and it knows what to make of anything newer.
     if args or not _all_none(kwargs) or activation not in (None, "silu", "swish"):
         return NotImplemented
-    out = ops.causal_conv1d(hidden_states.transpose(1, 2), weight, bias, activation=activation)
+    out: Any = ops.causal_conv1d(hidden_states.transpose(1, 2), weight, bias, activation=activation)
     return out.transpose(1, 2)
 
 
@@ -49,7 +49,7 @@ def mamba_selective_scan(
     # and C, a fourth axis, are mamba-ssm's alone.
     if args or not _all_none(kwargs) or B.dim() != 3 or C.dim() != 3:
         return NotImplemented
-    result = ops.selective_scan(
+    result: Any = ops.selective_scan(
         hidden_states.transpose(1, 2),
         dt.transpose(1, 2),
         A,

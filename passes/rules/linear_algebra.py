@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from packc.passes.axes import OTHER, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.axes import OTHER, Axis, Layout, covers_tokens, same_size, show, value_of
 from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, register_rule
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ def einsum(op: Op) -> PackedForm:
     if op.args[2] is not None or "..." in equation or "->" not in equation:
         raise NotTokenwise(f"einsum {equation!r} is not written out")
     inputs, output = equation.replace(" ", "").split("->")
-    kinds = {}
+    kinds: dict[str, Axis] = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):
         for letter, kind in zip(letters, op.layout(operand) or (), strict=False):
             if kind is not OTHER and kinds.setdefault(letter, kind) is not kind:

@@ -61,7 +61,7 @@ def embedding(op: Op) -> PackedForm:
     layout = op.layout(indices)
     if not is_tensor(weight) or not covers_tokens(layout):
         raise NotTokenwise("indices have no token axes")
-    return PackedForm((*layout, OTHER), {indices: layout})  # type: ignore[misc, dict-item]
+    return PackedForm((*layout, OTHER), {indices: layout})
 
 
 @register_rule(aten.one_hot.default)
@@ -81,4 +81,4 @@ def cast_like(op: Op) -> PackedForm:
     layout = op.layout(x)
     if not covers_tokens(layout) or value_of(other).device != value_of(x).device:
         raise NotTokenwise("casts a value without token axes, or moves it to another device")
-    return PackedForm(layout, {x: layout}, args=(x, value_of(other).dtype), target=aten.to.dtype)  # type: ignore[dict-item]
+    return PackedForm(layout, {x: layout}, args=(x, value_of(other).dtype), target=aten.to.dtype)
