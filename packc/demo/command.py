@@ -29,7 +29,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--layers", type=_positive, default=2, help="layers of the model")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--skip-stock", action="store_true", help="train with packc only")
+    parser.add_argument(
+        "--skip", nargs="+", choices=("inductor", "eager"), default=[], help="stock contenders to leave out"
+    )
     parser.add_argument("--time-limit", type=float, default=600, help="seconds that any one step may take")
     parser.add_argument("--output", type=Path, default=Path("packc_demo.png"), help="where the plot goes")
     parser.set_defaults(run=run)

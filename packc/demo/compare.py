@@ -36,9 +36,11 @@ def compare(options: argparse.Namespace) -> int:
         job = _prepare(options, progress)
         packc = _packc(job, options, progress)
         stock = []
-        for contender in () if options.skip_stock else (_inductor, _eager):
+        for name, run in (("inductor", _inductor), ("eager", _eager)):
+            if name in options.skip:
+                continue
             try:
-                stock.append(contender(job, options, progress))
+                stock.append(run(job, options, progress))
             except TimeLimit as late:
                 console.print(f"[yellow]{late}[/]")
     same = show(packc, stock, job.batches, console)
