@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from selective_scan_data import as_double, assert_all_close, make_inputs, offsets, scan_and_grads, tokens
 
 from packc import config
-from packc.ops import selective_scan
+from packc.ops import cpu_library, selective_scan
 
 PER_TOKEN = ("out", "du", "ddelta", "dB", "dC", "dz")
 SHARED = ("dA", "dD", "ddelta_bias")
+
+# The C++ kernel treats a token alike wherever it lies. PyTorch's functions do not: the reference agrees to rounding.
+BITWISE = 0 if cpu_library.load("selective_scan") else 1e-5
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 31, 63, 64, 65, 130]), min_size=1, max_size=7)
 
@@ -50,8 +53,8 @@ def test_packed_equals_each_document_alone(kernels, lengths, wide):
         alone = each_alone(inputs, lengths, state, dout, dfinal)
     assert_all_close(packed, alone)
     if kernels == "auto":
-        for name in ("out", "du", "ddelta", "dz", "final_state", "dinitial_state"):
-            assert torch.equal(packed[name], alone[name]), name
+        exact = ("out", "du", "ddelta", "dz", "final_state", "dinitial_state")
+        assert_all_close({name: packed[name] for name in exact}, alone, BITWISE)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -68,7 +71,7 @@ def test_a_document_cut_anywhere_goes_on_from_its_state(first, second):
         **tokens(leaves, slice(first, L)), delta_softplus=True, initial_state=carried, output_final_state=True
     )
     cut = torch.cat([head, tail], 1), final
-    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    assert_all_close(dict(enumerate(cut)), dict(enumerate(whole)), BITWISE)
     weights = [torch.randn_like(x) for x in whole]
     expected = torch.autograd.grad(whole, list(leaves.values()), weights)
     results = torch.autograd.grad(cut, list(leaves.values()), weights)
@@ -104,9 +107,12 @@ def test_permuting_documents_permutes_the_results():
     dout, dfinal = torch.randn(1, 170, 12), torch.randn(5, 12, 5)
     results = scan_and_grads(inputs, offsets(lengths), dout=dout, dfinal=dfinal)
     permuted = scan_and_grads(moved, offsets([lengths[n] for n in order]), dout=dout[:, index], dfinal=dfinal[order])
-    for name in PER_TOKEN:
-        assert torch.equal(permuted[name], results[name][:, index]), name
-    assert torch.equal(permuted["final_state"], results["final_state"][order])
+    assert_all_close(
+        {name: permuted[name] for name in PER_TOKEN},
+        {name: x[:, index] for name, x in results.items() if name in PER_TOKEN},
+        BITWISE,
+    )
+    assert_all_close({"final": permuted["final_state"]}, {"final": results["final_state"][order]}, BITWISE)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
