@@ -32,7 +32,7 @@ inline Vec accurate_sigmoid(Vec x) {
   return one / (one + exp2(x * Vec(-kLog2e)));
 }
 
-// max(x, 0) + log(1 + e) with e = exp(-|x|); log(1 + e) = 2 atanh(e / (2 + e)), whose series keeps its relative accuracy
+// max(x, 0) + log(1 + e) with e = exp(-|x|); log(1 + e) = 2 atanh(e / (2 + e)), whose series keeps relative accuracy
 // however small e is.
 inline Vec softplus(Vec x) {
   const Vec e = exp2(x.abs() * Vec(-kLog2e));

@@ -8,7 +8,7 @@
 // and cu_seqlens only, and sums are added in order: results do not depend on the number of threads.
 //
 // The blocks that fall to one thread take turns at each chunk: the rows of a tensor lie pages apart, and finding a page
-// anew for every block costs as much as a third of the scan.
+// anew for every block costs a good tenth of the forward.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -30,7 +30,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunk = 64; // tokens; the state that enters every chunk of a row is kept for the backward
 constexpr int64_t kChannels = 64; // of a block
-constexpr int64_t kVectors = kChannels / kVec;
 constexpr int64_t kStates = 4; // computed at once, in registers
 constexpr int64_t kGroupTokens = 1024; // a group of documents has at least so many tokens
 constexpr int64_t kBundle = 8; // blocks of channels that take turns at each piece
@@ -120,7 +119,8 @@ struct Problem {
 
   Problem(
       const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
-      const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state)
+      const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus,
+      const OptionalTensor& initial_state)
       : u(u), delta(delta), A(fp32(A)), B(B.dim() == 3 ? B.unsqueeze(2) : B), C(C.dim() == 3 ? C.unsqueeze(2) : C),
         D(fp32(D)), z(z), delta_bias(fp32(delta_bias)), delta_softplus(delta_softplus),
         initial_state(fp32(initial_state)), channels(A.size(0)), N(A.size(1)), G(this->B.size(2)) {}
@@ -133,9 +133,8 @@ struct Problem {
   }
 };
 
-// Where the states entering a chunk are kept, of a state n the channels of a vector; one row of D after the other, so
-// that channels are contiguous. The tensor is flat: a compiler that traces the op need not ask whether there is but one
-// chunk.
+// Where the state that enters a piece's chunk is kept: (B, chunks, N, D) with contiguous channels. The tensor is flat: a
+// compiler that traces the op need not ask whether there is but one chunk.
 inline int64_t kept_state(const Problem& p, const Piece& piece, int64_t n, int64_t channel) {
   const int64_t chunk = piece.row * at::divup(p.u.size(1), kChunk) + piece.chunk();
   return (chunk * p.N + n) * p.channels + channel;
@@ -194,16 +193,19 @@ struct States : Scratch {
 };
 
 // [token][channel] or [token][state], the form in which tensors are read and written.
-inline void load(const Tensor& x, int64_t row, int64_t token, int64_t column, int64_t tokens, int64_t columns, float* rows, int64_t width) {
+inline void load(
+    const Tensor& x, int64_t row, int64_t token, int64_t column, int64_t tokens, int64_t columns, float* rows,
+    int64_t width) {
   with_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Block<const T> block{
-        x.const_data_ptr<T>() + row * x.stride(0), x.stride(1), x.stride(2)};
+    const Block<const T> block{x.const_data_ptr<T>() + row * x.stride(0), x.stride(1), x.stride(2)};
     load_tile(block.at(token, column), tokens, columns, rows, width);
   });
 }
 
-inline void store(const float* rows, int64_t width, const Tensor& x, int64_t row, int64_t token, int64_t column, int64_t tokens, int64_t columns) {
+inline void store(
+    const float* rows, int64_t width, const Tensor& x, int64_t row, int64_t token, int64_t column, int64_t tokens,
+    int64_t columns) {
   with_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Block<T> block{x.mutable_data_ptr<T>() + row * x.stride(0), x.stride(1), x.stride(2)};

@@ -130,7 +130,8 @@ class Backward {
     }
   }
 
-  void recompute_tokens(const Run& run, int64_t v, int64_t n, const Registers& A, const Registers& states, float* places) {
+  void recompute_tokens(
+      const Run& run, int64_t v, int64_t n, const Registers& A, const Registers& states, float* places) {
     const float* B = in_.B.data() + n;
     const float* C = in_.C.data() + n;
     Registers h = states;
