@@ -13,6 +13,7 @@ from torch._logging import trace_structured
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
+from packc.cache_key import keyed_by_ops
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall
 from packc.passes import (
@@ -60,7 +61,7 @@ def backend(
         NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot.
     """
     own, inner_options = split_options(options)
-    with config.patch(own):
+    with config.patch(own), keyed_by_ops():
         call, _ = compile_graph(gm, example_inputs, mode=mode, options=inner_options, strict=own.get("strict"))
     return call
 
