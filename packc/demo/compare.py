@@ -31,7 +31,7 @@ _TIMED = 10
 def compare(options: argparse.Namespace) -> int:
     """Run the demo; 1 if a loss curve is not stock's."""
     console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(10), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), BarColumn(10), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console) as progress:
         job = _prepare(options, progress)
         packc = _packc(job, options, progress)
@@ -100,7 +100,7 @@ def _packc(job: Job, options: argparse.Namespace, progress: Progress) -> Result:
 
 def _inductor(job: Job, options: argparse.Namespace, progress: Progress) -> Result:
     """One shape only: stock Inductor compiles as long again for every further length."""
-    task = progress.add_task("stock Inductor: first batch, again", total=_TIMED + 1, note="compiling: minutes")
+    task = progress.add_task("stock Inductor: first batch", total=_TIMED + 1, note="compiling: minutes")
     with Contender(job, "inductor", time_limit=options.time_limit) as contender:
         steps = []
         for _ in range(_TIMED + 1):
@@ -112,7 +112,7 @@ def _inductor(job: Job, options: argparse.Namespace, progress: Progress) -> Resu
 
 def _eager(job: Job, options: argparse.Namespace, progress: Progress) -> Result:
     count = min(options.eager_steps, len(job.batches))
-    task = progress.add_task(f"stock eager: first {count} batches", total=count, note="slow")
+    task = progress.add_task(f"stock eager: {count} batches", total=count, note="slow")
     with Contender(job, "eager", time_limit=options.time_limit) as contender:
         curve = []
         for number in range(count):
