@@ -27,6 +27,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -108,6 +109,9 @@ def measure(job: Job, options: argparse.Namespace, console: Console) -> dict[str
     failures: dict[str, str] = {}
     stock_batches, last = (1, len(PADDING) - 1), len(PADDING) - 1
 
+    def waiting(what: str) -> Status:
+        return console.status(what, refresh_per_second=1)  # seldom: every core belongs to the contenders
+
     def timed(name: str, contender: Contender, number: int) -> None:
         step = contender.step(number)
         seconds.setdefault(name, defaultdict(list))[number].append(step.seconds)
@@ -116,7 +120,7 @@ def measure(job: Job, options: argparse.Namespace, console: Console) -> dict[str
         memory["steps"] = max(memory.get("steps", 0), step.peak_mib)
 
     def cold(name: str, contender: Contender) -> None:
-        with console.status(f"{name}: compiling"):
+        with waiting(f"{name}: compiling"):
             first = contender.step(last)
         compiles[name] = first.seconds
         peaks[name] = {"compiling": first.peak_mib}
@@ -124,7 +128,7 @@ def measure(job: Job, options: argparse.Namespace, console: Console) -> dict[str
 
     with tempfile.TemporaryDirectory(prefix="packc-") as folder:
         os.environ["PACKC_CACHE_DIR"] = f"{folder}/kernels"
-        with console.status("packc: building the C++ kernels"):
+        with waiting("packc: building the C++ kernels"):
             start = perf_counter()
             cpu_library.load("selective_scan")
             compiles["packc's C++ kernels, once per machine"] = perf_counter() - start
@@ -139,7 +143,7 @@ def measure(job: Job, options: argparse.Namespace, console: Console) -> dict[str
             except TimeLimit as late:
                 failures["inductor"] = str(late)
             for number in range(options.rounds):
-                with console.status(f"packc and Inductor in turn: round {number + 1} of {options.rounds}"):
+                with waiting(f"packc and Inductor in turn: round {number + 1} of {options.rounds}"):
                     for stock in stock_batches if "inductor" not in failures else ():
                         timed("inductor", inductor, stock)
                     for each in [*range(len(PADDING))] * options.packc_steps:
@@ -148,7 +152,7 @@ def measure(job: Job, options: argparse.Namespace, console: Console) -> dict[str
             cold("packc, warm start", again)
         with Contender(job, "eager", time_limit=limit) as eager:
             for number in range(options.eager_steps):
-                with console.status(f"eager: step {number + 1} of {options.eager_steps}"):
+                with waiting(f"eager: step {number + 1} of {options.eager_steps}"):
                     try:
                         timed("eager", eager, last)
                     except TimeLimit as late:
