@@ -87,7 +87,10 @@ def test_other_shapes_compile_nothing_new(family):
 def tiny_falcon_mamba():
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    config = FalconMambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False)
+    # Four features in the time step: it is normalised, and of one feature alone only the sign would be left.
+    config = FalconMambaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4, use_cache=False
+    )
     return shaken(FalconMambaForCausalLM(config))
 
 
