@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Before any kernel is defined: without a GPU, Triton kernels are interpreted on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -14,20 +14,35 @@ def choose(x, kernels):
 
 def test_float64_always_takes_the_reference():
     x = torch.empty(1, dtype=torch.float64)
-    assert [choose(x, kernels) for kernels in ("auto", "cpu", "reference")] == ["reference"] * 3
+    assert [choose(x, kernels) for kernels in ("auto", "cpu", "triton", "reference")] == ["reference"] * 4
 
 
-def test_other_devices_take_the_reference_unless_cpu_is_forced():
+@pytest.mark.parametrize("kernels", ["cpu", "triton"])
+def test_other_devices_take_the_reference_unless_a_kernel_is_forced(kernels):
     x = torch.empty(1, device="meta")
     assert choose(x, "auto") == "reference"
     with pytest.raises(ValueError, match=r"causal_conv1d got a torch\.float32 tensor on meta"):
-        choose(x, "cpu")
+        choose(x, kernels)
 
 
-@pytest.mark.parametrize(("kernels", "error"), [("triton", NotImplementedError), ("cuda", ValueError)])
-def test_implementations_that_do_not_exist_raise(kernels, error):
-    with pytest.raises(error, match=kernels):
-        choose(torch.empty(1), kernels)
+def test_triton_runs_on_cpu_tensors_only_in_its_interpreter(monkeypatch):
+    x = torch.empty(1)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+    assert choose(x, "triton") == "triton"
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="tensor on cpu; only under TRITON_INTERPRET=1"):
+        choose(x, "triton")
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_the_cpu_never_takes_triton_of_itself(monkeypatch, interpreted):
+    monkeypatch.setattr(dispatch, "interpreted", lambda: interpreted)
+    assert choose(torch.empty(1), "auto") != "triton"
+
+
+def test_implementations_that_do_not_exist_raise():
+    with pytest.raises(ValueError, match="cuda"):
+        choose(torch.empty(1), "cuda")
 
 
 def test_a_kernel_that_did_not_build_is_replaced_unless_it_is_forced(monkeypatch):

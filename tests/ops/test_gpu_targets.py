@@ -1,0 +1,24 @@
+"""Every Triton kernel compiles for every GPU packc names, keeps its values in registers and fits the shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_launches import CALLS
+
+CHIPS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_kernels_compile_without_spills(op):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("gpu_targets.py"), op]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["chip"] for kernel in kernels} == CHIPS
+    bad = [kernel for kernel in kernels if kernel["spilled"] or kernel["shared_memory"] > kernel["limit"]]
+    assert not bad
