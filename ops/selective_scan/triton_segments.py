@@ -1,0 +1,134 @@
+"""Parallel over the sequence: a row is cut into segments of whole chunks that are walked at the same time.
+
+With more than one, a first walk finds what each segment makes of a zero state; ``pass_states`` then carries states from
+segment to segment, forward, or gradients of states backward; a second walk starts from them. That costs every
+exponential twice, so there are only as many segments as the device needs to be busy.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packc.ops.selective_scan.reference import CHUNK
+from packc.ops.selective_scan.triton_tile import _then_or_start
+from packc.ops.tritonsrc.launch import launch
+
+_WARPS_PER_PROCESSOR = 16
+
+
+def segment_tokens(rows: int, tokens: int, blocks: int, device: torch.device) -> int:
+    """Tokens of a segment: a multiple of CHUNK, for programs of one or two warps over ``blocks`` blocks of channels."""
+    chunks = triton.cdiv(max(tokens, 1), CHUNK)
+    wanted = triton.cdiv(_processors(device) * _WARPS_PER_PROCESSOR, max(rows * blocks, 1))
+    return triton.cdiv(chunks, min(wanted, chunks)) * CHUNK
+
+
+def _processors(device: torch.device) -> int:
+    # The interpreter has one.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_SEGMENTS_AT_ONCE = 16
+
+
+@triton.jit(do_not_specialize=["L", "segment", "segments", "out_row", "out_segment"])
+def _pass_states(
+    local,  # (rows, segments, N, D)
+    total,  # (rows, segments, D)
+    A,  # (N, D), in base 2
+    document,
+    out,  # row and segment strides given; (N, D) within
+    L,
+    channels,
+    states,
+    segment,
+    segments,
+    out_row,
+    out_segment,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = (tl.program_id(2)).to(tl.int64)
+    n = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < channels
+    rate = tl.load(A + n * channels + d, in_d, 0.0)
+    step = -1 if REVERSE else 1
+    at = segments - 1 if REVERSE else 0
+    out += row * out_row + n * channels
+    # What enters the first segment is there already.
+    state = tl.load(out + tl.cast(at, tl.int64) * out_segment + d, in_d, 0.0)
+    order = tl.arange(0, BLOCK_S)
+    for i in range(tl.cdiv(segments - 1, BLOCK_S)):
+        nth = i * BLOCK_S + order
+        s = (at + step * nth).to(tl.int64)
+        inside = nth < segments - 1
+        mask = inside[:, None] & in_d[None, :]
+        place = row * segments + s
+        left = tl.load(local + ((place * states + n) * channels)[:, None] + d[None, :], mask, 0.0)
+        time = tl.load(total + (place * channels)[:, None] + d[None, :], mask, 0.0)
+        a = tl.exp2(time * rate[None, :])
+        first = (order == 0)[:, None]
+        if PACKED:
+            begin = s * segment
+            before = tl.load(document + begin - 1, inside & (begin > 0), -1)
+            last = tl.load(document + tl.minimum(begin + segment, L) - 1, inside, -1)
+            cut = (inside & (before != last))[:, None]
+        else:
+            cut = (inside & (nth < 0))[:, None]
+        left = tl.where(first & ~cut, a * state[None, :] + left, left)
+        _, left = tl.associative_scan((tl.where(cut, -1.0, a), left), 0, _then_or_start)
+        tl.store(out + ((s + step) * out_segment)[:, None] + d[None, :], left, mask)
+        kept = tl.where((nth == tl.minimum(segments - 2, i * BLOCK_S + BLOCK_S - 1))[:, None], left, 0.0)
+        state = tl.sum(kept, 0)
+
+
+def pass_states(
+    local: Tensor,
+    total: Tensor,
+    A: Tensor,
+    document: Tensor | None,
+    out: Tensor,
+    tokens: int,
+    segment: int,
+    reverse: bool,
+) -> None:
+    """From each segment's own end state to the state that enters every segment (reverse: gradients, from the right).
+
+    Args:
+        local: ``(rows, segments, N, D)``: what leaves a segment that zeros enter.
+        total: ``(rows, segments, D)``: the sum of its step sizes.
+        A: ``(N, D)``, times log2(e).
+        document: the document of every token, or None; what enters a segment in which one begins does not leave it.
+        out: ``(rows, segments, N, D)``, its first (reverse: last) segment filled in; written elsewhere.
+        tokens: L of a row.
+        segment: tokens of a segment.
+        reverse: from the last segment to the first.
+    """
+    rows, segments, states, channels = local.shape
+    launch(
+        _pass_states,
+        (triton.cdiv(channels, 32), states, rows),
+        local=local,
+        total=total,
+        A=A,
+        document=document,
+        out=out,
+        L=tokens,
+        channels=channels,
+        states=states,
+        segment=segment,
+        segments=segments,
+        out_row=out.stride(0),
+        out_segment=out.stride(1),
+        REVERSE=reverse,
+        PACKED=document is not None,
+        BLOCK_S=_SEGMENTS_AT_ONCE,
+        BLOCK_D=32,
+        num_warps=1,
+    )
