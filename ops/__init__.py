@@ -3,5 +3,6 @@
 from packc.ops.causal_conv1d import causal_conv1d
 from packc.ops.pack import pack, unpack
 from packc.ops.selective_scan import selective_scan
+from packc.ops.varlen_attention import varlen_attention
 
-__all__ = ["causal_conv1d", "pack", "selective_scan", "unpack"]
+__all__ = ["causal_conv1d", "pack", "selective_scan", "unpack", "varlen_attention"]

@@ -1,0 +1,116 @@
+"""On CUDA: torch's flash attention for what it takes (bf16, fp16; heads of up to 256), FlexAttention for the rest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packc.ops.varlen_attention import document_mask, flex
+from packc.ops.varlen_attention.layout import positive, readable
+
+# What torch.nn.attention.varlen calls: private, but only they hand out the logsumexp as an op of ours must keep it.
+# Checked on torch 2.13; the arguments passed here are named alike since 2.7. tests/ops/test_varlen_attention_torch.py
+# says when they move.
+_flash = torch.ops.aten._flash_attention_forward.default
+_flash_bwd = torch.ops.aten._flash_attention_backward.default
+
+_LARGEST_HEAD = 256
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    (_, T, H, _), V = q.shape, v.shape[3]
+    if T == 0:
+        return q.new_empty(1, 0, H, V), q.new_empty(H, 0, dtype=torch.float32)
+    if not _takes_flash(q, v):
+        return flex.varlen_attention(q, k, v, cu_seqlens, causal, scale, window)
+    return flash(q, k, v, cu_seqlens, document_mask.longest(cu_seqlens, T), causal, scale, window)
+
+
+def varlen_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T = q.shape[1]
+    if T == 0:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if not _takes_flash(q, v):
+        return flex.varlen_attention_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window)
+    L = document_mask.longest(cu_seqlens, T)
+    return flash_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, L, causal, scale, window)
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, causal: bool, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """``L``: tokens of the longest document."""
+    K, V = q.shape[3], v.shape[3]
+    q, scale, _ = positive(q, scale)
+    q, k, v = readable(q, k, v, size=_head(K, V))
+    starts = cu_seqlens.int()
+    out, logsumexp, *_ = _flash(
+        *(q[0], k[0], v[0], starts, starts, L, L),
+        dropout_p=0.0,
+        return_debug_mask=False,
+        **_seen(causal, window),
+        scale=scale,
+    )
+    return out[None, ..., :V].contiguous(), logsumexp
+
+
+def flash_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    L: int,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    K, V = q.shape[3], v.shape[3]
+    q, scale, sign = positive(q, scale)
+    dout, q, k, v, out = readable(dout, q, k, v, out, size=_head(K, V))
+    starts = cu_seqlens.int()
+    dq, dk, dv = _flash_bwd(
+        *(dout[0], q[0], k[0], v[0], out[0], logsumexp, starts, starts, L, L),
+        dropout_p=0.0,
+        rng_state=q.new_zeros(2, dtype=torch.uint64),  # of the dropout that there is not
+        unused=q.new_empty(0),
+        **_seen(causal, window),
+        scale=scale,
+    )
+    dq = dq if sign == 1 else dq * sign
+    return dq[None, ..., :K].contiguous(), dk[None, ..., :K].contiguous(), dv[None, ..., :V].contiguous()
+
+
+def _takes_flash(q: Tensor, v: Tensor) -> bool:
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and _head(q.shape[3], v.shape[3]) <= _LARGEST_HEAD
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _head(K: int, V: int) -> int:
+    """The size that q, k and v are brought to: flash attention takes multiples of 8."""
+    return -(-max(K, V) // 8) * 8
+
+
+def _seen(causal: bool, window: int | None) -> dict[str, Any]:
+    if window is None:
+        return {"is_causal": causal}
+    return {"is_causal": False, "window_size_left": window - 1, "window_size_right": 0}

@@ -1,0 +1,112 @@
+"""Attention within documents in plain torch: the specification. fp32 arithmetic, fp64 for fp64 inputs.
+
+A document at a time, with every score of it in memory. Heads come first inside: q ``(H, L, K)``, scores ``(H, L, L)``.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+from packc.ops import documents
+from packc.ops.varlen_attention.document_mask import MaskMod
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    _, T, H, _ = q.shape
+    out, logsumexp = q.new_empty(1, T, H, v.shape[3]), q.new_empty(H, T, dtype=_wide_dtype(q))
+    for span in _spans(cu_seqlens, q):
+        wide_q, wide_k, wide_v = (_heads(tensor, span, H) for tensor in (q, k, v))
+        scores = _scores(wide_q, wide_k, scale, _visible(wide_q.shape[1], causal, window, q.device))
+        out[0, span] = rearrange(scores.softmax(-1) @ wide_v, "h t v -> t h v").to(q.dtype)
+        logsumexp[:, span] = scores.logsumexp(-1)
+    return out, logsumexp
+
+
+def varlen_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    H, K, H_kv = q.shape[2], q.shape[3], k.shape[2]
+    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+    for span in _spans(cu_seqlens, q):
+        wide_q, wide_k, wide_v, wide_dout = (_heads(tensor, span, H) for tensor in (q, k, v, dout))
+        scores = _scores(wide_q, wide_k, scale, _visible(wide_q.shape[1], causal, window, q.device))
+        p = (scores - logsumexp[:, span, None]).exp()
+        dp = wide_dout @ wide_v.mT
+        # Not from ``out``, which is rounded: sum_v dout * out is this sum.
+        dscores = p * (dp - (p * dp).sum(-1, keepdim=True)) * (K**-0.5 if scale is None else scale)
+        dq[0, span] = rearrange(dscores @ wide_k, "h t k -> t h k").to(q.dtype)
+        for grad, of_heads in ((dk, dscores.mT @ wide_q), (dv, p.mT @ wide_dout)):
+            grad[0, span] = reduce(of_heads, "(g h) t d -> t g d", "sum", g=H_kv).to(grad.dtype)
+    return dq, dk, dv
+
+
+def masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    mask_mod: MaskMod,
+) -> Tensor:
+    """The same for what ``mask_mod`` also lets a token see. Differentiable: autograd follows it."""
+    H = q.shape[2]
+    parts = [q.new_empty(0, H, v.shape[3])]
+    for span in _spans(cu_seqlens, q):
+        wide_q, wide_k, wide_v = (_heads(tensor, span, H) for tensor in (q, k, v))
+        L = wide_q.shape[1]
+        allowed = create_mask(_shifted(mask_mod, span.start), 1, H, L, L, device=q.device)[0]
+        visible = _visible(L, causal, window, q.device) & allowed
+        p = _scores(wide_q, wide_k, scale, visible).softmax(-1)
+        p = p.where(visible.any(-1, keepdim=True), 0)  # a softmax over nothing is NaN
+        parts.append(rearrange(p @ wide_v, "h t v -> t h v").to(q.dtype))
+    return torch.cat(parts)[None]
+
+
+def _shifted(mask_mod: MaskMod, start: int) -> MaskMod:
+    return lambda b, h, q_idx, kv_idx: mask_mod(b, h, q_idx + start, kv_idx + start)
+
+
+def _spans(cu_seqlens: Tensor, q: Tensor) -> Iterator[slice]:
+    """The documents that are not empty."""
+    starts = documents.offsets(cu_seqlens, q).tolist()
+    return (slice(begin, end) for begin, end in pairwise(starts) if begin < end)
+
+
+def _heads(tensor: Tensor, span: slice, H: int) -> Tensor:
+    """One document of ``(1, T, G, D)``: ``(H, L, D)`` in the dtype of the arithmetic, groups repeated for H heads."""
+    document = tensor[0, span].to(_wide_dtype(tensor))
+    return repeat(document, "t g d -> (g h) t d", h=H // tensor.shape[2])
+
+
+def _scores(q: Tensor, k: Tensor, scale: float | None, visible: Tensor) -> Tensor:
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~visible, -torch.inf)
+
+
+def _visible(L: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Whether a token (row) of a document sees another (column): bool ``(L, L)``."""
+    visible = torch.ones(L, L, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril()
+    return visible if window is None else visible.triu(1 - window)
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
