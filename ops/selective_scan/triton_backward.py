@@ -13,8 +13,6 @@ segment, sums over channels in one a block of them; torch adds those up, in an o
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -22,54 +20,44 @@ from torch import Tensor
 
 from packc.ops.selective_scan import triton_segments
 from packc.ops.selective_scan.reference import CHUNK
-from packc.ops.selective_scan.triton_forward import BLOCK_D, enter_rows, prepare, states_of_empty_documents, strides
-from packc.ops.selective_scan.triton_tile import (
-    boundaries,
-    load_tile,
-    pick_token,
-    place,
-    raw_step_sizes,
-    scan,
-    scan_back,
-    step_sizes,
-    store_tile,
+from packc.ops.selective_scan.triton_forward import (
+    BLOCK_D,
+    enter_rows,
+    padded_tokens,
+    prepare,
+    states_of_empty_documents,
+    strides,
+    wide,
 )
-from packc.ops.tritonsrc.activations import silu, silu_slope
+from packc.ops.selective_scan.triton_tokens import (
+    among,
+    arrive,
+    at_token,
+    channels_of,
+    documents_of,
+    enter,
+    gated_gradients,
+    load_channels,
+    load_tokens,
+    place,
+    step_sizes,
+    store_own,
+    store_token,
+    times,
+    zeros,
+)
+from packc.ops.tritonsrc.activations import silu_slope
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 _NOT_SPECIALIZED = [
-    *("L", "segment", "segments", "chunks"),
+    *("unit", "rows", "L", "padded", "segment", "segments", "chunks"),
     *(f"{name}_{axis}" for name in ("u", "delta", "dout", "z", "ddelta") for axis in "btd"),
 ]
-_CONFIGS = [
-    triton.Config({"BLOCK_T": 4}, num_warps=1),
-    triton.Config({"BLOCK_T": 8}, num_warps=1),
-    triton.Config({"BLOCK_T": 8}, num_warps=2),
-    triton.Config({"BLOCK_T": 16}, num_warps=2),
-]
+_CONFIGS = [triton.Config({"BLOCK_T": 4}, num_warps=1), triton.Config({"BLOCK_T": 8}, num_warps=2)]
+_AMPERE = [triton.Config({"BLOCK_T": 2}, num_warps=1)]
 
 
-@triton.jit
-def _gated(dout, z, row, token, d, mask, dout_b, dout_t, dout_d, z_b, z_t, z_d, BLOCK_T: tl.constexpr):
-    """dy, the gradient in front of the gate."""
-    dy = load_tile(dout, row, token, d, mask, dout_b, dout_t, dout_d, BLOCK_T)
-    if z is not None:
-        dy *= silu(load_tile(z, row, token, d, mask, z_b, z_t, z_d, BLOCK_T))
-    return dy
-
-
-@triton.jit
-def _reach(dy, C, dfinal_state, here, d, mask, ends, boundary, channels, states, n, PACKED: tl.constexpr):
-    """What reaches h[t] other than through h[t+1]: through y, and through the final state of a document that ends."""
-    c = dy * C[:, None]
-    if dfinal_state is not None and PACKED:
-        if boundary:
-            own = dfinal_state + (here * channels + d[None, :]) * states + n
-            c += tl.load(own, mask & ends, 0.0).to(tl.float32)
-    return c
-
-
-@autotuned(_CONFIGS, key=["channels", "states", "PACKED"])
+@autotuned(_CONFIGS[:1], key=["channels", "states", "PACKED"])
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _edges(
     dout,
@@ -80,12 +68,14 @@ def _edges(
     z,
     delta_bias,
     document,
-    carry,  # (rows, segments, N, D)
+    carry,  # (rows, segments, N, D), zero
     total,  # (rows, segments, D)
     L,
+    padded,
     channels,
     states,
     groups,
+    unit,
     segment,
     segments,
     delta_b,
@@ -99,38 +89,41 @@ def _edges(
     z_d,
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The gradient a g that leaves each segment to the left when none arrives from the right."""
-    row, at, _, group, first, stop = place(channels, groups, segments, BLOCK_D)
-    d = first + tl.arange(0, BLOCK_D)
-    in_d = d < stop
-    inner = tl.arange(0, BLOCK_T)
-    wide_row = row.to(tl.int64)
-    carry += (wide_row * segments + at) * states * channels
-    C += (wide_row * groups + group) * states * L
+    row, at, _, group, first, end = place(channels, groups, segments, BLOCK_D)
+    d = channels_of(first, unit, WIDE, BLOCK_D)
+    in_d = d < end
+    carry += (row * segments + at) * states * channels
+    C += (row * groups + group) * states * padded
     begin = at * segment
     tiles = tl.cdiv(tl.minimum(segment, L - begin), BLOCK_T)
+    bias = load_channels(delta_bias, d, in_d, BLOCK_D)
     time = tl.zeros([BLOCK_D], tl.float32)
     for i in range(tiles):
         token = begin + (tiles - 1 - i) * BLOCK_T
-        in_t = token + inner < L
-        mask = in_t[:, None] & in_d[None, :]
-        raw = raw_step_sizes(delta, delta_bias, row, token, d, mask, delta_b, delta_t, delta_d, BLOCK_T)
-        dt = step_sizes(raw, mask, SOFTPLUS)
-        time += tl.sum(dt, 0)
-        dy = _gated(dout, z, row, token, d, mask, dout_b, dout_t, dout_d, z_b, z_t, z_d, BLOCK_T)
-        here, starts, ends, boundary = boundaries(document, token, L, PACKED, BLOCK_T)
+        raw = load_tokens(at_token(delta, row, token, d, delta_b, delta_t, delta_d), delta_t, token, d, end, L, BLOCK_T)
+        dts = step_sizes(raw, bias, token, L, SOFTPLUS, BLOCK_T)
+        for r in tl.static_range(BLOCK_T):
+            time += dts[r]
+        dout_at, z_at = at_token(dout, row, token, d, dout_b, dout_t, dout_d), z
+        if z is not None:
+            z_at = at_token(z, row, token, d, z_b, z_t, z_d)
+        dys = gated_gradients(dout_at, z_at, token, d, end, L, dout_t, z_t, BLOCK_T)
+        of = documents_of(document, token, L, PACKED, BLOCK_T)
         for n in range(states):
-            a = tl.exp2(dt * tl.load(A + n * channels + d, in_d, 0.0)[None, :])
-            C_n = tl.load(C + tl.cast(n, tl.int64) * L + token + inner, in_t, 0.0)
-            c = _reach(dy, C_n, dfinal_state, here, d, mask, ends, boundary, channels, states, n, PACKED)
-            arriving = tl.load(carry + n * channels + d, in_d, 0.0)
-            g = scan_back(a, c, arriving, starts, ends, boundary, BLOCK_T)
-            tl.store(carry + n * channels + d, pick_token(a * g, 0, BLOCK_T), in_d)
+            m = tl.load(carry + n * channels + d, in_d, 0.0)
+            rate = tl.load(A + n * channels + d, in_d, 0.0)
+            at_n = tl.cast(n, tl.int64) * padded + token
+            for r in tl.static_range(BLOCK_T - 1, -1, -1):
+                m = arrive(m, of, r, dfinal_state, d, end, n, channels, states, PACKED)
+                m = tl.exp2(dts[r] * rate) * (dys[r] * tl.load(C + at_n + r) + m)
+            tl.store(carry + n * channels + d, m, in_d)
         tl.debug_barrier()
-    tl.store(total + (wide_row * segments + at) * channels + d, time, in_d)
+    tl.store(total + (row * segments + at) * channels + d, time, in_d)
 
 
 @triton.jit
@@ -147,9 +140,10 @@ def _enter_tiles(
     row,
     token,
     d,
-    in_d,
+    end,
     tiles,
     L,
+    padded,
     channels,
     states,
     u_b,
@@ -161,33 +155,33 @@ def _enter_tiles(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """From the state that enters the first of ``tiles`` tiles to those that enter the others."""
-    inner = tl.arange(0, BLOCK_T)
+    in_d = d < end
     source = entering
     for i in range(tiles - 1):
-        in_t = token + inner < L
-        mask = in_t[:, None] & in_d[None, :]
-        raw = raw_step_sizes(delta, delta_bias, row, token, d, mask, delta_b, delta_t, delta_d, BLOCK_T)
-        dt = step_sizes(raw, mask, SOFTPLUS)
-        x = dt * load_tile(u, row, token, d, mask, u_b, u_t, u_d, BLOCK_T)
-        here, starts, _, boundary = boundaries(document, token, L, PACKED, BLOCK_T)
+        raw = load_tokens(at_token(delta, row, token, d, delta_b, delta_t, delta_d), delta_t, token, d, end, L, BLOCK_T)
+        bias = load_channels(delta_bias, d, in_d, BLOCK_D)
+        dts = step_sizes(raw, bias, token, L, SOFTPLUS, BLOCK_T)
+        us = load_tokens(at_token(u, row, token, d, u_b, u_t, u_d), u_t, token, d, end, L, BLOCK_T)
+        xs = times(dts, us, BLOCK_T)
+        of = documents_of(document, token, L, PACKED, BLOCK_T)
         target = tile_states + (i + 1) * states * channels
         for n in range(states):
-            a = tl.exp2(dt * tl.load(A + n * channels + d, in_d, 0.0)[None, :])
-            b = x * tl.load(B + tl.cast(n, tl.int64) * L + token + inner, in_t, 0.0)[:, None]
-            if initial_state is not None and PACKED:
-                if boundary:
-                    own = initial_state + (here * channels + d[None, :]) * states + n
-                    b += a * tl.load(own, mask & starts, 0.0).to(tl.float32)
-            h = scan(a, b, tl.load(source + n * channels + d, in_d, 0.0), starts, boundary, BLOCK_T)
-            tl.store(target + n * channels + d, pick_token(h, BLOCK_T - 1, BLOCK_T), in_d)
+            h = tl.load(source + n * channels + d, in_d, 0.0)
+            rate = tl.load(A + n * channels + d, in_d, 0.0)
+            at_n = tl.cast(n, tl.int64) * padded + token
+            for r in tl.static_range(BLOCK_T):
+                h = enter(h, of, r, initial_state, d, end, n, channels, states, PACKED)
+                h = tl.exp2(dts[r] * rate) * h + xs[r] * tl.load(B + at_n + r)
+            tl.store(target + n * channels + d, h, in_d)
         tl.debug_barrier()
         source = target
         token += BLOCK_T
 
 
-@autotuned(_CONFIGS, key=["channels", "states", "PACKED"])
+@autotuned(_CONFIGS, key=["channels", "states", "PACKED"], ampere=_AMPERE)
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _walk_back(
     dout,
@@ -196,29 +190,32 @@ def _walk_back(
     u,
     delta,
     A,  # (N, D), in base 2
-    B,  # (rows, G, N, L), as C
+    B,  # (rows, G, N, padded), as C
     C,
     D,
     z,
     delta_bias,
     document,
     initial_state,  # (documents, D, N), as its gradient
-    arriving,  # (rows, segments, N, D): a g from the right of each segment, then between tiles
+    arriving,  # (rows, segments, N, D): a g from the right of each segment
+    carry,  # as arriving: a g between tiles, in the end from the left of each segment
     tile_states,  # (rows, segments, CHUNK / BLOCK_T, N, D)
     du,
     ddelta,
     dz,
-    dA,  # (rows, segments, N, D)
-    dB,  # (blocks, rows, N, L), as dC
+    dA,  # (rows, segments, N, D), zero
+    dB,  # (blocks, rows, N, padded), as dC
     dC,
-    dD,  # (rows, segments, D), as ddelta_bias
+    dD,  # (rows, segments, D), zero, as ddelta_bias
     ddelta_bias,
-    dinitial_state,
+    dinitial_state,  # of packed documents
     rows,
     L,
+    padded,
     channels,
     states,
     groups,
+    unit,
     segment,
     segments,
     chunks,
@@ -239,111 +236,126 @@ def _walk_back(
     ddelta_d,
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     TILES: tl.constexpr,  # room for so many a chunk
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row, at, block, group, first, stop = place(channels, groups, segments, BLOCK_D)
-    d = first + tl.arange(0, BLOCK_D)
-    in_d = d < stop
-    inner = tl.arange(0, BLOCK_T)
-    wide_row = row.to(tl.int64)
-    segment_of = wide_row * segments + at
+    row, at, block, group, first, end = place(channels, groups, segments, BLOCK_D)
+    d = channels_of(first, unit, WIDE, BLOCK_D)
+    in_d = d < end
+    segment_of = row * segments + at
     states_of = states * channels
     arriving += segment_of * states_of
+    carry += segment_of * states_of
     tile_states += segment_of * TILES * states_of
     dA += segment_of * states_of
-    B += (wide_row * groups + group) * states * L
-    C += (wide_row * groups + group) * states * L
-    partial = (block.to(tl.int64) * rows + row) * states * L
-    dB += partial
-    dC += partial
+    if D is not None:
+        dD += segment_of * channels
+    if delta_bias is not None:
+        ddelta_bias += segment_of * channels
+    B += (row * groups + group) * states * padded
+    C += (row * groups + group) * states * padded
+    dB += (block * rows + row) * states * padded
+    dC += (block * rows + row) * states * padded
     begin = at * segment
     length = tl.minimum(segment, L - begin)
-    skip = tl.zeros([BLOCK_D], tl.float32)
-    if D is not None:
-        skip = tl.load(D + d, in_d, 0.0).to(tl.float32)
-    sum_dD = tl.zeros([BLOCK_D], tl.float32)
-    sum_dbias = tl.zeros([BLOCK_D], tl.float32)
-    here_chunks = tl.cdiv(length, CHUNK)
-    for i in range(here_chunks):
-        chunk_token = begin + (here_chunks - 1 - i) * CHUNK
+    m_source = arriving
+    chunks_here = tl.cdiv(length, CHUNK)
+    for i in range(chunks_here):
+        chunk_token = begin + (chunks_here - 1 - i) * CHUNK
         tiles = tl.cdiv(tl.minimum(CHUNK, L - chunk_token), BLOCK_T)
-        entering = chunk_states + (wide_row * chunks + chunk_token // CHUNK) * states_of
+        entering = chunk_states + (row * chunks + chunk_token // CHUNK) * states_of
         _enter_tiles(
-            *(u, delta, A, B, delta_bias, document, initial_state, entering, tile_states, row, chunk_token, d, in_d),
-            *(tiles, L, channels, states, u_b, u_t, u_d, delta_b, delta_t, delta_d, SOFTPLUS, PACKED, BLOCK_T),
+            *(u, delta, A, B, delta_bias, document, initial_state, entering, tile_states, row, chunk_token, d, end),
+            *(tiles, L, padded, channels, states, u_b, u_t, u_d, delta_b, delta_t, delta_d),
+            *(SOFTPLUS, PACKED, BLOCK_T, BLOCK_D),
         )
         for j in range(tiles):
             tile = tiles - 1 - j
             token = chunk_token + tile * BLOCK_T
-            in_t = token + inner < L
-            mask = in_t[:, None] & in_d[None, :]
-            raw = raw_step_sizes(delta, delta_bias, row, token, d, mask, delta_b, delta_t, delta_d, BLOCK_T)
-            dt = step_sizes(raw, mask, SOFTPLUS)
-            u_tile = load_tile(u, row, token, d, mask, u_b, u_t, u_d, BLOCK_T)
-            x = dt * u_tile
-            dy = _gated(dout, z, row, token, d, mask, dout_b, dout_t, dout_d, z_b, z_t, z_d, BLOCK_T)
-            here, starts, ends, boundary = boundaries(document, token, L, PACKED, BLOCK_T)
-            source = tile_states + tile * states_of
-            if tile == 0:
-                source = entering
-            y = u_tile * skip[None, :]
-            dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # g . B
-            dtime = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # through the decays, A in base 2
-            for n in range(states):
-                rate = tl.load(A + n * channels + d, in_d, 0.0)
-                a = tl.exp2(dt * rate[None, :])
-                at_n = tl.cast(n, tl.int64) * L + token + inner
-                B_n = tl.load(B + at_n, in_t, 0.0)
-                C_n = tl.load(C + at_n, in_t, 0.0)
-                b = x * B_n[:, None]
-                own_input = b
-                own_state = (here * channels + d[None, :]) * states + n
-                if initial_state is not None and PACKED:
-                    if boundary:
-                        b += a * tl.load(initial_state + own_state, mask & starts, 0.0).to(tl.float32)
-                h = scan(a, b, tl.load(source + n * channels + d, in_d, 0.0), starts, boundary, BLOCK_T)
-                c = _reach(dy, C_n, dfinal_state, here, d, mask, ends, boundary, channels, states, n, PACKED)
-                from_right = tl.load(arriving + n * channels + d, in_d, 0.0)
-                g = scan_back(a, c, from_right, starts, ends, boundary, BLOCK_T)
-                tl.store(dB + at_n, tl.sum(g * x, 1), in_t)
-                tl.store(dC + at_n, tl.sum(dy * h, 1), in_t)
-                y += h * C_n[:, None]
-                dx += g * B_n[:, None]
-                dexponent = g * (h - own_input)
-                dtime += dexponent * rate[None, :]
-                dA_n = tl.load(dA + n * channels + d, in_d, 0.0)
-                tl.store(dA + n * channels + d, dA_n + tl.sum(dexponent * dt, 0), in_d)
-                leaving = a * g
-                tl.store(arriving + n * channels + d, pick_token(leaving, 0, BLOCK_T), in_d)
-                if dinitial_state is not None:
-                    if PACKED:
-                        if boundary:
-                            tl.store(dinitial_state + own_state, leaving, mask & starts)
-                    else:
-                        if token == 0:
-                            own = dinitial_state + (wide_row * channels + d) * states + n
-                            tl.store(own, pick_token(leaving, 0, BLOCK_T), in_d)
-            tl.debug_barrier()
-            dtime = dtime * 0.6931471805599453 + dx * u_tile
-            if SOFTPLUS:
-                dtime *= tl.sigmoid(raw)
-            store_tile(ddelta, dtime, row, token, d, mask, ddelta_b, ddelta_t, ddelta_d, BLOCK_T)
-            sum_dbias += tl.sum(tl.where(mask, dtime, 0.0), 0)
-            sum_dD += tl.sum(dy * u_tile, 0)
-            du_tile = dx * dt + dy * skip[None, :]
-            store_tile(du, du_tile, row, token, d, mask, L * channels, channels, 1, BLOCK_T)
+            delta_at = at_token(delta, row, token, d, delta_b, delta_t, delta_d)
+            u_at = at_token(u, row, token, d, u_b, u_t, u_d)
+            dout_at, z_at = at_token(dout, row, token, d, dout_b, dout_t, dout_d), z
             if z is not None:
-                z_tile = load_tile(z, row, token, d, mask, z_b, z_t, z_d, BLOCK_T)
-                dout_tile = load_tile(dout, row, token, d, mask, dout_b, dout_t, dout_d, BLOCK_T)
-                dz_tile = dout_tile * y * silu_slope(z_tile)
-                store_tile(dz, dz_tile, row, token, d, mask, L * channels, channels, 1, BLOCK_T)
-    if D is not None:
-        tl.store(dD + segment_of * channels + d, sum_dD, in_d)
-    if delta_bias is not None:
-        tl.store(ddelta_bias + segment_of * channels + d, sum_dbias, in_d)
+                z_at = at_token(z, row, token, d, z_b, z_t, z_d)
+            raw = load_tokens(delta_at, delta_t, token, d, end, L, BLOCK_T)
+            bias = load_channels(delta_bias, d, in_d, BLOCK_D)
+            dts = step_sizes(raw, bias, token, L, SOFTPLUS, BLOCK_T)
+            xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
+            dys = gated_gradients(dout_at, z_at, token, d, end, L, dout_t, z_t, BLOCK_T)
+            of = documents_of(document, token, L, PACKED, BLOCK_T)
+            h_source = tile_states + tile * states_of
+            if tile == 0:
+                h_source = entering
+            ys = zeros(BLOCK_T, BLOCK_D)
+            dxs = zeros(BLOCK_T, BLOCK_D)  # g . B
+            dtimes = zeros(BLOCK_T, BLOCK_D)  # through the decays, A in base 2
+            for n in range(states):
+                h = tl.load(h_source + n * channels + d, in_d, 0.0)
+                m = tl.load(m_source + n * channels + d, in_d, 0.0)
+                rate = tl.load(A + n * channels + d, in_d, 0.0)
+                dA_n = tl.load(dA + n * channels + d, in_d, 0.0)
+                at_n = tl.cast(n, tl.int64) * padded + token
+                decays, hs, decayed, new_ys, new_dxs, new_dtimes = (), (), (), (), (), ()
+                for r in tl.static_range(BLOCK_T):
+                    a = tl.exp2(dts[r] * rate)
+                    ah = a * enter(h, of, r, initial_state, d, end, n, channels, states, PACKED)
+                    h = ah + xs[r] * tl.load(B + at_n + r)
+                    decays, hs, decayed = decays + (a,), hs + (h,), decayed + (ah,)
+                    if z is not None:
+                        new_ys = new_ys + (ys[r] + h * tl.load(C + at_n + r),)
+                for r in tl.static_range(BLOCK_T - 1, -1, -1):
+                    m = arrive(m, of, r, dfinal_state, d, end, n, channels, states, PACKED)
+                    g = dys[r] * tl.load(C + at_n + r) + m
+                    m = decays[r] * g
+                    if PACKED and dinitial_state is not None:
+                        if of[r] != of[r + 1]:
+                            store_own(dinitial_state, m, of[r + 1], d, end, n, channels, states)
+                    tl.store(dB + at_n + r, tl.sum(g * xs[r], 0))
+                    tl.store(dC + at_n + r, tl.sum(dys[r] * hs[r], 0))
+                    through = g * decayed[r]
+                    new_dxs = (dxs[r] + g * tl.load(B + at_n + r),) + new_dxs
+                    new_dtimes = (dtimes[r] + through * rate,) + new_dtimes
+                    dA_n += through * dts[r]
+                dxs, dtimes = new_dxs, new_dtimes
+                if z is not None:
+                    ys = new_ys
+                tl.store(carry + n * channels + d, m, in_d)
+                tl.store(dA + n * channels + d, dA_n, in_d)
+            tl.debug_barrier()
+            m_source = carry
+            du_at = at_token(du, row, token, d, L * channels.to(tl.int64), channels, unit)
+            ddelta_at = at_token(ddelta, row, token, d, ddelta_b, ddelta_t, ddelta_d)
+            dz_at = dz
+            if z is not None:
+                dz_at = at_token(dz, row, token, d, L * channels.to(tl.int64), channels, unit)
+            # Read again, and sums kept in memory: registers are the loop's over states.
+            bias = load_channels(delta_bias, d, in_d, BLOCK_D)
+            skip = load_channels(D, d, in_d, BLOCK_D)
+            sum_dD = tl.zeros([BLOCK_D], tl.float32)
+            sum_dbias = tl.zeros([BLOCK_D], tl.float32)
+            for r in tl.static_range(BLOCK_T):
+                in_t = token + r < L
+                inside = among(d, end, in_t)
+                u_r = tl.load(u_at + r * u_t, inside, 0.0).to(tl.float32)
+                ddelta_r = dtimes[r] * 0.6931471805599453 + dxs[r] * u_r
+                if SOFTPLUS:
+                    ddelta_r *= tl.sigmoid(tl.load(delta_at + r * delta_t, inside, 0.0).to(tl.float32) + bias)
+                store_token(ddelta_at + r * ddelta_t, ddelta_r, d, end, in_t)
+                store_token(du_at + r * channels, dxs[r] * dts[r] + dys[r] * skip, d, end, in_t)
+                sum_dbias += tl.where(inside, ddelta_r, 0.0)
+                sum_dD += dys[r] * u_r
+                if z is not None:
+                    z_r = tl.load(z_at + r * z_t, inside, 0.0).to(tl.float32)
+                    dout_r = tl.load(dout_at + r * dout_t, inside, 0.0).to(tl.float32)
+                    dz_r = dout_r * (ys[r] + skip * u_r) * silu_slope(z_r)
+                    store_token(dz_at + r * channels, dz_r, d, end, in_t)
+            if D is not None:
+                tl.store(dD + d, tl.load(dD + d, in_d, 0.0) + sum_dD, in_d)
+            if delta_bias is not None:
+                tl.store(ddelta_bias + d, tl.load(ddelta_bias + d, in_d, 0.0) + sum_dbias, in_d)
 
 
 def backward(
@@ -377,11 +389,12 @@ def backward(
     arriving, dA = partial_sums(p.states, p.channels), partial_sums(p.states, p.channels)
     dD = None if D is None else partial_sums(p.channels)
     dbias = None if delta_bias is None else partial_sums(p.channels)
-    dB, dC = (u.new_empty((p.blocks, p.rows, p.states, p.tokens), dtype=torch.float32) for _ in range(2))
+    by_block = (p.blocks, p.rows, p.states, padded_tokens(p.tokens))
+    dB, dC = (u.new_empty(by_block, dtype=torch.float32) for _ in range(2))
     if p.tokens > 0:
         enter_rows(arriving[:, -1], None if packed else dfinal_state)
         shared = p.sizes | strides(delta=delta, dout=dout, z=z)
-        shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "BLOCK_D": BLOCK_D}
+        shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": BLOCK_D}
         shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": p.C, "z": z}
         shared |= {"delta_bias": delta_bias, "document": p.document}
         grid = (p.rows * p.segments * p.blocks,)
@@ -389,7 +402,8 @@ def backward(
             carry, total = partial_sums(p.states, p.channels), partial_sums(p.channels)
             launch(_edges, grid, **{k: x for k, x in shared.items() if k != "chunks"}, carry=carry, total=total)
             triton_segments.pass_states(carry, total, p.A, p.document, arriving, p.tokens, p.segment, reverse=True)
-        tiles = CHUNK // min(config.kwargs["BLOCK_T"] for config in _walk_back.configs)
+        leaving = torch.empty_like(arriving)
+        tiles = CHUNK // min(config.kwargs["BLOCK_T"] for config in _CONFIGS + _AMPERE)
         launch(
             _walk_back,
             grid,
@@ -401,23 +415,35 @@ def backward(
             D=D,
             initial_state=initial_state,
             arriving=arriving,
+            carry=leaving,
             tile_states=u.new_empty((p.rows, p.segments, tiles, p.states, p.channels), dtype=torch.float32),
-            **{"du": du, "ddelta": ddelta, "dz": dz, "dA": dA, "dB": dB, "dC": dC, "dD": dD, "ddelta_bias": dbias},
+            du=du,
+            ddelta=ddelta,
+            dz=dz,
+            dA=dA,
+            dB=dB,
+            dC=dC,
+            dD=dD,
+            ddelta_bias=dbias,
             dinitial_state=dinitial,
             rows=p.rows,
             CHUNK=CHUNK,
             TILES=tiles,
         )
+        if dinitial is not None and not packed:
+            dinitial = leaving[:, 0].transpose(1, 2)
     return (
         du,
         ddelta,
         dA.sum((0, 1)).t().to(A.dtype, memory_format=torch.contiguous_format),
         _over_blocks(dB, B),
         _over_blocks(dC, C),
-        *(u.new_empty(0) if x is None else part.sum((0, 1)).to(x.dtype) for x, part in ((D, dD),)),
+        u.new_empty(0) if D is None or dD is None else dD.sum((0, 1)).to(D.dtype),
         u.new_empty(0) if dz is None else dz,
-        *(u.new_empty(0) if x is None else part.sum((0, 1)).to(x.dtype) for x, part in ((delta_bias, dbias),)),
-        u.new_empty(0) if initial_state is None else dinitial.to(initial_state.dtype),
+        u.new_empty(0) if delta_bias is None or dbias is None else dbias.sum((0, 1)).to(delta_bias.dtype),
+        u.new_empty(0)
+        if initial_state is None or dinitial is None
+        else dinitial.to(initial_state.dtype, memory_format=torch.contiguous_format),
     )
 
 
@@ -429,7 +455,8 @@ def _empty_delta(delta: Tensor, channel_first: bool) -> Tensor:
 
 
 def _over_blocks(partial: Tensor, x: Tensor) -> Tensor:
-    """From ``(blocks, rows, N, L)`` to the gradient of B or C."""
+    """From ``(blocks, rows, N, padded L)`` to the gradient of B or C."""
     groups = x.shape[2] if x.ndim == 4 else 1
+    partial = partial[..., : x.shape[1]]
     summed = partial.unflatten(0, (groups, -1)).sum(1) if groups else partial.new_zeros((0, *partial.shape[1:]))
     return summed.permute(1, 3, 0, 2).reshape(x.shape).to(x.dtype, memory_format=torch.contiguous_format)

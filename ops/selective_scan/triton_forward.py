@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,42 +18,47 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.selective_scan import triton_segments
 from packc.ops.selective_scan.reference import CHUNK
-from packc.ops.selective_scan.triton_tile import (
-    boundaries,
-    load_tile,
-    pick_token,
+from packc.ops.selective_scan.triton_tokens import (
+    among,
+    at_token,
+    channels_of,
+    documents_of,
+    enter,
+    load_channels,
+    load_tokens,
     place,
-    raw_step_sizes,
-    scan,
     step_sizes,
-    store_tile,
+    store_own,
+    store_token,
+    times,
+    zeros,
 )
 from packc.ops.tritonsrc.activations import silu
 from packc.ops.tritonsrc.documents import document_of_token
 from packc.ops.tritonsrc.launch import autotuned, launch
 
-BLOCK_D = 64
+BLOCK_D = 64  # channels of a program
+TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
 
 
 @autotuned(
     [
-        triton.Config({"BLOCK_T": 8}, num_warps=1),
+        triton.Config({"BLOCK_T": 4}, num_warps=1),
         triton.Config({"BLOCK_T": 8}, num_warps=2),
-        triton.Config({"BLOCK_T": 16}, num_warps=2),
     ],
     key=["channels", "states", "PACKED", "OUTPUT"],
 )
 @triton.jit(
     do_not_specialize=[
-        *("L", "segment", "segments", "u_b", "u_t", "u_d", "delta_b", "delta_t", "delta_d", "z_b", "z_t", "z_d"),
-        "chunks",
+        *("unit", "L", "padded", "segment", "segments", "chunks"),
+        *("u_b", "u_t", "u_d", "delta_b", "delta_t", "delta_d", "z_b", "z_t", "z_d"),
     ]
 )
 def _walk(
     u,
     delta,
     A,  # (N, D), in base 2
-    B,  # (rows, G, N, L), as C
+    B,  # (rows, G, N, padded), as C
     C,
     D,
     z,
@@ -62,12 +68,14 @@ def _walk(
     out,  # (rows, L, D)
     final_state,
     chunk_states,  # (rows, chunks, N, D)
-    carry,  # (rows, segments, N, D)
+    carry,  # (rows, segments, N, D), zero: states between tiles, in the end behind each segment
     total,  # (rows, segments, D)
     L,
+    padded,
     channels,
     states,
     groups,
+    unit,
     segment,
     segments,
     chunks,
@@ -82,76 +90,74 @@ def _walk(
     z_d,
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
-    OUTPUT: tl.constexpr,  # or only the state that leaves each segment, from zero in carry
+    WIDE: tl.constexpr,
+    OUTPUT: tl.constexpr,  # or only, in carry, the state that leaves each segment
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row, at, _, group, first, end = place(channels, groups, segments, BLOCK_D)
-    d = first + tl.arange(0, BLOCK_D)
+    d = channels_of(first, unit, WIDE, BLOCK_D)
     in_d = d < end
-    inner = tl.arange(0, BLOCK_T)
-    wide_row = row.to(tl.int64)
     states_of = states * channels
-    carry += (wide_row * segments + at) * states_of
     begin = at * segment
     stop = tl.minimum(begin + segment, L)
-    time = tl.zeros([BLOCK_D], tl.float32)
-    B += (wide_row * groups + group) * states * L
+    carry += (row * segments + at) * states_of
+    B += (row * groups + group) * states * padded
+    bias = load_channels(delta_bias, d, in_d, BLOCK_D)
     if OUTPUT:
-        C += (wide_row * groups + group) * states * L
-        chunk_states += wide_row * chunks * states_of
+        C += (row * groups + group) * states * padded
+        chunk_states += row * chunks * states_of
+        skip = load_channels(D, d, in_d, BLOCK_D)
+    time = tl.zeros([BLOCK_D], tl.float32)
     for i in range(tl.cdiv(stop - begin, BLOCK_T)):
         token = begin + i * BLOCK_T
-        in_t = token + inner < L
-        mask = in_t[:, None] & in_d[None, :]
-        raw = raw_step_sizes(delta, delta_bias, row, token, d, mask, delta_b, delta_t, delta_d, BLOCK_T)
-        dt = step_sizes(raw, mask, SOFTPLUS)
-        u_tile = load_tile(u, row, token, d, mask, u_b, u_t, u_d, BLOCK_T)
-        x = dt * u_tile
-        here, starts, ends, boundary = boundaries(document, token, L, PACKED, BLOCK_T)
+        raw = load_tokens(at_token(delta, row, token, d, delta_b, delta_t, delta_d), delta_t, token, d, end, L, BLOCK_T)
+        dts = step_sizes(raw, bias, token, L, SOFTPLUS, BLOCK_T)
+        u_at = at_token(u, row, token, d, u_b, u_t, u_d)
+        xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
+        of = documents_of(document, token, L, PACKED, BLOCK_T)
         entering, leaving = carry, carry
         if OUTPUT:
-            y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if token % CHUNK == 0:
                 entering = chunk_states + (token // CHUNK).to(tl.int64) * states_of
             if ((token + BLOCK_T) % CHUNK == 0) & (token + BLOCK_T < stop):
                 leaving = chunk_states + ((token + BLOCK_T) // CHUNK).to(tl.int64) * states_of
         else:
-            time += tl.sum(dt, 0)
+            for r in tl.static_range(BLOCK_T):
+                time += dts[r]
+        ys = zeros(BLOCK_T, BLOCK_D)
         for n in range(states):
             h = tl.load(entering + n * channels + d, in_d, 0.0)
             rate = tl.load(A + n * channels + d, in_d, 0.0)
-            a = tl.exp2(dt * rate[None, :])
-            at_n = tl.cast(n, tl.int64) * L + token
-            b = x * tl.load(B + at_n + inner, in_t, 0.0)[:, None]
-            if initial_state is not None and PACKED:
-                if boundary:
-                    own = initial_state + (here * channels + d[None, :]) * states + n
-                    b += a * tl.load(own, mask & starts, 0.0).to(tl.float32)
-            h = scan(a, b, h, starts, boundary, BLOCK_T)
-            tl.store(leaving + n * channels + d, pick_token(h, BLOCK_T - 1, BLOCK_T), in_d)
+            at_n = tl.cast(n, tl.int64) * padded + token
+            new = ()
+            for r in tl.static_range(BLOCK_T):
+                h = enter(h, of, r, initial_state, d, end, n, channels, states, PACKED)
+                h = tl.exp2(dts[r] * rate) * h + xs[r] * tl.load(B + at_n + r)
+                if OUTPUT:
+                    new = new + (ys[r] + h * tl.load(C + at_n + r),)
+                    if PACKED and final_state is not None:
+                        if of[r + 1] != of[r + 2]:
+                            store_own(final_state, h, of[r + 1], d, end, n, channels, states)
             if OUTPUT:
-                y += h * tl.load(C + at_n + inner, in_t, 0.0)[:, None]
-                if final_state is not None:
-                    if PACKED:
-                        if boundary:
-                            own = final_state + (here * channels + d[None, :]) * states + n
-                            tl.store(own, h, mask & ends)
-                    else:
-                        if token + BLOCK_T >= L:
-                            own = final_state + (wide_row * channels + d) * states + n
-                            tl.store(own, pick_token(h, BLOCK_T - 1, BLOCK_T), in_d)
+                ys = new
+            tl.store(leaving + n * channels + d, h, in_d)
         # The next tile reads what this one left.
         tl.debug_barrier()
         if OUTPUT:
-            if D is not None:
-                y += u_tile * tl.load(D + d, in_d, 0.0).to(tl.float32)[None, :]
+            z_at = u_at
             if z is not None:
-                y *= silu(load_tile(z, row, token, d, mask, z_b, z_t, z_d, BLOCK_T))
-            store_tile(out, y, row, token, d, mask, L * channels, channels, 1, BLOCK_T)
+                z_at = at_token(z, row, token, d, z_b, z_t, z_d)
+            out_at = at_token(out, row, token, d, L * channels.to(tl.int64), channels, unit)
+            for r in tl.static_range(BLOCK_T):
+                inside = among(d, end, token + r < L)
+                y = ys[r] + skip * tl.load(u_at + r * u_t, inside, 0.0).to(tl.float32)
+                if z is not None:
+                    y *= silu(tl.load(z_at + r * z_t, inside, 0.0).to(tl.float32))
+                store_token(out_at + r * channels, y, d, end, token + r < L)
     if not OUTPUT:
-        tl.store(total + (wide_row * segments + at) * channels + d, time, in_d)
+        tl.store(total + (row * segments + at) * channels + d, time, in_d)
 
 
 class Problem(NamedTuple):
@@ -167,7 +173,7 @@ class Problem(NamedTuple):
     segment: int  # tokens
     segments: int
     A: Tensor  # (N, D), times log2(e)
-    B: Tensor  # (rows, G, N, L), fp32: tokens lie side by side, as a tile reads them
+    B: Tensor  # (rows, G, N, padded L), fp32: tokens lie side by side, as a tile reads them
     C: Tensor
     document: Tensor | None
     sizes: dict[str, int]  # under the kernels' names
@@ -197,9 +203,11 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
         document=None if cu_seqlens is None else document_of_token(cu_seqlens, tokens),
         sizes={
             "L": tokens,
+            "padded": padded_tokens(tokens),
             "channels": channels,
             "states": states,
             "groups": groups,
+            "unit": 1,
             "segment": segment,
             "segments": segments,
             "chunks": chunks,
@@ -209,7 +217,11 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
 
 def _tokens_last(x: Tensor) -> Tensor:
     grouped = x if x.ndim == 4 else x.unsqueeze(2)
-    return grouped.permute(0, 2, 3, 1).float().contiguous()
+    return F.pad(grouped.permute(0, 2, 3, 1).float(), (0, padded_tokens(x.shape[1]) - x.shape[1]))
+
+
+def padded_tokens(tokens: int) -> int:
+    return triton.cdiv(tokens, TOKENS) * TOKENS
 
 
 def strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -217,6 +229,11 @@ def strides(**tensors: Tensor | None) -> dict[str, int]:
     return {
         f"{name}_{axis}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, axis in enumerate("btd")
     }
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether a channel's offset within a token of some ``(B, L, D)`` tensor needs more than 32 bits."""
+    return any(x is not None and x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
 
 
 def forward(
@@ -246,6 +263,7 @@ def forward(
         options = {
             "SOFTPLUS": delta_softplus,
             "PACKED": packed,
+            "WIDE": wide(u, delta, z),
             "CHUNK": CHUNK,
             "BLOCK_D": BLOCK_D,
             "final_state": final_state,
@@ -263,6 +281,8 @@ def forward(
             triton_segments.pass_states(carry, total, p.A, p.document, entering, p.tokens, p.segment, reverse=False)
         results = {"out": out, "chunk_states": chunk_states, "carry": carry, "total": None}
         launch(_walk, grid, **operands, C=p.C, D=D, z=z, **results, OUTPUT=True)
+        if final_state is not None and not packed:
+            final_state = carry[:, -1].transpose(1, 2).contiguous()
     if final_state is None:
         final_state = carry_like_states(u, A)
     return out, final_state, chunk_states.flatten()

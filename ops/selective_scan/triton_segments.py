@@ -13,25 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops.selective_scan.reference import CHUNK
-from packc.ops.selective_scan.triton_tile import _then_or_start
+from packc.ops.selective_scan.triton_tokens import among
 from packc.ops.tritonsrc.launch import launch
 
 _WARPS_PER_PROCESSOR = 16
+_SEGMENTS_AT_ONCE = 16
 
 
 def segment_tokens(rows: int, tokens: int, blocks: int, device: torch.device) -> int:
-    """Tokens of a segment: a multiple of CHUNK, for programs of one or two warps over ``blocks`` blocks of channels."""
+    """Tokens of a segment, a multiple of CHUNK, for programs of one warp over ``blocks`` blocks of channels."""
     chunks = triton.cdiv(max(tokens, 1), CHUNK)
     wanted = triton.cdiv(_processors(device) * _WARPS_PER_PROCESSOR, max(rows * blocks, 1))
     return triton.cdiv(chunks, min(wanted, chunks)) * CHUNK
 
 
 def _processors(device: torch.device) -> int:
-    # The interpreter has one.
+    # The interpreter is one.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-_SEGMENTS_AT_ONCE = 16
 
 
 @triton.jit(do_not_specialize=["L", "segment", "segments", "out_row", "out_segment"])
@@ -50,42 +48,43 @@ def _pass_states(
     out_segment,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = (tl.program_id(2)).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     n = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = d < channels
     rate = tl.load(A + n * channels + d, in_d, 0.0)
-    step = -1 if REVERSE else 1
-    at = segments - 1 if REVERSE else 0
-    out += row * out_row + n * channels
+    out += row * out_row + n * channels + d
     # What enters the first segment is there already.
-    state = tl.load(out + tl.cast(at, tl.int64) * out_segment + d, in_d, 0.0)
-    order = tl.arange(0, BLOCK_S)
-    for i in range(tl.cdiv(segments - 1, BLOCK_S)):
-        nth = i * BLOCK_S + order
-        s = (at + step * nth).to(tl.int64)
-        inside = nth < segments - 1
-        mask = inside[:, None] & in_d[None, :]
-        place = row * segments + s
-        left = tl.load(local + ((place * states + n) * channels)[:, None] + d[None, :], mask, 0.0)
-        time = tl.load(total + (place * channels)[:, None] + d[None, :], mask, 0.0)
-        a = tl.exp2(time * rate[None, :])
-        first = (order == 0)[:, None]
-        if PACKED:
-            begin = s * segment
-            before = tl.load(document + begin - 1, inside & (begin > 0), -1)
-            last = tl.load(document + tl.minimum(begin + segment, L) - 1, inside, -1)
-            cut = (inside & (before != last))[:, None]
-        else:
-            cut = (inside & (nth < 0))[:, None]
-        left = tl.where(first & ~cut, a * state[None, :] + left, left)
-        _, left = tl.associative_scan((tl.where(cut, -1.0, a), left), 0, _then_or_start)
-        tl.store(out + ((s + step) * out_segment)[:, None] + d[None, :], left, mask)
-        kept = tl.where((nth == tl.minimum(segments - 2, i * BLOCK_S + BLOCK_S - 1))[:, None], left, 0.0)
-        state = tl.sum(kept, 0)
+    first = segments - 1 if REVERSE else 0
+    state = tl.load(out + tl.cast(first, tl.int64) * out_segment, in_d, 0.0)
+    for i in range(tl.cdiv(segments - 1, AT_ONCE)):
+        # Loads first: none of them waits for the recurrence.
+        lefts, decays, cuts = (), (), ()
+        for k in tl.static_range(AT_ONCE):
+            nth = i * AT_ONCE + k
+            inside = nth < segments - 1
+            s = (segments - 1 - nth if REVERSE else nth).to(tl.int64)
+            at = row * segments + s
+            lefts = lefts + (tl.load(local + (at * states + n) * channels + d, among(d, channels, inside), 0.0),)
+            time = tl.load(total + at * channels + d, among(d, channels, inside), 0.0)
+            decays = decays + (tl.exp2(time * rate),)
+            if PACKED:
+                begin = s * segment
+                before = tl.load(document + begin - 1, inside & (begin > 0), -1)
+                last = tl.load(document + tl.minimum(begin + segment, L) - 1, inside, -1)
+                cuts = cuts + (before != last,)
+        for k in tl.static_range(AT_ONCE):
+            nth = i * AT_ONCE + k
+            s = (segments - 1 - nth if REVERSE else nth).to(tl.int64)
+            passed = decays[k] * state
+            if PACKED:
+                passed = tl.where(cuts[k], 0.0, passed)
+            state = passed + lefts[k]
+            target = s - 1 if REVERSE else s + 1
+            tl.store(out + target * out_segment, state, among(d, channels, nth < segments - 1))
 
 
 def pass_states(
@@ -105,7 +104,7 @@ def pass_states(
         total: ``(rows, segments, D)``: the sum of its step sizes.
         A: ``(N, D)``, times log2(e).
         document: the document of every token, or None; what enters a segment in which one begins does not leave it.
-        out: ``(rows, segments, N, D)``, its first (reverse: last) segment filled in; written elsewhere.
+        out: ``(rows, segments, N, D)``, its first (reverse: last) segment filled in; the others are written.
         tokens: L of a row.
         segment: tokens of a segment.
         reverse: from the last segment to the first.
@@ -128,7 +127,7 @@ def pass_states(
         out_segment=out.stride(1),
         REVERSE=reverse,
         PACKED=document is not None,
-        BLOCK_S=_SEGMENTS_AT_ONCE,
+        AT_ONCE=_SEGMENTS_AT_ONCE,
         BLOCK_D=32,
         num_warps=1,
     )

@@ -20,13 +20,35 @@ def _probe():
     pass
 
 
-def autotuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
+def autotuned(
+    configs: list[triton.Config], key: list[str], ampere: list[triton.Config] | None = None
+) -> Callable[[Any], Any]:
     """``triton.autotune`` over a short list whose winners are kept on disk.
 
-    ``key`` names arguments that models fix (channels, states, dtypes follow by themselves), never a number of tokens:
-    a batch of a new length must not tune again. The interpreter has nothing to time and takes the first config.
+    Args:
+        configs: what is tried. The interpreter has nothing to time and takes the first.
+        key: arguments that models fix (channels, states; dtypes follow by themselves), never a number of tokens: a
+            batch of a new length must not tune again.
+        ampere: what is tried instead on NVIDIA chips before sm_90, where the compiler runs out of registers sooner.
     """
-    return triton.autotune(configs=configs[:1] if interpreted() else configs, key=key, cache_results=not interpreted())
+
+    def on_this_chip(all_configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+        old = torch.version.hip is None and torch.cuda.get_device_capability() < (9, 0)
+        return ampere if old and ampere is not None else configs
+
+    def tune(kernel: Any) -> Any:
+        if interpreted():
+            return triton.autotune(configs=configs[:1], key=key)(kernel)
+        tuned = triton.autotune(
+            configs=configs + (ampere or []),
+            key=key,
+            prune_configs_by={"early_config_prune": on_this_chip},
+            cache_results=True,
+        )(kernel)
+        tuned.shipped = {"ampere": ampere or configs, "later": configs}
+        return tuned
+
+    return tune
 
 
 def launch(kernel: Any, grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]], **arguments: Any) -> None:

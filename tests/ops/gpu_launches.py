@@ -13,3 +13,40 @@ def documents_of_tokens():
 
 
 CALLS["documents"] = {"packed": documents_of_tokens}
+
+
+def selective_scan(dtype, packed, stateful, optional=True):
+    """Forward and backward of a Mamba layer: u contiguous, the others slices of projections, delta channel-first."""
+    from packc.ops.selective_scan import triton_backward, triton_forward, triton_segments
+
+    triton_segments._processors = lambda device: 132  # tensors on meta have no device to ask
+
+    T, D, N = 100_000, 5120, 16
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def fp32(*shape):
+        return tensor(*shape, dtype=torch.float32)
+
+    def run():
+        u, delta = tensor(1, T, D), tensor(1, D, T).transpose(1, 2)
+        B, C = tensor(1, T, 160 + 2 * N)[..., 160:].chunk(2, -1)
+        z = tensor(1, T, 2 * D)[..., D:]
+        arguments = (u, delta, fp32(D, N), B, C, *((fp32(D), z, fp32(D)) if optional else (None, None, None)), optional)
+        documents = tensor(65, dtype=torch.int32) if packed else None
+        state = fp32(64 if packed else 1, D, N) if stateful else None
+        _, final, chunk_states = triton_forward.forward(*arguments, documents, state, stateful)
+        triton_backward.backward(
+            tensor(1, T, D), final if stateful else None, chunk_states, *arguments, documents, state, True
+        )
+
+    return run
+
+
+CALLS["selective_scan"] = {
+    "bf16, packed": selective_scan(torch.bfloat16, True, False),
+    "fp32, packed, stateful": selective_scan(torch.float32, True, True),
+    "bf16, rows, stateful": selective_scan(torch.bfloat16, False, True),
+    "fp16, packed, bare": selective_scan(torch.float16, True, False, optional=False),
+}
