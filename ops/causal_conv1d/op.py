@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import dispatch, documents
-from packc.ops.causal_conv1d import cpu, reference
+from packc.ops.causal_conv1d import cpu, reference, triton_op
 
-_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu}
+_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton_op}
 
 _library = torch.library.Library("packc", "FRAGMENT")
 # Any strides are read in place, and those of the results do not depend on them: Inductor need not copy anything.

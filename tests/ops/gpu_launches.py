@@ -50,3 +50,30 @@ CALLS["selective_scan"] = {
     "bf16, rows, stateful": selective_scan(torch.bfloat16, False, True),
     "fp16, packed, bare": selective_scan(torch.float16, True, False, optional=False),
 }
+
+
+def causal_conv1d(dtype, packed, stateful, channel_first=False, W=4):
+    """Forward and backward of a Mamba layer: x half of a projection, or channel-first."""
+    from packc.ops.causal_conv1d import triton_op
+
+    T, D = 100_000, 5120
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def run():
+        x = tensor(1, D, T).transpose(1, 2) if channel_first else tensor(1, T, 2 * D)[..., :D]
+        documents = tensor(65, dtype=torch.int32) if packed else None
+        state = tensor(64 if packed else 1, D, W - 1, dtype=torch.float32) if stateful else None
+        common = (x, tensor(D, W), None if stateful else tensor(D), "silu", documents, state)
+        triton_op.causal_conv1d(*common, stateful)
+        triton_op.causal_conv1d_bwd(tensor(1, T, D), state, *common)
+
+    return run
+
+
+CALLS["causal_conv1d"] = {
+    "bf16, packed": causal_conv1d(torch.bfloat16, True, False),
+    "fp32, packed, stateful": causal_conv1d(torch.float32, True, True),
+    "bf16, rows, channel-first": causal_conv1d(torch.bfloat16, False, False, channel_first=True),
+}

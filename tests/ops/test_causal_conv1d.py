@@ -11,18 +11,15 @@ from torch.autograd import gradcheck
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from packc import config
 from packc.ops import causal_conv1d, cpu_library
+from packc.ops.causal_conv1d import triton_op
 
 D, W = 19, 4  # no multiple of a vector, so that every row has a partial one
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def kernels(request):
-    if request.param == "cpu" and not cpu_library.load("causal_conv1d"):
-        pytest.skip("no C++ compiler")
-    with config.patch(kernels=request.param):
-        yield request.param
+def size(kernels, full, interpreted):
+    """Triton's interpreter takes milliseconds a tile."""
+    return interpreted if kernels == "triton" else full
 
 
 def inputs(lengths, D=D, W=W, dtype=torch.float32, seed=0):
@@ -65,10 +62,10 @@ def error(result, expected):
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 9])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_values_and_gradients_are_those_of_the_specification(kernels, width, activation):
-    leaves, cu_seqlens = inputs([0, 1, 2, 40, 1, 300, 0], W=width)
+    leaves, cu_seqlens = inputs([0, 1, 2, 40, 1, size(kernels, 300, 33), 0], W=width)
     for result, expected in zip(
         run(leaves, cu_seqlens, activation), exact(leaves, cu_seqlens, activation), strict=True
     ):
@@ -85,7 +82,7 @@ def test_the_specification_is_a_padded_conv1d_per_document():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_no_worse_than_plain_torch(kernels, dtype):
-    leaves, _ = inputs([200], dtype=dtype)
+    leaves, _ = inputs([size(kernels, 200, 70)], dtype=dtype)
     x, weight, bias, initial_state = leaves
     padded = torch.cat([initial_state, x.transpose(1, 2)], 2)
     plain = F.silu(F.conv1d(padded, weight[:, None], bias, groups=D)).transpose(1, 2)
@@ -96,7 +93,8 @@ def test_low_precision_is_no_worse_than_plain_torch(kernels, dtype):
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     for mine, theirs, expected in zip(ours, plain, run_out_only(wide, grad.double()), strict=True):
         assert mine.dtype == theirs.dtype
-        assert error(mine, expected) <= 2 * error(theirs, expected)
+        # The interpreter cuts bits off where everybody else rounds.
+        assert error(mine, expected) <= (4 if kernels == "triton" else 2) * error(theirs, expected)
 
 
 def run_out_only(leaves, grad):
@@ -152,48 +150,119 @@ def test_swish_is_silu():
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
-@given(lengths=st.lists(st.integers(0, 40) | st.integers(250, 270), min_size=1, max_size=6))
-def test_packed_documents_are_each_document_alone(lengths):
-    leaves, cu_seqlens = inputs(lengths)
+def on_examples(kernels):
+    """Runs the decorated ``test(data)`` on random data; the interpreter gets few."""
+    return lambda test: settings(max_examples=size(kernels, 12, 3), deadline=None)(given(data=st.data())(test))()
+
+
+def same(kernels, a, b):
+    """Bit for bit; but plain torch computes the last few elements of a tensor in another way."""
+    return error(a, b.double()) < 1e-6 if kernels == "reference" else torch.equal(a, b)
+
+
+@st.composite
+def lengths_for(draw, kernels, documents):
+    """Lengths of documents around the sizes of tiles; short and few ones for the interpreter."""
+    length = st.integers(0, 40) if kernels == "triton" else st.integers(0, 40) | st.integers(250, 270)
+    return draw(st.lists(length, min_size=1, max_size=min(documents, size(kernels, documents, 2))))
+
+
+def test_packed_documents_are_each_document_alone(kernels):
+    @on_examples(kernels)
+    def _(data):
+        leaves, cu_seqlens = inputs(data.draw(lengths_for(kernels, 6)))
+        x, weight, bias, initial_state = leaves
+        out, final_state = run_states(leaves, cu_seqlens, "silu")
+        dout, dfinal = torch.randn_like(out), torch.randn_like(final_state)
+        dx, dweight, dbias, dinitial = torch.autograd.grad([out, final_state], leaves, [dout, dfinal])
+        totals = [torch.zeros_like(dweight), torch.zeros_like(dbias)]
+        for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            alone = run_states((x[:, begin:end], weight, bias, initial_state[n : n + 1]), None, "silu")
+            grads = torch.autograd.grad(alone, leaves, [dout[:, begin:end], dfinal[n : n + 1]])
+            # Bit for bit, except where gradients are summed over documents.
+            assert same(kernels, alone[0], out[:, begin:end])
+            assert same(kernels, alone[1][0], final_state[n])
+            assert same(kernels, grads[0][:, begin:end], dx[:, begin:end])
+            assert same(kernels, grads[3][n], dinitial[n])
+            totals = [total + grad for total, grad in zip(totals, grads[1:3], strict=True)]
+        torch.testing.assert_close([dweight, dbias], totals, rtol=1e-4, atol=1e-4)
+
+
+def test_cut_anywhere_with_the_state_carried_is_the_whole(kernels):
+    @on_examples(kernels)
+    def _(data):
+        (length,) = data.draw(lengths_for(kernels, 1))
+        cut = data.draw(st.integers(0, length))
+        leaves, _ = inputs([length])
+        x, weight, bias, initial_state = leaves
+        whole = run_states(leaves, None, "silu")
+        first, state = run_states((x[:, :cut], weight, bias, initial_state), None, "silu")
+        second, state = run_states((x[:, cut:], weight, bias, state), None, "silu")
+        parts = (torch.cat([first, second], 1), state)
+        assert same(kernels, parts[0], whole[0])
+        assert same(kernels, parts[1], whole[1])
+        grads = [torch.randn_like(t) for t in whole]
+        for a, b in zip(
+            torch.autograd.grad(parts, leaves, grads), torch.autograd.grad(whole, leaves, grads), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_documents_in_another_order_give_results_in_that_order(kernels):
+    @on_examples(kernels)
+    def _(data):
+        lengths = data.draw(lengths_for(kernels, 6))
+        order = data.draw(st.permutations(range(len(lengths))))
+        leaves, cu_seqlens = inputs(lengths)
+        x, weight, bias, initial_state = leaves
+        parts = x.detach().split(lengths, 1)
+        moved = [torch.cat([parts[n] for n in order], 1), weight, bias, initial_state.detach()[order]]
+        moved = [leaf.detach().requires_grad_() for leaf in moved]
+        ends = torch.tensor([0, *(lengths[n] for n in order)]).cumsum(0)
+        grads = [torch.randn_like(x), torch.randn_like(initial_state)]
+        moved_grads = [torch.cat([grads[0].split(lengths, 1)[n] for n in order], 1), grads[1][order]]
+        here, there = run_states(leaves, cu_seqlens, "silu"), run_states(moved, ends, "silu")
+        here += torch.autograd.grad(here, leaves, grads)
+        there += torch.autograd.grad(there, moved, moved_grads)
+        for i in (0, 2):  # out, dx
+            assert same(kernels, torch.cat([here[i].split(lengths, 1)[n] for n in order], 1), there[i])
+        for i in (1, 5):  # states
+            assert same(kernels, here[i][order], there[i])
+        torch.testing.assert_close(here[3:5], there[3:5], rtol=1e-4, atol=1e-4)
+
+
+LENGTHS = [5, 1, 29]
+
+
+def gradient(name, leaves, cu_seqlens, dout, dfinal):
+    results = run_states(leaves, cu_seqlens, "silu")
+    return torch.autograd.grad(results, leaves, [dout, dfinal])[["x", "weight", "bias", "initial_state"].index(name)]
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state"])
+def test_each_gradient_ends_at_documents(kernels, name):
+    """A gradient that flows out of one document only is that of the document alone."""
+    leaves, cu_seqlens = inputs(LENGTHS)
     x, weight, bias, initial_state = leaves
-    out, final_state = run_states(leaves, cu_seqlens, "silu")
-    dout, dfinal = torch.randn_like(out), torch.randn_like(final_state)
-    dx, dweight, dbias, dinitial = torch.autograd.grad([out, final_state], leaves, [dout, dfinal])
-    totals = [torch.zeros_like(dweight), torch.zeros_like(dbias)]
     for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        alone = run_states((x[:, begin:end], weight, bias, initial_state[n : n + 1]), None, "silu")
-        grads = torch.autograd.grad(alone, leaves, [dout[:, begin:end], dfinal[n : n + 1]])
-        # Bit for bit, except where gradients are summed over documents.
-        assert torch.equal(alone[0], out[:, begin:end])
-        assert torch.equal(alone[1][0], final_state[n])
-        assert torch.equal(grads[0][:, begin:end], dx[:, begin:end])
-        assert torch.equal(grads[3][n], dinitial[n])
-        totals = [total + grad for total, grad in zip(totals, grads[1:3], strict=True)]
-    torch.testing.assert_close([dweight, dbias], totals, rtol=1e-4, atol=1e-4)
-
-
-@settings(max_examples=20, deadline=None)
-@given(length=st.integers(0, 40) | st.integers(250, 270), data=st.data())
-def test_cut_anywhere_with_the_state_carried_is_the_whole(length, data):
-    cut = data.draw(st.integers(0, length))
-    leaves, _ = inputs([length])
-    x, weight, bias, initial_state = leaves
-    whole = run_states(leaves, None, "silu")
-    first, state = run_states((x[:, :cut], weight, bias, initial_state), None, "silu")
-    second, state = run_states((x[:, cut:], weight, bias, state), None, "silu")
-    parts = (torch.cat([first, second], 1), state)
-    assert torch.equal(parts[0], whole[0])
-    assert torch.equal(parts[1], whole[1])
-    grads = [torch.randn_like(t) for t in whole]
-    for a, b in zip(torch.autograd.grad(parts, leaves, grads), torch.autograd.grad(whole, leaves, grads), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        dout, dfinal = torch.zeros_like(x), torch.zeros_like(initial_state)
+        dout[:, begin:end], dfinal[n] = torch.randn_like(dout[:, begin:end]), torch.randn_like(dfinal[n])
+        packed = gradient(name, leaves, cu_seqlens, dout, dfinal)
+        alone = [leaf.detach().requires_grad_() for leaf in (x[:, begin:end], weight, bias, initial_state[n : n + 1])]
+        expected = gradient(name, alone, None, dout[:, begin:end], dfinal[n : n + 1])
+        if name == "x":
+            assert packed[:, :begin].count_nonzero() == packed[:, end:].count_nonzero() == 0
+            packed = packed[:, begin:end]
+        if name == "initial_state":
+            assert packed[:n].count_nonzero() == packed[n + 1 :].count_nonzero() == 0
+            packed = packed[n : n + 1]
+        assert error(packed, expected.double()) < 2e-6
 
 
 @pytest.mark.parametrize("bad", [0, 2, 4])
 @pytest.mark.parametrize("stateful", [False, True])
 def test_nan_in_one_document_changes_no_bit_of_another(kernels, bad, stateful):
-    lengths = [3, 1, 30, 2, 300]
+    lengths = [3, 1, 30, 2, size(kernels, 300, 25)]
     leaves, cu_seqlens = inputs(lengths)
     begin, end = cu_seqlens[bad : bad + 2].tolist()
 
@@ -217,6 +286,8 @@ def test_nan_in_one_document_changes_no_bit_of_another(kernels, bad, stateful):
 
 
 def test_documents_that_do_not_cover_the_tokens_are_refused(kernels):
+    if kernels == "gpu":
+        pytest.skip("reading cu_seqlens would wait for the GPU")
     (x, weight, bias, _), _ = inputs([5])
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to L = 5"):
         causal_conv1d(x, weight, bias, cu_seqlens=torch.tensor([0, 3, 2, 5]))
@@ -236,12 +307,16 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs_are_those_of_contiguous_ones(kernels, view, dtype):
-    leaves, cu_seqlens = inputs([3, 0, 70], dtype=dtype)
+    leaves, cu_seqlens = inputs([3, 0, size(kernels, 70, 24)], dtype=dtype)
     strided = VIEWS[view](leaves[0].detach()).requires_grad_()
     assert not strided.is_contiguous()
     dense = strided.detach().contiguous().requires_grad_()
-    for a, b in zip(run([strided, *leaves[1:]], cu_seqlens), run([dense, *leaves[1:]], cu_seqlens), strict=True):
-        assert torch.equal(a, b)
+    results = [run([x, *leaves[1:]], cu_seqlens) for x in (strided, dense)]
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if kernels in ("triton", "gpu") and i in (3, 4):  # dweight, dbias: other strides, other tiles to sum over
+            assert error(a, b.double()) <= 4 * torch.finfo(dtype).eps
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -260,6 +335,80 @@ def test_strided_inputs_are_read_in_place(view):
     assert not any(name.startswith("aten::") for name in touching), touching
 
 
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 35])
+def test_what_lies_around_an_input_in_memory_is_never_seen(kernels, length):
+    """Tails of tiles: no length is a multiple of all of them, and all that is around a tensor is NaN."""
+
+    def surrounded(x):
+        around = torch.full([size + 14 for size in x.shape], float("nan"), dtype=x.dtype)
+        inside = around[tuple(slice(7, -7) for _ in x.shape)]
+        inside.copy_(x.detach())
+        return inside.requires_grad_()
+
+    leaves, _ = inputs([length], D=3)
+    dout, dfinal = torch.randn(1, length, 3), torch.randn(1, 3, W - 1)
+    results = []
+    for memory in (lambda x: x, surrounded):
+        mine = [memory(leaf) for leaf in leaves]
+        values = run_states(mine, None, "silu")
+        results.append([*values, *torch.autograd.grad(values, mine, [memory(dout).detach(), memory(dfinal).detach()])])
+    for dense, inside in zip(*results, strict=True):
+        assert torch.equal(dense, inside)
+
+
+@pytest.mark.parametrize("strides", [(2**31 + 8, 4, 1), (8, 2**30 + 8, 1), (1, 2, 2**30 + 8)])
+def test_offsets_past_two_to_the_31_elements(kernels, strides):
+    """Of an input whose 4 GiB are reserved, and touched where it has elements only."""
+    if kernels == "reference":
+        pytest.skip("torch's own indexing")
+    shape = (2, 3, 3)
+    try:
+        far = torch.empty_strided(shape, strides, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("no 6 GiB of address space")
+    near = torch.randn(shape).bfloat16()
+    far.copy_(near)
+    weight = torch.randn(3, W)
+    results = [causal_conv1d(x, weight, output_final_state=True) for x in (near, far)]
+    results = [
+        (*result, *torch.ops.packc.causal_conv1d_bwd(x, None, x, weight, None, "silu", None, torch.ones(2, 3, W - 1)))
+        for result, x in zip(results, (near, far), strict=True)
+    ]
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.gpu
+def test_outputs_past_two_to_the_31_elements(kernels):
+    if kernels != "gpu":
+        pytest.skip("needs 20 GiB of a GPU")
+    T, D = 2**20 + 5, 2**11 + 64
+    leaves, _ = inputs([5], D=D, dtype=torch.bfloat16)
+    x, weight, bias, initial_state = leaves
+    long = torch.cat([torch.zeros(1, T - 5, D, dtype=x.dtype), x], 1).detach()
+    ends = torch.tensor([0, T - 5, T], dtype=torch.int32)
+    states = torch.cat([initial_state, initial_state]).detach()
+    out = causal_conv1d(long, weight, bias, cu_seqlens=ends, initial_state=states)
+    assert torch.equal(out[:, -5:], causal_conv1d(x, weight, bias, initial_state=initial_state))
+    dx = torch.ops.packc.causal_conv1d_bwd(long, None, long, weight, bias, None, ends, states)[0]
+    alone = torch.ops.packc.causal_conv1d_bwd(x, None, x, weight, bias, None, None, initial_state)[0]
+    assert torch.equal(dx[:, -5:], alone)
+
+
+def test_sizes_of_tiles_do_not_matter(kernels, monkeypatch):
+    if kernels not in ("triton", "gpu"):
+        pytest.skip("tiles of Triton kernels")
+    leaves, cu_seqlens = inputs([3, 0, 40, 7])
+    expected = run(leaves, cu_seqlens)
+    for sizes in ((8, 2, 16, 4), (1, 16, 64, 4)):
+        for tuner in (triton_op._forward, triton_op._backward):
+            monkeypatch.setattr(tuner, "configs", triton_op._configs(sizes))
+            monkeypatch.setattr(tuner, "cache", {})
+        results = run(leaves, cu_seqlens)
+        for i in (0, 1, 2, 5):  # out, final_state, dx, dinitial_state
+            assert torch.equal(results[i], expected[i])
+        torch.testing.assert_close(results[3:5], expected[3:5], rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_but_the_inputs_is_kept_for_the_backward(kernels):
     leaves, cu_seqlens = inputs([7, 9])
     kept = []
@@ -269,6 +418,8 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward(kernels):
 
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels):
+    if kernels in ("triton", "gpu"):
+        pytest.skip("threads of the CPU")
     leaves, cu_seqlens = inputs([700, 3, 90], D=200)
     threads = torch.get_num_threads()
     results = []
