@@ -77,3 +77,23 @@ CALLS["causal_conv1d"] = {
     "fp32, packed, stateful": causal_conv1d(torch.float32, True, True),
     "bf16, rows, channel-first": causal_conv1d(torch.bfloat16, False, False, channel_first=True),
 }
+
+
+def pack(dtype, view):
+    """Activations of a model packed, and scattered back."""
+    from packc.ops.pack import triton_op
+
+    def run():
+        index = torch.empty(100_000, dtype=torch.int64, device="meta")
+        x = view(torch.empty(64, 2048, 5120, dtype=dtype, device="meta"))
+        triton_op.unpack(triton_op.pack(x, index), index, 64, 2048)
+
+    return run
+
+
+CALLS["pack"] = {
+    "bf16": pack(torch.bfloat16, lambda x: x),
+    "fp32, part of each row": pack(torch.float32, lambda x: x[:, 1:]),
+    "bf16, channel-first": pack(torch.bfloat16, lambda x: x.mT.contiguous().mT),
+    "token ids": pack(torch.int64, lambda x: x[:, :, 0]),
+}

@@ -1,0 +1,103 @@
+"""``packc::pack``, ``packc::unpack`` and ``packc::packing_index``: schema, implementations, fakes, autograd.
+
+Opaque, so that Inductor neither re-derives a gather's backward as an atomic scatter nor guesses the token count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+
+from packc.ops import dispatch
+from packc.ops.pack import triton_op
+
+_lib = torch.library.Library("packc", "FRAGMENT")
+_lib.define("pack(Tensor x, Tensor index) -> Tensor")
+_lib.define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor")
+_lib.define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)")
+
+
+def _pack(x: Tensor, index: Tensor) -> Tensor:
+    kernels = _kernels(x)
+    if kernels == "triton":
+        return triton_op.pack(x, index)
+    rows = torch.ops.packc_cpu.gather_rows if kernels == "cpu" else _gather_rows
+    return rows(x.flatten(0, 1), index).unsqueeze(0)
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
+
+
+def _pack_fake(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((1, index.shape[0], *x.shape[2:]))
+
+
+def _unpack(x: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
+    kernels = _kernels(x)
+    if kernels == "triton":
+        return triton_op.unpack(x, index, batch, length)
+    # torch's own index_copy on the CPU takes a view of every row first.
+    rows = torch.ops.packc_cpu.scatter_rows if kernels == "cpu" else _scatter_rows
+    return rows(x.squeeze(0), index, batch * length).unflatten(0, (batch, length))
+
+
+def _scatter_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x)
+
+
+def _kernels(x: Tensor) -> str:
+    # Bits are copied, so dtypes do not matter: asked for the plainest one.
+    chosen = dispatch.choose("pack", x.new_empty(0, dtype=torch.float32))
+    return "reference" if chosen == "triton" and not triton_op.supports(x) else chosen
+
+
+def _unpack_fake(x: Tensor, index: Tensor, batch: int | SymInt, length: int | SymInt) -> Tensor:
+    return x.new_empty((batch, length, *x.shape[2:]))
+
+
+def _packing_index(mask: Tensor) -> tuple[Tensor, Tensor]:
+    real = mask != 0
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(real.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
+    return real.flatten().nonzero().flatten(), cu_seqlens
+
+
+def _packing_index_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = torch.library.get_ctx().new_dynamic_size()
+    return mask.new_empty((tokens,), dtype=torch.int64), mask.new_empty((mask.shape[0] + 1,), dtype=torch.int32)
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("pack", _pack, _key)
+    _lib.impl("unpack", _unpack, _key)
+    _lib.impl("packing_index", _packing_index, _key)
+torch.library.register_fake("packc::pack", _pack_fake, lib=_lib)
+torch.library.register_fake("packc::unpack", _unpack_fake, lib=_lib)
+torch.library.register_fake("packc::packing_index", _packing_index_fake, lib=_lib)
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index = inputs
+    ctx.save_for_backward(index)
+    ctx.batch, ctx.length = x.shape[0], x.shape[1]
+
+
+def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (index,) = ctx.saved_tensors
+    return torch.ops.packc.unpack.default(grad, index, ctx.batch, ctx.length), None
+
+
+def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (index,) = ctx.saved_tensors
+    return torch.ops.packc.pack.default(grad, index), None, None, None
+
+
+torch.library.register_autograd("packc::pack", _pack_backward, setup_context=_pack_setup, lib=_lib)
+torch.library.register_autograd("packc::unpack", _unpack_backward, setup_context=_unpack_setup, lib=_lib)
