@@ -62,8 +62,8 @@ def scan_and_grads(
 
 
 def reproducible_like(x: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(x.numel())
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    generator = torch.Generator("cpu").manual_seed(x.numel())
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:

@@ -13,6 +13,8 @@ segment, sums over channels in one a block of them; torch adds those up, in an o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -377,8 +379,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     p = prepare(u, A, B, C, cu_seqlens)
     packed = cu_seqlens is not None
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    D, delta_bias, initial_state, dfinal_state = (
+        None if x is None else x.contiguous() for x in (D, delta_bias, initial_state, dfinal_state)
+    )
     du, dz = u.new_empty(u.shape), None if z is None else z.new_empty(z.shape)
     ddelta = _empty_delta(delta, channel_first_ddelta)
     dinitial = None if initial_state is None else states_of_empty_documents(u, A, cu_seqlens, dfinal_state)
@@ -393,7 +396,7 @@ def backward(
     dB, dC = (u.new_empty(by_block, dtype=torch.float32) for _ in range(2))
     if p.tokens > 0:
         enter_rows(arriving[:, -1], None if packed else dfinal_state)
-        shared = p.sizes | strides(delta=delta, dout=dout, z=z)
+        shared: dict[str, Any] = {**p.sizes, **strides(delta=delta, dout=dout, z=z)}
         shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": BLOCK_D}
         shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": p.C, "z": z}
         shared |= {"delta_bias": delta_bias, "document": p.document}
@@ -432,19 +435,25 @@ def backward(
         )
         if dinitial is not None and not packed:
             dinitial = leaving[:, 0].transpose(1, 2)
+
+    def over_segments(partial: Tensor | None, x: Tensor | None) -> Tensor:
+        return u.new_empty(0) if partial is None or x is None else partial.sum((0, 1)).to(x.dtype)
+
     return (
         du,
         ddelta,
-        dA.sum((0, 1)).t().to(A.dtype, memory_format=torch.contiguous_format),
+        over_segments(dA, A).t().contiguous(),
         _over_blocks(dB, B),
         _over_blocks(dC, C),
-        u.new_empty(0) if D is None or dD is None else dD.sum((0, 1)).to(D.dtype),
+        over_segments(dD, D),
         u.new_empty(0) if dz is None else dz,
-        u.new_empty(0) if delta_bias is None or dbias is None else dbias.sum((0, 1)).to(delta_bias.dtype),
-        u.new_empty(0)
-        if initial_state is None or dinitial is None
-        else dinitial.to(initial_state.dtype, memory_format=torch.contiguous_format),
+        over_segments(dbias, delta_bias),
+        u.new_empty(0) if initial_state is None or dinitial is None else _like(initial_state, dinitial),
     )
+
+
+def _like(x: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.to(x.dtype, memory_format=torch.contiguous_format)
 
 
 def _empty_delta(delta: Tensor, channel_first: bool) -> Tensor:

@@ -200,7 +200,7 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
         A=(A.float() * math.log2(math.e)).t().contiguous(),
         B=_tokens_last(B),
         C=_tokens_last(C),
-        document=None if cu_seqlens is None else document_of_token(cu_seqlens, tokens),
+        document=None if cu_seqlens is None else document_of_token(documents.offsets(cu_seqlens, u), tokens),
         sizes={
             "L": tokens,
             "padded": padded_tokens(tokens),
@@ -252,8 +252,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = prepare(u, A, B, C, cu_seqlens)
     packed = cu_seqlens is not None
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
+    D, delta_bias, initial_state = (None if x is None else x.contiguous() for x in (D, delta_bias, initial_state))
     out = u.new_empty(u.shape)
     chunk_states = u.new_empty((p.rows, p.chunks, p.states, p.channels), dtype=torch.float32)
     final_state = states_of_empty_documents(u, A, cu_seqlens, initial_state) if output_final_state else None
