@@ -73,7 +73,7 @@ def test_no_backend_is_not_packc():
 @pytest.mark.parametrize(
     ("backend", "expected"),
     [(marked, 1.0), (functools.partial(marked), 1.0), (other, 0.0), ("eager", 0.0), ("aot_eager", 0.0)],
-    ids=str,
+    ids=["marked", "partial", "other", "eager", "aot_eager"],
 )
 def test_dynamo_answers_while_it_traces(backend, expected):
     def which(x):

@@ -87,9 +87,9 @@ def test_low_precision_inputs_lose_no_more_than_the_reference(dtype):
     exact, results = reference(inputs), scan_and_grads(inputs)
     for name, x in results.items():
         assert x.dtype == plain[name].dtype, name
-        # fp32 inside and one rounding at the end, as the reference; but interpreted kernels truncate to bf16.
-        allowed = 2 * relative_error(plain[name], exact[name]) + torch.finfo(x.dtype).eps / 2
-        assert relative_error(x, exact[name]) <= allowed, name
+        # fp32 inside, an ulp a token, and one rounding at the end, as the reference; interpreted, bf16 is truncated.
+        ulps = max(torch.finfo(x.dtype).eps / 2, 9 * torch.finfo(torch.float32).eps)
+        assert relative_error(x, exact[name]) <= 2 * relative_error(plain[name], exact[name]) + ulps, name
 
 
 def test_softplus_in_its_tails():
@@ -248,7 +248,7 @@ def _detached(x):
 @pytest.mark.gpu
 def test_offsets_past_two_to_the_31_elements(kernels):
     if kernels != "gpu":
-        pytest.skip("needs 40 GiB of a GPU")
+        pytest.skip("needs 40 GiB, on a GPU")
     T, D = 2**20 + 5, 2**11 + 64  # T * D > 2**31
     inputs, tail = make_inputs(L=3, D=D, N=1, dtype=torch.bfloat16), slice(T - 3, T)
     long = dict(inputs)
