@@ -1,0 +1,45 @@
+"""The benchmarks run as they stand, on sizes that take seconds; what they measure then means nothing."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name, *arguments, **environment):
+    ran = subprocess.run(
+        [sys.executable, BENCHMARKS / name, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_ops_are_measured_into_a_table_and_a_plot(tmp_path):
+    run("ops.py", "--device=cpu", "--tokens=256", "--channels=64", "--rounds=1", f"--output={tmp_path}")
+    rows = list(csv.DictReader((tmp_path / "ops-cpu.csv").open()))
+    assert {row["op"] for row in rows} == {"causal_conv1d", "selective_scan", "pack", "varlen_attention"}
+    assert all(float(row["median_ms"]) > 0 for row in rows)
+    assert (tmp_path / "ops-cpu.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_packmambas_protocol_gives_one_loss_three_ways(tmp_path):
+    run(
+        "packmamba.py",
+        "--quick",
+        "--device=cpu",
+        "--documents=3",
+        "--steps=1",
+        f"--output={tmp_path}",
+        PACKC_INNER="aot_eager",
+    )
+    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "packmamba-cpu.csv").open())]
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
