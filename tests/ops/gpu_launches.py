@@ -1,4 +1,7 @@
-"""What gpu_targets.py compiles: per op, named calls on meta tensors of the size and strides that models have."""
+"""What gpu_targets.py compiles: per op, named calls on meta tensors of the size and strides that models have.
+
+The first call of an op is the one that takes most registers: it is compiled for every chip.
+"""
 
 import torch
 
@@ -45,8 +48,8 @@ def selective_scan(dtype, packed, stateful, optional=True):
 
 
 CALLS["selective_scan"] = {
-    "bf16, packed": selective_scan(torch.bfloat16, True, False),
     "fp32, packed, stateful": selective_scan(torch.float32, True, True),
+    "bf16, packed": selective_scan(torch.bfloat16, True, False),
     "bf16, rows, stateful": selective_scan(torch.bfloat16, False, True),
     "fp16, packed, bare": selective_scan(torch.float16, True, False, optional=False),
 }
@@ -73,8 +76,8 @@ def causal_conv1d(dtype, packed, stateful, channel_first=False, W=4):
 
 
 CALLS["causal_conv1d"] = {
-    "bf16, packed": causal_conv1d(torch.bfloat16, True, False),
     "fp32, packed, stateful": causal_conv1d(torch.float32, True, True),
+    "bf16, packed": causal_conv1d(torch.bfloat16, True, False),
     "bf16, rows, channel-first": causal_conv1d(torch.bfloat16, False, False, channel_first=True),
 }
 

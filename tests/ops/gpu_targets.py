@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels that an op launches for GPUs that are not there: ``python gpu_targets.py <op>``.
+"""Compiles the Triton kernels that an op launches for GPUs that are not there: ``python gpu_targets.py <op> [--all]``.
 
 A process of its own, since kernels defined under TRITON_INTERPRET=1 cannot be compiled together with the functions they
 call. The op runs on meta tensors of a realistic size, its launches are recorded instead of made, and every kernel is
-compiled for every chip, with every shipped configuration, for the types and specialisations its arguments would have.
+compiled for every chip, with every shipped configuration, for the types and specialisations its arguments would have
+in the first call, which is the one that needs most. The other calls take turns with the chips, unless ``--all``.
 Prints one JSON object a kernel. Checked on triton 3.6 and 3.9.
 """
 
@@ -133,14 +134,17 @@ def _amd(result: Any) -> Resources:
     return Resources(spilled, registers, result.metadata.shared, text)
 
 
-def main(op: str) -> None:
-    """``gpu_launches.<op>`` is a dict of named calls of the op on meta tensors."""
+def main(op: str, everything: bool) -> None:
+    """``gpu_launches.CALLS[op]`` is a dict of named calls of the op on meta tensors."""
     calls = importlib.import_module("gpu_launches").CALLS[op]
     seen = set()
-    for call, run in calls.items():
+    for turn, (call, run) in enumerate(calls.items()):
+        whole = everything or turn == 0
+        chips = list(CHIPS) if whole else [list(CHIPS)[turn % len(CHIPS)]]
         for launch in recorded(run):
-            for name, chip in CHIPS.items():
-                for config in configs(launch, name):
+            for name in chips:
+                chip = CHIPS[name]
+                for config in configs(launch, name)[: None if whole else 1]:
                     types = {key: getattr(value, "dtype", value) for key, value in launch.arguments.items()}
                     fingerprint = (launch.kernel, str(types), str(config), name)
                     if fingerprint in seen:
@@ -166,4 +170,4 @@ def main(op: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--all" in sys.argv[2:])
