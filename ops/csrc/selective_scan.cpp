@@ -6,6 +6,7 @@
 
 #include "selective_scan_bwd.h"
 #include "selective_scan_fwd.h"
+#include "tasks.h"
 
 namespace packc {
 namespace {
@@ -14,14 +15,13 @@ namespace {
 template <typename Make, typename Body>
 void for_each_bundle(
     const std::vector<Group>& groups, const std::vector<ChannelBlock>& blocks, const Make& make, const Body& body) {
-  const int64_t count = static_cast<int64_t>(blocks.size());
-  at::parallel_for(0, static_cast<int64_t>(groups.size()) * count, 1, [&](int64_t first, int64_t last) {
-    auto worker = make();
-    for (int64_t unit = first; unit < last;) {
-      const int64_t block = unit % count, size = std::min({kBundle, count - block, last - unit});
-      body(worker, unit / count, std::span(blocks).subspan(block, size));
-      unit += size;
-    }
+  const int64_t count = static_cast<int64_t>(blocks.size()), units = static_cast<int64_t>(groups.size()) * count;
+  // Groups differ in length: there must be more bundles than threads for all to end together.
+  const int64_t size = std::clamp<int64_t>(units / (2 * at::get_num_threads()), 1, kBundle);
+  const int64_t bundles = at::divup(count, size);
+  for_each_task(static_cast<int64_t>(groups.size()) * bundles, make, [&](int64_t task, auto& worker) {
+    const int64_t block = task % bundles * size;
+    body(worker, task / bundles, std::span(blocks).subspan(block, std::min(size, count - block)));
   });
 }
 
