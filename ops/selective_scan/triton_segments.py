@@ -72,10 +72,17 @@ def _pass_states(
             time = tl.load(total + at * channels + d, among(d, channels, inside), 0.0)
             decays = decays + (tl.exp2(time * rate),)
             if PACKED:
+                # What enters leaves if one document holds the token in front of the segment and all of its own; a
+                # gradient comes from behind, and there the document must hold the token behind the segment.
                 begin = s * segment
-                before = tl.load(document + begin - 1, inside & (begin > 0), -1)
-                last = tl.load(document + tl.minimum(begin + segment, L) - 1, inside, -1)
-                cuts = cuts + (before != last,)
+                end = tl.minimum(begin + segment, L)
+                if REVERSE:
+                    source = tl.load(document + end, inside & (end < L), -1)
+                    target = tl.load(document + begin, inside, -1)
+                else:
+                    source = tl.load(document + begin - 1, inside & (begin > 0), -1)
+                    target = tl.load(document + end - 1, inside, -1)
+                cuts = cuts + (source != target,)
         for k in tl.static_range(AT_ONCE):
             nth = i * AT_ONCE + k
             s = (segments - 1 - nth if REVERSE else nth).to(tl.int64)
@@ -83,8 +90,8 @@ def _pass_states(
             if PACKED:
                 passed = tl.where(cuts[k], 0.0, passed)
             state = passed + lefts[k]
-            target = s - 1 if REVERSE else s + 1
-            tl.store(out + target * out_segment, state, among(d, channels, nth < segments - 1))
+            following = s - 1 if REVERSE else s + 1
+            tl.store(out + following * out_segment, state, among(d, channels, nth < segments - 1))
 
 
 def pass_states(

@@ -215,6 +215,18 @@ def test_tokens_in_front_of_a_view_and_behind_it_are_not_read():
     assert_all_close(scan_and_grads(surrounded, documents), scan_and_grads(inputs, documents), 0)
 
 
+@pytest.mark.parametrize("lengths", [[128, 64], [64, 128], [64, 64, 64]])
+def test_documents_that_end_where_segments_do_get_no_gradient_from_the_next(lengths):
+    inputs = make_inputs(L=192, D=1, N=1) | {"A": torch.tensor([[-1e-3]])}  # states last through whole segments
+    others = slice(0, 192 - lengths[-1])
+    dout, dfinal = torch.randn(1, 192, 1), torch.zeros(len(lengths), 1, 1)
+    dout[:, others] = 0
+    results = scan_and_grads(inputs, offsets(lengths), dout=dout, dfinal=dfinal)
+    for name in ("du", "ddelta", "dB"):
+        assert not results[name][:, others].any(), name
+        assert results[name][:, others.stop :].any(), name
+
+
 @pytest.mark.parametrize("lengths", [[0, 0], [0]])
 def test_no_tokens_at_all(lengths):
     inputs, state = make_inputs(L=0, D=2, N=2), torch.randn(len(lengths), 2, 2)
