@@ -2,8 +2,8 @@
 
 A process of its own, since kernels defined under TRITON_INTERPRET=1 cannot be compiled together with the functions they
 call. The op runs on meta tensors of a realistic size, its launches are recorded instead of made, and every kernel is
-compiled for every chip, with every shipped configuration, for the types and specialisations its arguments would have
-in the first call, which is the one that needs most. The other calls take turns with the chips, unless ``--all``.
+compiled for every chip, for the types and specialisations its arguments would have in the first call, which is the one
+that needs most. The other calls take turns with the chips, and configurations with both, unless ``--all``.
 Prints one JSON object a kernel. Checked on triton 3.6 and 3.9.
 """
 
@@ -139,12 +139,12 @@ def main(op: str, everything: bool) -> None:
     calls = importlib.import_module("gpu_launches").CALLS[op]
     seen = set()
     for turn, (call, run) in enumerate(calls.items()):
-        whole = everything or turn == 0
-        chips = list(CHIPS) if whole else [list(CHIPS)[turn % len(CHIPS)]]
+        chips = list(CHIPS) if everything or turn == 0 else [list(CHIPS)[turn % len(CHIPS)]]
         for launch in recorded(run):
             for name in chips:
-                chip = CHIPS[name]
-                for config in configs(launch, name)[: None if whole else 1]:
+                chip, shipped = CHIPS[name], configs(launch, name)
+                one = (turn + list(CHIPS).index(name)) % len(shipped)
+                for config in shipped if everything else shipped[one : one + 1]:
                     types = {key: getattr(value, "dtype", value) for key, value in launch.arguments.items()}
                     fingerprint = (launch.kernel, str(types), str(config), name)
                     if fingerprint in seen:

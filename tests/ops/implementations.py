@@ -22,3 +22,11 @@ def implementation(name):
     forced = {"gpu": "triton"}.get(name, name)
     with torch.device("cuda" if name == "gpu" else "cpu"), config.patch(kernels=forced):
         yield
+
+
+def opcheck(kernels, op, arguments):
+    """torch's, whose tests of autograd and tracing say the same of every implementation: interpreted ones skip them."""
+    tests = ("test_schema", "test_faketensor")
+    if kernels != "triton":
+        tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, arguments, test_utils=tests)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import opcheck
 from torch.autograd import gradcheck
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -447,12 +448,10 @@ def test_opcheck(kernels, pattern):
         "packed": (x, weight, bias, "silu", cu_seqlens, None, False),
         "stateful": (x, weight, bias, "silu", cu_seqlens, initial_state, True),
     }[pattern]
-    torch.library.opcheck(torch.ops.packc.causal_conv1d.default, arguments)
+    opcheck(kernels, torch.ops.packc.causal_conv1d.default, arguments)
     out, final_state = torch.ops.packc.causal_conv1d(*arguments)
     backward = (out.detach(), final_state.detach() if arguments[-1] else None, *arguments[:-1])
-    torch.library.opcheck(
-        torch.ops.packc.causal_conv1d_bwd.default, backward, test_utils=("test_schema", "test_faketensor")
-    )
+    opcheck(kernels, torch.ops.packc.causal_conv1d_bwd.default, backward)
 
 
 def test_flops_are_counted_forward_and_backward():
