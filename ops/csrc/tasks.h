@@ -9,15 +9,22 @@
 
 namespace packc {
 
-// Runs body(task, scratch) for 0 .. tasks on all threads; whoever is free takes the next. scratch is a thread's own.
+// Runs body(task, scratch) for 0 .. tasks on all threads; whoever is free takes the next `batch`, in order. scratch is a
+// thread's own.
 template <typename Scratch, typename Body>
-void for_each_task(int64_t tasks, const Scratch& scratch, const Body& body) {
+void for_each_task(int64_t tasks, const Scratch& scratch, const Body& body, int64_t batch = 1) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), at::divup(tasks, batch)), 1, [&](int64_t, int64_t) {
     auto own = scratch();
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;)
-      body(task, own);
+    for (int64_t first; (first = next.fetch_add(batch)) < tasks;)
+      for (int64_t task = first; task < std::min(first + batch, tasks); ++task)
+        body(task, own);
   });
+}
+
+// Neighbouring tasks share memory pages: as many as still leave every thread something to take at the end.
+inline int64_t batch_of(int64_t tasks) {
+  return std::clamp<int64_t>(tasks / (8 * at::get_num_threads()), 1, 16);
 }
 
 } // namespace packc

@@ -28,28 +28,26 @@ from packc.ops.selective_scan.triton_forward import (
     padded_tokens,
     prepare,
     states_of_empty_documents,
-    strides,
-    wide,
 )
-from packc.ops.selective_scan.triton_tokens import (
+from packc.ops.selective_scan.triton_tokens import gated_gradients, place, step_sizes
+from packc.ops.tritonsrc.activations import silu_slope
+from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.tokens import (
     among,
     arrive,
     at_token,
     channels_of,
     documents_of,
     enter,
-    gated_gradients,
     load_channels,
     load_tokens,
-    place,
-    step_sizes,
     store_own,
     store_token,
+    strides,
     times,
+    wide,
     zeros,
 )
-from packc.ops.tritonsrc.activations import silu_slope
-from packc.ops.tritonsrc.launch import autotuned, launch
 
 _NOT_SPECIALIZED = [
     *("unit", "rows", "L", "padded", "segment", "segments", "chunks"),
@@ -328,11 +326,11 @@ def _walk_back(
                 tl.store(dA + n * channels + d, dA_n, in_d)
             tl.debug_barrier()
             m_source = carry
-            du_at = at_token(du, row, token, d, L * channels.to(tl.int64), channels, unit)
+            du_at = at_token(du, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
             ddelta_at = at_token(ddelta, row, token, d, ddelta_b, ddelta_t, ddelta_d)
             dz_at = dz
             if z is not None:
-                dz_at = at_token(dz, row, token, d, L * channels.to(tl.int64), channels, unit)
+                dz_at = at_token(dz, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
             # Read again, and sums kept in memory: registers are the loop's over states.
             bias = load_channels(delta_bias, d, in_d, BLOCK_D)
             skip = load_channels(D, d, in_d, BLOCK_D)

@@ -18,7 +18,11 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.selective_scan import triton_segments
 from packc.ops.selective_scan.reference import CHUNK
-from packc.ops.selective_scan.triton_tokens import (
+from packc.ops.selective_scan.triton_tokens import place, step_sizes
+from packc.ops.tritonsrc.activations import silu
+from packc.ops.tritonsrc.documents import document_of_token
+from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.tokens import (
     among,
     at_token,
     channels_of,
@@ -26,16 +30,13 @@ from packc.ops.selective_scan.triton_tokens import (
     enter,
     load_channels,
     load_tokens,
-    place,
-    step_sizes,
     store_own,
     store_token,
+    strides,
     times,
+    wide,
     zeros,
 )
-from packc.ops.tritonsrc.activations import silu
-from packc.ops.tritonsrc.documents import document_of_token
-from packc.ops.tritonsrc.launch import autotuned, launch
 
 BLOCK_D = 64  # channels of a program
 TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
@@ -149,7 +150,7 @@ def _walk(
             z_at = u_at
             if z is not None:
                 z_at = at_token(z, row, token, d, z_b, z_t, z_d)
-            out_at = at_token(out, row, token, d, L * channels.to(tl.int64), channels, unit)
+            out_at = at_token(out, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
             for r in tl.static_range(BLOCK_T):
                 inside = among(d, end, token + r < L)
                 y = ys[r] + skip * tl.load(u_at + r * u_t, inside, 0.0).to(tl.float32)
@@ -222,18 +223,6 @@ def _tokens_last(x: Tensor) -> Tensor:
 
 def padded_tokens(tokens: int) -> int:
     return triton.cdiv(tokens, TOKENS) * TOKENS
-
-
-def strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_b``, ``_t`` and ``_d`` of every ``(B, L, D)`` tensor."""
-    return {
-        f"{name}_{axis}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, axis in enumerate("btd")
-    }
-
-
-def wide(*tensors: Tensor | None) -> bool:
-    """Whether a channel's offset within a token of some ``(B, L, D)`` tensor needs more than 32 bits."""
-    return any(x is not None and x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
 
 
 def forward(

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops.selective_scan.reference import CHUNK
-from packc.ops.selective_scan.triton_tokens import among
 from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.tokens import (
+    among,
+)
 
 _WARPS_PER_PROCESSOR = 16
 _SEGMENTS_AT_ONCE = 16

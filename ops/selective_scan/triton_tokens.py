@@ -1,15 +1,10 @@
-"""Tokens in the scan's Triton kernels: what is read of them, and where their documents begin and end.
-
-A program holds the tokens of a tile as a tuple of vectors over channels and walks them one by one, so that the
-recurrence is a chain of FMAs within a thread whichever way it runs, and a document is left by selecting: 0 times a
-neighbour's NaN would be NaN. Channels of a block lie ``unit`` apart, a 1 that Triton is not told of: it would widen
-loads over channels and then move values between threads to match.
-"""
+"""Tokens as the scan reads them: its blocks of channels, its step sizes, its gate."""
 
 import triton
 import triton.language as tl
 
 from packc.ops.tritonsrc.activations import silu, softplus
+from packc.ops.tritonsrc.tokens import load_tokens
 
 
 @triton.jit
@@ -25,48 +20,6 @@ def place(channels, groups, segments, BLOCK_D: tl.constexpr):
     group = block // blocks
     first = group * per_group + (block % blocks) * BLOCK_D
     return (stretch // segments).to(tl.int64), stretch % segments, block, group, first, (group + 1) * per_group
-
-
-@triton.jit
-def channels_of(first, unit, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A block's channels, in 64 bits if some tensor spans more than 32 can count: they take registers all along."""
-    d = (first + tl.arange(0, BLOCK_D)) * unit
-    return d.to(tl.int64) if WIDE else d
-
-
-@triton.jit
-def load_channels(x, d, in_d, BLOCK_D: tl.constexpr):
-    """A vector over channels in fp32; zeros if there is none."""
-    values = tl.zeros([BLOCK_D], tl.float32)
-    if x is not None:
-        values = tl.load(x + d, in_d, 0.0).to(tl.float32)
-    return values
-
-
-@triton.jit
-def at_token(x, row, token, d, x_b, x_t, x_d):
-    """Pointers to a token's channels. Tokens count in 64 bits, channels in as many as ``channels_of`` chose."""
-    return x + (row * x_b + token.to(tl.int64) * x_t) + d * x_d
-
-
-@triton.jit
-def among(d, end, inside):
-    """Channels below ``end``, of a token inside. The interpreter cannot ``&`` a vector with a scalar."""
-    return d < tl.where(inside, end, 0)
-
-
-@triton.jit
-def load_tokens(pointers, x_t, token, d, end, L, BLOCK_T: tl.constexpr):
-    """A tile in fp32, zero behind the row's end."""
-    tokens = ()
-    for r in tl.static_range(BLOCK_T):
-        tokens = tokens + (tl.load(pointers + r * x_t, among(d, end, token + r < L), 0.0).to(tl.float32),)
-    return tokens
-
-
-@triton.jit
-def store_token(pointers, value, d, end, inside):
-    tl.store(pointers, value.to(pointers.dtype.element_ty), among(d, end, inside))
 
 
 @triton.jit
@@ -92,75 +45,3 @@ def gated_gradients(dout, z, token, d, end, L, dout_t, z_t, BLOCK_T: tl.constexp
             gated = gated + (dys[r] * silu(zs[r]),)
         dys = gated
     return dys
-
-
-@triton.jit
-def times(xs, ys, BLOCK_T: tl.constexpr):
-    products = ()
-    for r in tl.static_range(BLOCK_T):
-        products = products + (xs[r] * ys[r],)
-    return products
-
-
-@triton.jit
-def zeros(BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    tile = ()
-    for _ in tl.static_range(BLOCK_T):
-        tile = tile + (tl.zeros([BLOCK_D], tl.float32),)
-    return tile
-
-
-@triton.jit
-def documents_of(document, token, L, PACKED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Documents of the token in front of a tile, of its own and of the one behind it; -1 where there is no token."""
-    of = ()
-    for r in tl.static_range(BLOCK_T + 2):
-        if PACKED:
-            t = token + r - 1
-            of = of + (tl.load(document + t, (t >= 0) & (t < L), -1),)
-        else:
-            of = of + (-1,)
-    return of
-
-
-@triton.jit
-def enter(state, of, r: tl.constexpr, own_states, d, end, n, channels, states, PACKED: tl.constexpr):
-    """The state before token ``r`` of a tile: where a document begins its own, or zero, not the neighbour's."""
-    if PACKED:
-        begins = of[r] != of[r + 1]
-        if own_states is not None:
-            if begins:
-                state = load_own(own_states, of[r + 1], d, end, n, channels, states)
-        else:
-            state = tl.where(begins, 0.0, state)
-    return state
-
-
-@triton.jit
-def arrive(gradient, of, r: tl.constexpr, own_gradients, d, end, n, channels, states, PACKED: tl.constexpr):
-    """The gradient that reaches the state after token ``r`` from behind: where a document ends its final state's."""
-    if PACKED:
-        ends = of[r + 1] != of[r + 2]
-        if own_gradients is not None:
-            if ends:
-                gradient = load_own(own_gradients, of[r + 1], d, end, n, channels, states)
-        else:
-            gradient = tl.where(ends, 0.0, gradient)
-    return gradient
-
-
-@triton.jit
-def at_own(own, document, d, n, channels, states):
-    """State n of a document in ``(documents, D, N)``: 64 bits for the document, 32 for channels, which share them."""
-    return own + document.to(tl.int64) * channels * states + (d * states + n)
-
-
-@triton.jit
-def load_own(own, document, d, end, n, channels, states):
-    at = at_own(own, document, d, n, channels, states)
-    return tl.load(at, among(d, end, document >= 0), 0.0).to(tl.float32)
-
-
-@triton.jit
-def store_own(own, value, document, d, end, n, channels, states):
-    tl.store(at_own(own, document, d, n, channels, states), value, among(d, end, document >= 0))

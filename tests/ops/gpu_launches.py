@@ -82,6 +82,70 @@ CALLS["causal_conv1d"] = {
 }
 
 
+def linear_attention(dtype, packed, K, V, ssd=False):
+    """Forward and backward of lightning attention's heads, or of a Mamba-2 layer's."""
+    from packc.ops.linear_attention import triton_backward, triton_forward
+
+    T, H, G = 100_000, 64, 8 if ssd else 64
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def fp32(*shape):
+        return tensor(*shape, dtype=torch.float32)
+
+    def run():
+        tokens = (tensor(1, T, G, K), tensor(1, T, G, K), tensor(1, T, 2 * H, V)[:, :, H:])
+        per_head = (
+            (fp32(1, T, H), fp32(1, T, H), fp32(H, V)) if ssd else (fp32(1, T, H) if packed else None, None, None)
+        )
+        documents = tensor(65, dtype=torch.int32) if packed else None
+        count = 64 if packed else 1
+        state = fp32(count, H, V, K) if ssd else fp32(count, H, K, V)
+        _, final, kept = triton_forward.forward(*tokens, *per_head, 0.1, documents, state, True, ssd, True)
+        triton_backward.backward(tensor(1, T, H, V), final, kept, *tokens, *per_head, 0.1, documents, state, ssd)
+
+    return run
+
+
+CALLS["linear_attention"] = {
+    "bf16, ssd, packed": linear_attention(torch.bfloat16, True, 128, 64, ssd=True),
+    "fp32, ssd, packed": linear_attention(torch.float32, True, 128, 64, ssd=True),
+    "bf16, packed": linear_attention(torch.bfloat16, True, 128, 128),
+    "fp16, rows, no decay": linear_attention(torch.float16, False, 32, 64),
+}
+
+
+def linear_scan(a_dtype, b_dtype, packed, stateful, D=4096):
+    """Forward and backward of an RG-LRU layer: a contiguous, b half of a projection."""
+    from packc.ops.linear_scan import triton_backward, triton_forward
+    from packc.ops.selective_scan import triton_segments
+
+    triton_segments._processors = lambda device: 132
+
+    T = 100_000
+
+    def tensor(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def run():
+        a, b = tensor(1, T, D, dtype=a_dtype), tensor(1, T, 2 * D, dtype=b_dtype)[..., D:]
+        documents = tensor(65, dtype=torch.int32) if packed else None
+        state = tensor(64 if packed else 1, D, dtype=torch.float32) if stateful else None
+        out, final, kept = triton_forward.forward(a, b, documents, state, stateful)
+        triton_backward.backward(out, final if stateful else None, kept, a, b, documents, state)
+
+    return run
+
+
+CALLS["linear_scan"] = {
+    "fp32, packed, stateful": linear_scan(torch.float32, torch.float32, True, True),
+    "fp32 and bf16, packed": linear_scan(torch.float32, torch.bfloat16, True, False),
+    "bf16, rows, stateful": linear_scan(torch.bfloat16, torch.bfloat16, False, True),
+    "fp32, one channel": linear_scan(torch.float32, torch.float32, True, True, D=1),
+}
+
+
 def pack(dtype, view):
     """Activations of a model packed, and scattered back."""
     from packc.ops.pack import triton_op

@@ -1,0 +1,151 @@
+// packc_cpu::linear_attention and its backward: the chunked kernel behind linear attention and SSD.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "linear_attention_bwd.h"
+
+namespace packc {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+Tensor or_undefined(const Optional& x) {
+  return x.value_or(Tensor());
+}
+
+// States are (documents, H, K, V) to the kernels, (documents, H, V, K) outside if value_major.
+Tensor key_major(const Optional& state, bool value_major) {
+  return state && value_major ? state->transpose(2, 3) : or_undefined(state);
+}
+
+LinearAttention problem(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Optional& g,
+    const Optional& step,
+    const Optional& skip,
+    double scale,
+    const Optional& initial_state) {
+  return {
+      Heads(q),
+      Heads(k),
+      Heads(v),
+      PerHead(or_undefined(g)),
+      PerHead(or_undefined(step)),
+      skip ? skip->const_data_ptr<float>() : nullptr,
+      static_cast<float>(scale),
+      v.size(2),
+      q.size(2),
+      at::divup(q.size(1), kChunk)};
+}
+
+Tensor new_states(const Tensor& v, int64_t documents, int64_t K, bool value_major) {
+  const int64_t H = v.size(2), V = v.size(3);
+  return at::empty(value_major ? at::IntArrayRef{documents, H, V, K} : at::IntArrayRef{documents, H, K, V},
+                   v.options().dtype(at::kFloat));
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Optional& g,
+    const Optional& step,
+    const Optional& skip,
+    double scale,
+    const Optional& cu_seqlens,
+    const Optional& initial_state,
+    bool output_final_state,
+    bool value_major,
+    bool round_out) {
+  const Documents documents(cu_seqlens, v.size(0), v.size(1));
+  const Chunks chunks(documents);
+  const LinearAttention p = problem(q, k, v, g, step, skip, scale, initial_state);
+  const States initial(key_major(initial_state, value_major));
+  Tensor out = at::empty(v.sizes(), v.options().dtype(round_out ? v.scalar_type() : at::kFloat));
+  Tensor final = new_states(v, output_final_state ? documents.count() : 0, p.K(), value_major);
+  Tensor chunk_states =
+      at::empty({v.size(0) * p.slots * p.heads * p.K() * padded(p.V())}, v.options().dtype(at::kFloat));
+  const States finals(output_final_state ? key_major(final, value_major) : Tensor());
+  float* states = chunk_states.mutable_data_ptr<float>();
+  clear_unused(p, chunks, v.size(0), states);
+  carry_states(p, chunks, initial, finals, states);
+  chunk_outputs(p, chunks, initial, states, Heads(out));
+  return {out, final, chunk_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
+    const Tensor& dout,
+    const Optional& dfinal_state,
+    const Tensor& chunk_states,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Optional& g,
+    const Optional& step,
+    const Optional& skip,
+    double scale,
+    const Optional& cu_seqlens,
+    const Optional& initial_state,
+    bool value_major) {
+  const Documents documents(cu_seqlens, v.size(0), v.size(1));
+  const Chunks chunks(documents);
+  const LinearAttention p = problem(q, k, v, g, step, skip, scale, initial_state);
+  const auto fp32 = v.options().dtype(at::kFloat);
+  const auto none = [&](bool there, at::IntArrayRef sizes) { return at::empty(there ? sizes : at::IntArrayRef{0}, fp32); };
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
+  Tensor dv = at::empty(v.sizes(), v.options());
+  const int64_t B = v.size(0), L = v.size(1), H = p.heads;
+  Tensor dg = none(g.has_value(), {B, L, H}), dstep = none(step.has_value(), {B, L, H});
+  Tensor dinitial = initial_state ? new_states(v, documents.count(), p.K(), value_major) : none(false, {});
+  const int64_t count = static_cast<int64_t>(chunks.all.size());
+  Tensor dskip = at::zeros({skip ? count : 0, H, padded(p.V())}, fp32);
+  Tensor dstates = at::empty(chunk_states.sizes(), fp32);
+
+  const States initial(key_major(initial_state, value_major)), dfinal(key_major(dfinal_state, value_major));
+  const States dinitials(initial_state ? key_major(dinitial, value_major) : Tensor());
+  const Heads douts(dout);
+  carry_state_gradients(p, douts, chunks, dfinal, dinitials, dstates.mutable_data_ptr<float>());
+  const LinearAttentionGradients gradients{
+      Heads(dq),
+      Heads(dk),
+      Heads(dv),
+      PerHead(g ? dg : Tensor()),
+      PerHead(step ? dstep : Tensor()),
+      skip ? dskip.mutable_data_ptr<float>() : nullptr};
+  const auto scratch = [&] {
+    return ChunkBackward(
+        p,
+        gradients,
+        douts,
+        chunks,
+        initial,
+        dfinal,
+        chunk_states.const_data_ptr<float>(),
+        dstates.const_data_ptr<float>());
+  };
+  for_each_task(count * p.groups, scratch, [&](int64_t task, ChunkBackward& backward) {
+    backward.run(task / p.groups, task % p.groups);
+  }, batch_of(count * p.groups));
+  return {dq, dk, dv, dg, dstep, skip ? dskip.sum(0).slice(1, 0, p.V()).contiguous() : none(false, {}), dinitial};
+}
+
+} // namespace
+
+TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
+  library.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? step, Tensor? skip, float scale, "
+      "Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state, bool value_major, bool round_out) "
+      "-> (Tensor, Tensor, Tensor)",
+      &linear_attention);
+  library.def(
+      "linear_attention_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
+      "Tensor? g, Tensor? step, Tensor? skip, float scale, Tensor? cu_seqlens, Tensor? initial_state, bool value_major) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &linear_attention_bwd);
+}
+
+} // namespace packc

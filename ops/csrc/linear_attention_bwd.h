@@ -1,0 +1,298 @@
+// Chunked linear attention, backward: the gradients of the states between chunks, from the last chunk of a document to
+// its first, then all chunks' gradients at once.
+//
+// With P_ij = scale decay_ij for j <= i, dS the gradient of the state S' that leaves a chunk and S the one that enters:
+//
+//     dq_i = sum_j P_ij (do_i . v_j) k_j + scale from_start_i S do_i
+//     dk_j = sum_i P_ij (do_i . v_j) q_i + to_end_j dS v_j
+//     dv_j = sum_i P_ij (q_i . k_j) do_i + to_end_j dS^T k_j
+//     dg_t = sum_{j < t <= i} P_ij (q_i . k_j) (do_i . v_j) + sum_{i >= t} do_i . (what S gives o_i)
+//          + sum_{j < t} dS . (what token j gives S') + dS . (what S gives S')
+#pragma once
+
+#include "linear_attention_fwd.h"
+
+namespace packc {
+
+struct LinearAttentionGradients {
+  Heads dq, dk, dv;
+  PerHead dg, dstep; // or none
+  float* dskip; // (chunks, H, padded V) partial sums, or null
+};
+
+// dS = decay dS + scale sum_i decay_i q_i do_i^T; what leaves a chunk is kept where the state is that enters the next.
+inline void carry_state_gradients(
+    const LinearAttention& p, const Heads& dout, const Chunks& chunks, States dfinal, States dinitial, float* dstates) {
+  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
+  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
+  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  struct Scratch {
+    Tiles tiles;
+    float *state, *q, *dout;
+    Scratch(int64_t K, int64_t wide_K, int64_t columns)
+        : tiles(K * columns + kChunk * (wide_K + columns) + 64),
+          state(tiles.take(K * columns)),
+          q(tiles.take(kChunk * wide_K)),
+          dout(tiles.take(kChunk * columns)) {}
+  };
+  for_each_task(documents * p.heads * blocks, [&] { return Scratch(K, wide_K, columns); }, [&](int64_t task, Scratch& s) {
+    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
+    const int64_t count = std::min(columns, V - first), width = padded(count);
+    std::fill(s.state, s.state + K * columns, 0.f);
+    if (dfinal)
+      dfinal.load(n, h, K, first, count, s.state, columns);
+    for (int64_t c = chunks.of[n + 1] - 1; c >= chunks.of[n]; --c) {
+      const Chunk& chunk = chunks.all[c];
+      if (!chunk.last) {
+        float* kept = dstates + p.state_at(chunks.all[c + 1], h) + first;
+        for (int64_t i = 0; i < K; ++i)
+          std::copy_n(s.state + i * columns, width, kept + i * wide_V);
+      }
+      if (chunk.first && !dinitial)
+        break;
+      if (!chunk.first) {
+        p.q.prefetch(chunks.all[c - 1], p.group(h));
+        dout.prefetch(chunks.all[c - 1], h);
+      }
+      const Decays decays(p.g, chunk, h);
+      p.q.load(chunk, p.group(h), s.q, wide_K);
+      dout.load(chunk, h, first, count, s.dout, columns);
+      for (int64_t i = 0; i < chunk.length; ++i)
+        scale_row(s.dout + i * columns, width, p.scale * decays.from_start[i]);
+      if (decays.any)
+        for (int64_t i = 0; i < K; ++i)
+          scale_row(s.state + i * columns, width, decays.whole);
+      multiply(K, width, chunk.length, Left{s.q, wide_K}.transposed(), s.dout, columns, s.state, columns, true);
+    }
+    if (dinitial)
+      dinitial.store(n, h, K, first, count, s.state, columns);
+  });
+}
+
+inline void transpose(const float* x, int64_t rows, int64_t columns, int64_t width, float* out, int64_t out_width) {
+  load_tile(Block<const float>{x, 1, width}, columns, rows, out, out_width);
+}
+
+class ChunkBackward {
+ public:
+  ChunkBackward(
+      const LinearAttention& p,
+      const LinearAttentionGradients& gradients,
+      const Heads& dout,
+      const Chunks& chunks,
+      States initial,
+      States dfinal,
+      const float* chunk_states,
+      const float* dstates)
+      : p_(p),
+        gradients_(gradients),
+        dout_(dout),
+        chunks_(chunks),
+        initial_(initial),
+        dfinal_(dfinal),
+        chunk_states_(chunk_states),
+        dstates_(dstates),
+        K_(p.K()),
+        V_(p.V()),
+        wide_K_(padded(p.K())),
+        wide_V_(padded(p.V())),
+        tiles_(
+            kChunk * (5 * wide_K_ + 4 * wide_V_ + 4 * kChunk + K_ + V_) + 2 * K_ * wide_V_ + V_ * wide_K_ + 512) {
+    for (float** tile : {&q_, &k_, &dq_, &dk_, &carried_})
+      *tile = tiles_.take(kChunk * wide_K_);
+    for (float** tile : {&raw_v_, &v_, &do_, &dv_})
+      *tile = tiles_.take(kChunk * wide_V_);
+    for (float** tile : {&scores_, &dscores_, &decays_, &weights_})
+      *tile = tiles_.take(kChunk * kChunk);
+    kt_ = tiles_.take(K_ * kChunk);
+    vt_ = tiles_.take(V_ * kChunk);
+    for (float** tile : {&own_state_, &own_dstate_})
+      *tile = tiles_.take(K_ * wide_V_);
+    transposed_ = tiles_.take(V_ * wide_K_);
+  }
+
+  // All gradients of a chunk and its heads of one group, which share q and k.
+  void run(int64_t c, int64_t group) {
+    const Chunk& chunk = chunks_.all[c];
+    const int64_t heads = p_.heads / p_.groups;
+    p_.v.prefetch(chunk, group * heads);
+    dout_.prefetch(chunk, group * heads);
+    p_.q.load(chunk, group, q_, wide_K_);
+    p_.k.load(chunk, group, k_, wide_K_);
+    p_.k.load_transposed(chunk, group, kt_, kChunk);
+    multiply_into_triangle(chunk.length, K_, Left{q_, wide_K_}, kt_, kChunk, scores_, kChunk);
+    std::fill(dq_, dq_ + chunk.length * wide_K_, 0.f);
+    std::fill(dk_, dk_ + chunk.length * wide_K_, 0.f);
+    for (int64_t h = group * heads; h < (group + 1) * heads; ++h)
+      head(c, h);
+    gradients_.dq.store(chunk, group, dq_, wide_K_);
+    gradients_.dk.store(chunk, group, dk_, wide_K_);
+  }
+
+ private:
+  void head(int64_t c, int64_t h) {
+    const Chunk& chunk = chunks_.all[c];
+    const int64_t length = chunk.length;
+    const Decays decays(p_.g, chunk, h);
+    p_.v.load(chunk, h, raw_v_, wide_V_);
+    std::copy_n(raw_v_, length * wide_V_, v_);
+    if (p_.step)
+      for (int64_t j = 0; j < length; ++j)
+        scale_row(v_ + j * wide_V_, wide_V_, p_.step.at(chunk, h, j));
+    transpose(v_, length, V_, wide_V_, vt_, kChunk);
+    dout_.load(chunk, h, do_, wide_V_);
+    if ((h + 1) % (p_.heads / p_.groups) != 0) {
+      p_.v.prefetch(chunk, h + 1);
+      dout_.prefetch(chunk, h + 1);
+    } else if (h + 1 < p_.heads) {
+      p_.q.prefetch(chunk, p_.group(h + 1));
+      p_.k.prefetch(chunk, p_.group(h + 1));
+    }
+    multiply_into_triangle(length, V_, Left{do_, wide_V_}, vt_, kChunk, dscores_, kChunk);
+
+    float in_row[kChunk] = {}, in_column[kChunk] = {}, of_entering[kChunk] = {}, to_leaving[kChunk] = {};
+    weigh(decays, in_row, in_column);
+    float through = 0;
+    const float* state = entering(chunk, h);
+    const float* dstate = leaving(c, h);
+    if (state != nullptr && dstate != nullptr && gradients_.dg)
+      through = decays.whole * dot_row(state, dstate, K_ * wide_V_);
+
+    // dv, then what follows from it.
+    if (dstate == nullptr) {
+      std::fill(dv_, dv_ + length * wide_V_, 0.f);
+    } else {
+      multiply(length, wide_V_, K_, Left{k_, wide_K_}, dstate, wide_V_, dv_, wide_V_, false);
+      for (int64_t j = 0; j < length; ++j)
+        scale_row(dv_ + j * wide_V_, wide_V_, decays.to_end[j]);
+    }
+    multiply_triangle_transposed(length, wide_V_, Left{weights_, kChunk}, do_, wide_V_, dv_, wide_V_);
+    finish_dv(c, h);
+
+    // dq and dk.
+    if (state != nullptr)
+      carry(decays, decays.from_start, p_.scale, do_, state, q_, dq_, of_entering);
+    if (dstate != nullptr)
+      carry(decays, decays.to_end, 1, v_, dstate, k_, dk_, to_leaving);
+    multiply_triangle(length, wide_K_, Left{dscores_, kChunk}, k_, wide_K_, dq_, wide_K_);
+    multiply_triangle_transposed(length, wide_K_, Left{dscores_, kChunk}, q_, wide_K_, dk_, wide_K_);
+
+    if (gradients_.dg) {
+      // Sums from either side, never a whole less a part: strong decays make the parts as small as they like.
+      float before[kChunk] = {}, within = 0;
+      for (int64_t t = 1; t < length; ++t)
+        before[t] = before[t - 1] + to_leaving[t - 1];
+      for (int64_t t = length - 1; t >= 0; --t) {
+        within += in_row[t] - in_column[t] + of_entering[t];
+        gradients_.dg.at(chunk, h, t) = within + before[t] + through;
+      }
+    }
+  }
+
+  // From q k^T and do v^T: P q k^T in weights_, P do v^T in dscores_, and sums of what each pair owes to its decay.
+  void weigh(const Decays& decays, float* in_row, float* in_column) {
+    decays.between(decays_);
+    const Vec zero(0.f), scale(p_.scale);
+    for (int64_t i = 0; i < decays.length; ++i) {
+      Vec of_row = zero;
+      // As far as the products read.
+      for (int64_t j = 0; j < (i / kColumns + 1) * kColumns; j += kVec) {
+        const int64_t at = i * kChunk + j;
+        const Vec decay = Vec::loadu(decays_ + at), outside = decay == zero;
+        const Vec score = Vec::blendv(Vec::loadu(scores_ + at), zero, outside);
+        const Vec dscore = Vec::blendv(decay * scale * Vec::loadu(dscores_ + at), zero, outside);
+        (decay * scale * score).store(weights_ + at);
+        dscore.store(dscores_ + at);
+        // A token owes nothing to a decay of itself: left to cancel, the diagonal would leave its rounding errors.
+        Vec owed = dscore * score;
+        if (j <= i && i < j + kVec) {
+          float pairs[kVec];
+          owed.store(pairs);
+          pairs[i - j] = 0;
+          owed = Vec::loadu(pairs);
+        }
+        of_row = of_row + owed;
+        (Vec::loadu(in_column + j) + owed).store(in_column + j);
+      }
+      in_row[i] = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, of_row);
+    }
+  }
+
+  // From the gradient of step * v in dv_.
+  void finish_dv(int64_t c, int64_t h) {
+    const Chunk& chunk = chunks_.all[c];
+    if (p_.step)
+      for (int64_t j = 0; j < chunk.length; ++j) {
+        float* row = dv_ + j * wide_V_;
+        gradients_.dstep.at(chunk, h, j) = dot_row(row, raw_v_ + j * wide_V_, wide_V_);
+        scale_row(row, wide_V_, p_.step.at(chunk, h, j));
+      }
+    if (p_.skip != nullptr) {
+      float* sums = gradients_.dskip + (c * p_.heads + h) * wide_V_;
+      for (int64_t j = 0; j < chunk.length; ++j)
+        for (int64_t d = 0; d < V_; ++d) {
+          dv_[j * wide_V_ + d] += p_.skip[h * V_ + d] * do_[j * wide_V_ + d];
+          sums[d] += raw_v_[j * wide_V_ + d] * do_[j * wide_V_ + d];
+        }
+    }
+    gradients_.dv.store(chunk, h, dv_, wide_V_);
+  }
+
+  // into_i += factor decay_i (state x_i); sums_i: of what is added, its product with other_i.
+  void carry(
+      const Decays& decays,
+      const float* decay,
+      float factor,
+      const float* x,
+      const float* state,
+      const float* other,
+      float* into,
+      float* sums) {
+    transpose(state, K_, V_, wide_V_, transposed_, wide_K_);
+    multiply(decays.length, wide_K_, V_, Left{x, wide_V_}, transposed_, wide_K_, carried_, wide_K_, false);
+    for (int64_t i = 0; i < decays.length; ++i) {
+      float* row = carried_ + i * wide_K_;
+      scale_row(row, wide_K_, factor * decay[i]);
+      sums[i] = dot_row(row, other + i * wide_K_, wide_K_);
+      add_row(into + i * wide_K_, row, wide_K_, 1);
+    }
+  }
+
+  // The state that enters a chunk, with rows of padded V; null where that is zero.
+  const float* entering(const Chunk& chunk, int64_t h) {
+    if (!chunk.first)
+      return chunk_states_ + p_.state_at(chunk, h);
+    if (!initial_)
+      return nullptr;
+    initial_.load(chunk.document, h, K_, 0, V_, own_state_, wide_V_);
+    return own_state_;
+  }
+
+  // The gradient of the state that leaves a chunk; null where that is zero.
+  const float* leaving(int64_t c, int64_t h) {
+    const Chunk& chunk = chunks_.all[c];
+    if (!chunk.last)
+      return dstates_ + p_.state_at(chunks_.all[c + 1], h);
+    if (!dfinal_)
+      return nullptr;
+    dfinal_.load(chunk.document, h, K_, 0, V_, own_dstate_, wide_V_);
+    return own_dstate_;
+  }
+
+  const LinearAttention& p_;
+  const LinearAttentionGradients& gradients_;
+  const Heads& dout_;
+  const Chunks& chunks_;
+  const States initial_, dfinal_;
+  const float *chunk_states_, *dstates_;
+  const int64_t K_, V_, wide_K_, wide_V_;
+  Tiles tiles_;
+  float *q_, *k_, *dq_, *dk_, *carried_; // (64, K)
+  float *raw_v_, *v_, *do_, *dv_; // (64, V); v_ is step * v
+  float *scores_, *dscores_, *decays_, *weights_; // (64, 64)
+  float *kt_, *vt_; // (K, 64), (V, 64)
+  float *own_state_, *own_dstate_; // (K, V)
+  float* transposed_; // (V, K)
+};
+
+} // namespace packc

@@ -1,0 +1,158 @@
+// Chunked linear attention, forward: first the states that enter the chunks, document by document, then all chunks'
+// outputs at once.
+#pragma once
+
+#include "chunks.h"
+#include "gemm.h"
+#include "rows.h"
+#include "states.h"
+
+namespace packc {
+
+struct LinearAttention {
+  Heads q, k; // (B, L, G, K)
+  Heads v; // (B, L, H, V)
+  PerHead g; // (B, L, H), log decay
+  PerHead step; // (B, L, H), a factor of v
+  const float* skip; // (H, V), of v in out; or null
+  float scale;
+  int64_t heads, groups, slots; // slots: chunk states of a row
+
+  int64_t K() const {
+    return q.channels;
+  }
+  int64_t V() const {
+    return v.channels;
+  }
+  int64_t group(int64_t head) const {
+    return head / (heads / groups);
+  }
+  // Of the (K, padded V) state that enters a chunk.
+  int64_t state_at(const Chunk& chunk, int64_t head) const {
+    return (chunk.slot(slots) * heads + head) * K() * padded(V());
+  }
+};
+
+// S = decay S + sum_j decay_j k_j v_j^T along every document; what enters a chunk is kept, except its document's first.
+inline void carry_states(
+    const LinearAttention& p, const Chunks& chunks, States initial, States final, float* chunk_states) {
+  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
+  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
+  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  struct Scratch {
+    Tiles tiles;
+    float *state, *k, *v;
+    Scratch(int64_t K, int64_t wide_K, int64_t columns)
+        : tiles(K * columns + kChunk * (wide_K + columns) + 64),
+          state(tiles.take(K * columns)),
+          k(tiles.take(kChunk * wide_K)),
+          v(tiles.take(kChunk * columns)) {}
+  };
+  for_each_task(documents * p.heads * blocks, [&] { return Scratch(K, wide_K, columns); }, [&](int64_t task, Scratch& s) {
+    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
+    const int64_t count = std::min(columns, V - first), width = padded(count);
+    std::fill(s.state, s.state + K * columns, 0.f);
+    if (initial)
+      initial.load(n, h, K, first, count, s.state, columns);
+    for (int64_t c = chunks.of[n]; c < chunks.of[n + 1]; ++c) {
+      const Chunk& chunk = chunks.all[c];
+      if (!chunk.first) {
+        float* kept = chunk_states + p.state_at(chunk, h) + first;
+        for (int64_t i = 0; i < K; ++i)
+          std::copy_n(s.state + i * columns, width, kept + i * wide_V);
+      }
+      if (chunk.last && !final)
+        break;
+      if (!chunk.last) {
+        p.k.prefetch(chunks.all[c + 1], p.group(h));
+        p.v.prefetch(chunks.all[c + 1], h);
+      }
+      const Decays decays(p.g, chunk, h);
+      p.k.load(chunk, p.group(h), s.k, wide_K);
+      p.v.load(chunk, h, first, count, s.v, columns);
+      for (int64_t j = 0; j < chunk.length; ++j) {
+        if (p.step)
+          scale_row(s.v + j * columns, width, p.step.at(chunk, h, j));
+        scale_row(s.v + j * columns, width, decays.to_end[j]);
+      }
+      if (decays.any)
+        for (int64_t i = 0; i < K; ++i)
+          scale_row(s.state + i * columns, width, decays.whole);
+      multiply(K, width, chunk.length, Left{s.k, wide_K}.transposed(), s.v, columns, s.state, columns, true);
+    }
+    if (final)
+      final.store(n, h, K, first, count, s.state, columns);
+  });
+}
+
+// out_i = scale * (sum_{j <= i} decay_ij (q_i . k_j) v_j + decay_i q_i S), and skip * v.
+inline void chunk_outputs(
+    const LinearAttention& p, const Chunks& chunks, States initial, const float* chunk_states, const Heads& out) {
+  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
+  struct Scratch {
+    Tiles tiles;
+    float *q, *kt, *v, *out, *scores, *weights, *state;
+    Scratch(int64_t K, int64_t wide_K, int64_t wide_V)
+        : tiles(kChunk * (wide_K + K + 2 * wide_V + 2 * kChunk) + K * wide_V + 128),
+          q(tiles.take(kChunk * wide_K)),
+          kt(tiles.take(K * kChunk)),
+          v(tiles.take(kChunk * wide_V)),
+          out(tiles.take(kChunk * wide_V)),
+          scores(tiles.take(kChunk * kChunk)),
+          weights(tiles.take(kChunk * kChunk)),
+          state(tiles.take(K * wide_V)) {}
+  };
+  const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
+  for_each_task(tasks, [&] { return Scratch(K, wide_K, wide_V); }, [&](int64_t task, Scratch& s) {
+    const Chunk& chunk = chunks.all[task / p.groups];
+    const int64_t group = task % p.groups, heads = p.heads / p.groups, length = chunk.length;
+    if (task + 1 < tasks) {
+      const Chunk& next = chunks.all[(task + 1) / p.groups];
+      p.q.prefetch(next, (task + 1) % p.groups);
+      p.k.prefetch(next, (task + 1) % p.groups);
+    }
+    p.v.prefetch(chunk, group * heads);
+    p.q.load(chunk, group, s.q, wide_K);
+    p.k.load_transposed(chunk, group, s.kt, kChunk);
+    multiply_into_triangle(length, K, Left{s.q, wide_K}, s.kt, kChunk, s.scores, kChunk);
+    for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
+      const Decays decays(p.g, chunk, h);
+      decays.between(s.weights);
+      for (int64_t i = 0; i < length; ++i)
+        for (int64_t j = 0; j <= i; j += kVec) {
+          // Selected, not multiplied away: what q_i and a later k_j make of each other may be NaN.
+          const Vec weight = Vec::loadu(s.weights + i * kChunk + j), score = Vec::loadu(s.scores + i * kChunk + j);
+          Vec::blendv(weight * score * Vec(p.scale), Vec(0.f), weight == Vec(0.f)).store(s.weights + i * kChunk + j);
+        }
+      p.v.load(chunk, h, s.v, wide_V);
+      if (h + 1 < (group + 1) * heads)
+        p.v.prefetch(chunk, h + 1);
+      if (p.step)
+        for (int64_t j = 0; j < length; ++j)
+          scale_row(s.v + j * wide_V, wide_V, p.step.at(chunk, h, j));
+      if (chunk.first && !initial) {
+        std::fill(s.out, s.out + length * wide_V, 0.f);
+      } else {
+        const float* state = chunk_states + (chunk.first ? 0 : p.state_at(chunk, h));
+        if (chunk.first) {
+          initial.load(chunk.document, h, K, 0, V, s.state, wide_V);
+          state = s.state;
+        }
+        multiply(length, wide_V, K, Left{s.q, wide_K}, state, wide_V, s.out, wide_V, false);
+        for (int64_t i = 0; i < length; ++i)
+          scale_row(s.out + i * wide_V, wide_V, p.scale * decays.from_start[i]);
+      }
+      multiply_triangle(length, wide_V, Left{s.weights, kChunk}, s.v, wide_V, s.out, wide_V);
+      if (p.skip != nullptr) {
+        if (p.step) // v itself
+          p.v.load(chunk, h, s.v, wide_V);
+        for (int64_t i = 0; i < length; ++i)
+          for (int64_t d = 0; d < V; ++d)
+            s.out[i * wide_V + d] += p.skip[h * V + d] * s.v[i * wide_V + d];
+      }
+      out.store(chunk, h, s.out, wide_V);
+    }
+  }, batch_of(tasks));
+}
+
+} // namespace packc

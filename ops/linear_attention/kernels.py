@@ -1,0 +1,96 @@
+"""The kernel behind linear attention and SSD: which implementation runs, under one signature."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from packc.ops import dispatch
+from packc.ops.linear_attention import reference, triton_backward, triton_forward
+from packc.ops.linear_attention.reference import Gradients
+
+NAME = "linear_attention"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    step: Tensor | None,
+    skip: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    value_major: bool,
+    round_out: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, final_state, chunk_states)``; arguments as in ``reference.py``, the last as ``chunk_states_shape`` says.
+
+    ``out`` is in v's dtype, or as it was computed if not ``round_out``.
+    """
+    choice = _choose(q, k, v, g, step, skip, initial_state)
+    options = (output_final_state, value_major, round_out)
+    if choice == "reference":
+        return reference.forward(q, k, v, g, step, skip, scale, cu_seqlens, initial_state, *options)
+    per_head = (fp32(g), fp32(step), _dense(skip), scale, cu_seqlens, fp32(initial_state))
+    if choice == "cpu":
+        return torch.ops.packc_cpu.linear_attention(q, k, v, *per_head, *options)
+    q, k, wide_v = alike(q, k, v)
+    out, final_state, chunk_states = triton_forward.forward(q, k, wide_v, *per_head, *options)
+    return out.to(v.dtype) if round_out else out, final_state, chunk_states
+
+
+def backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    chunk_states: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    step: Tensor | None,
+    skip: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    value_major: bool,
+) -> Gradients:
+    """All contiguous and in their arguments' dtypes."""
+    arguments = (q, k, v, g, step, skip, initial_state)
+    choice = _choose(*arguments)
+    if choice == "reference":
+        return reference.backward(
+            dout, dfinal_state, q, k, v, g, step, skip, scale, cu_seqlens, initial_state, value_major
+        )
+    per_head = (fp32(g), fp32(step), _dense(skip), scale, cu_seqlens, fp32(initial_state), value_major)
+    if choice == "cpu":
+        grads = torch.ops.packc_cpu.linear_attention_bwd(dout, fp32(dfinal_state), chunk_states, q, k, v, *per_head)
+    else:
+        dout, q, k, v = alike(dout, q, k, v)
+        grads = triton_backward.backward(dout, fp32(dfinal_state), chunk_states, q, k, v, *per_head)
+    like = [None if x is None else grad.to(x.dtype) for x, grad in zip(arguments, grads, strict=True)]
+    return Gradients._make(like)
+
+
+def _choose(q: Tensor, *others: Tensor | None) -> str:
+    # One fp64 argument makes fp64 states, which are the reference's.
+    wide = reference.state_dtype(q, *others) == torch.float64
+    return "reference" if wide else dispatch.choose(NAME, q)
+
+
+def fp32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In one dtype: Triton multiplies bf16 by bf16 as it is, everything else in fp32."""
+    common = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    return tuple(x.to(common) for x in tensors)

@@ -1,0 +1,149 @@
+"""Linear attention's backward on Triton; the formulas are in ``csrc/linear_attention_bwd.h``.
+
+After the gradients of the states between chunks, one kernel makes dv of every chunk and head, a second the gradients of
+the scores, and a third dq or dk of them. The last walks the heads of a group, which share q and k, in as many parts as
+keep the device busy; torch adds up the parts, in an order that nothing changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from packc.ops.linear_attention.reference import CHUNK, Gradients
+from packc.ops.linear_attention.triton_chunks import (
+    check_strides,
+    chunks_of,
+)
+from packc.ops.linear_attention.triton_forward import key_major
+from packc.ops.linear_attention.triton_grad_pairs import grad_pairs
+from packc.ops.linear_attention.triton_grad_qk import grad_qk
+from packc.ops.linear_attention.triton_grad_v import grad_v
+from packc.ops.linear_attention.triton_products import (
+    fp32_products,
+)
+from packc.ops.linear_attention.triton_states import (
+    block_of,
+    carry_states,
+    head_strides,
+    state_strides,
+    token_strides,
+)
+from packc.ops.tritonsrc.launch import launch
+
+_PROGRAMS_PER_PROCESSOR = 4
+_NARROW = 16  # channels of keys in a tile of dq or dk: their kernel holds most at a time
+
+
+def backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    chunk_states: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    step: Tensor | None,
+    skip: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    value_major: bool,
+) -> Gradients:
+    """In fp32 where parts are added up, else in the arguments' dtypes."""
+    check_strides(dout=dout)
+    chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
+    rows, tokens, heads, V = v.shape
+    groups, K = k.shape[2:]
+    block_k, block_v = block_of(K, v.dtype), block_of(V, v.dtype)
+    blocks_k, blocks_v = triton.cdiv(K, _NARROW), triton.cdiv(V, block_v)
+    wide_V = (V + 15) // 16 * 16
+    kept = chunk_states.view(rows, -1, heads, K, wide_V)
+    dkept = torch.zeros_like(kept)
+    initial, dfinal = key_major(initial_state, value_major), key_major(dfinal_state, value_major)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    carry_states(q, dout, g, None, scale, chunks, dfinal, key_major(dinitial, value_major), dkept, packed, reverse=True)
+
+    shared: dict[str, Any] = {"g": g, "step": step, "table": chunks.table, "scale": float(scale)}
+    shared |= {"heads": heads, "groups": groups, "K": K, "V": V, "PACKED": packed, "CHUNK": CHUNK}
+    shared |= {"PRECISION": fp32_products(), "BLOCK_K": block_k, "BLOCK_V": block_v} | head_strides(g=g, step=step)
+    tokens_of = {"q": q, "k": k, "v": v, "dout": dout} | token_strides(q=q, k=k, v=v, dout=dout)
+    states = {"dkept": dkept, "dfinal": dfinal, "slots": kept.shape[1], "WIDE_V": wide_V} | state_strides(dfinal=dfinal)
+    per_block = rows * tokens * heads
+    dv = v.new_empty(v.shape)
+    dstep = None if step is None else kept.new_empty((blocks_v, rows, tokens, heads))
+    dskip = None if skip is None else kept.new_zeros((chunks.bound, heads, V))
+    launch(
+        grad_v,
+        (chunks.bound, heads, blocks_v),
+        **shared,
+        **tokens_of,
+        **states,
+        **token_strides(dv=dv),
+        **head_strides(dstep=None if dstep is None else dstep[0]),
+        skip=skip,
+        dv=dv,
+        dstep=dstep,
+        dskip=dskip,
+        per_block=per_block,
+    )
+
+    dscores = kept.new_empty((chunks.bound, heads, CHUNK, CHUNK))
+    dg = None if g is None else kept.new_empty((1 + 2 * blocks_k, rows, tokens, heads))
+    dg_strides = head_strides(dg=None if dg is None else dg[0])
+    launch(
+        grad_pairs,
+        (chunks.bound, heads),
+        **shared,
+        **tokens_of,
+        **dg_strides,
+        dscores=dscores,
+        dg=None if dg is None else dg[-1],
+    )
+    narrow = {"BLOCK_K": _NARROW, "BLOCK_V": max(16, block_v // 2)}
+    parts = _parts(heads // max(groups, 1), chunks.bound * groups * blocks_k, v.device)
+    dq, dk = (v.new_empty((parts, *x.shape), dtype=x.dtype if parts == 1 else torch.float32) for x in (q, k))
+    for of_keys, (other, own, x, dx) in enumerate([(k, q, dout, dq), (q, k, v, dk)]):
+        launch(
+            grad_qk,
+            (chunks.bound, groups * parts, blocks_k),
+            **{**shared, **narrow},
+            **states,
+            **token_strides(other=other, tokens=own, x=x, dx=dx[0]),
+            **dg_strides,
+            **state_strides(initial=initial),
+            other=other,
+            tokens=own,
+            x=x,
+            kept=kept,
+            initial=initial,
+            dscores=dscores,
+            dx=dx,
+            dg=None if dg is None else dg[of_keys * blocks_k :],
+            parts=parts,
+            per_part=rows * tokens * groups * K,
+            per_block=per_block,
+            KEYS=bool(of_keys),
+        )
+    return Gradients(
+        q=_sum(dq),
+        k=_sum(dk),
+        v=dv,
+        g=None if dg is None else dg.sum(0),
+        step=None if dstep is None else _sum(dstep),
+        skip=None if dskip is None else dskip.sum(0),
+        initial_state=dinitial,
+    )
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def _parts(heads: int, programs: int, device: torch.device) -> int:
+    """In how many parts the heads of a group are walked."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return min(heads, triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, max(programs, 1)))

@@ -1,0 +1,144 @@
+"""Documents in chunks of 64 tokens for Triton: a table that the device makes, and what a program reads of its chunk.
+
+Each document is cut from its own start, so that no product ever holds tokens of two. How many chunks that makes only
+the device knows; there are at most ``L // 64`` and one more a document, and programs beyond find one of no tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packc.ops import documents
+from packc.ops.linear_attention.reference import CHUNK
+
+FIRST, LAST = tl.constexpr(1), tl.constexpr(2)
+
+
+class Chunks(NamedTuple):
+    table: Tensor  # int32 (chunks, 4): document, first token within its row, tokens, FIRST | LAST
+    first: Tensor  # int32 (documents + 1,): each document's first chunk
+    starts: Tensor  # int32 (documents + 1,): each document's first token
+    documents: int
+
+    @property
+    def bound(self) -> int:
+        return self.table.shape[0]
+
+
+def chunks_of(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
+    """Of the documents of a ``(B, L, ...)`` tensor."""
+    rows, tokens = x.shape[:2]
+    count = documents.count(cu_seqlens, x)
+    starts = documents.offsets(cu_seqlens, x)
+    bound = rows * triton.cdiv(tokens, CHUNK) if cu_seqlens is None else tokens // CHUNK + count
+    lengths = starts.diff()
+    first = torch.nn.functional.pad(((lengths + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
+    chunk = torch.arange(bound, device=x.device)
+    document = (torch.searchsorted(first, chunk, right=True) - 1).clamp_max(count - 1)
+    within = (chunk - first[document]) * CHUNK
+    rest = lengths[document] - within
+    flags = (within == 0) * FIRST.value + (rest <= CHUNK) * LAST.value
+    begin = within if cu_seqlens is None else starts[document] + within
+    table = torch.stack([document, begin, rest.clamp(0, CHUNK), flags], 1)
+    return Chunks(table.int(), first.int(), starts.int(), count)
+
+
+@triton.jit
+def chunk_of(table, PACKED: tl.constexpr):
+    """Row, document, first token, tokens, whether it is its document's first, and last, of this program's chunk."""
+    at = table + tl.program_id(0).to(tl.int64) * 4
+    document = tl.load(at)
+    flags = tl.load(at + 3)
+    row = 0 if PACKED else document
+    return tl.cast(row, tl.int64), document.to(tl.int64), tl.load(at + 1), tl.load(at + 2), flags % 2 == 1, flags >= 2
+
+
+@triton.jit
+def tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to channels ``first ..`` of a chunk's tokens: 64 bits to its corner, 32 from there (``check_strides``).
+
+    Loops keep what is the same in every turn in registers: one number a pointer, not two.
+    """
+    x += row * x_b + token.to(tl.int64) * x_t + head * x_h + tl.cast(first, tl.int64) * x_d
+    return x + (tl.arange(0, CHUNK)[:, None] * x_t + tl.arange(0, BLOCK)[None, :] * x_d)
+
+
+@triton.jit
+def inside_of(length, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    return (tl.arange(0, CHUNK) < length)[:, None] & (tl.arange(0, BLOCK) < size)[None, :]
+
+
+@triton.jit
+def load_tile(x, row, token, head, length, x_b, x_t, x_h, x_d, first, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """As it is in memory; zero outside."""
+    at = tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK, BLOCK)
+    return tl.load(at, inside_of(length, size - first, CHUNK, BLOCK), 0.0)
+
+
+@triton.jit
+def store_tile(
+    x, value, row, token, head, length, x_b, x_t, x_h, x_d, first, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK, BLOCK)
+    tl.store(at, value.to(x.dtype.element_ty), inside_of(length, size - first, CHUNK, BLOCK))
+
+
+@triton.jit
+def load_per_token(x, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
+    """A scalar of each of a chunk's tokens."""
+    t = tl.arange(0, CHUNK)
+    x += row * x_b + token.to(tl.int64) * x_t + head * x_h
+    return tl.load(x + t * x_t, t < length, 0.0)
+
+
+@triton.jit
+def store_per_token(x, value, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
+    t = tl.arange(0, CHUNK)
+    x += row * x_b + token.to(tl.int64) * x_t + head * x_h
+    tl.store(x + t * x_t, value, t < length)
+
+
+@triton.jit
+def load_state(
+    x,
+    document,
+    head,
+    x_n,
+    x_h,
+    x_k,
+    x_v,
+    first_k,
+    first_v,
+    K,
+    V,
+    there,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Block of a document's ``(K, V)`` state in fp32; zero outside, or if it is not ``there``."""
+    k, v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    x += document * x_n + head * x_h + tl.cast(first_k, tl.int64) * x_k + tl.cast(first_v, tl.int64) * x_v
+    inside = (k < tl.where(there, K - first_k, 0))[:, None] & (v < V - first_v)[None, :]
+    return tl.load(x + (k[:, None] * x_k + v[None, :] * x_v), inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_kept(
+    x, slot, head, heads, first_k, first_v, K, V, WIDE_V, there, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """The same of a state between chunks."""
+    return load_state(
+        x, slot, head, heads * K * WIDE_V, K * WIDE_V, WIDE_V, 1, first_k, first_v, K, V, there, BLOCK_K, BLOCK_V
+    )
+
+
+def check_strides(**tensors: Tensor | None) -> None:
+    """Raises for tensors whose tokens or channels lie too far apart to count from a chunk's corner in 32 bits."""
+    for name, x in tensors.items():
+        if x is not None and CHUNK * x.stride(1) + 64 * x.stride(3) >= 2**31:
+            raise ValueError(f"{name} of strides {x.stride()} is too widely spread; make it contiguous")

@@ -1,0 +1,199 @@
+"""dq and dk on Triton: from the scores, from the states that enter or leave a chunk, and what these owe to decays."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from packc.ops.linear_attention.triton_chunks import (
+    chunk_of,
+    load_kept,
+    load_per_token,
+    load_state,
+    load_tile,
+    store_per_token,
+    store_tile,
+)
+from packc.ops.linear_attention.triton_products import (
+    dot_by_computed,
+    dot_computed,
+    from_start,
+    log_decays,
+    to_end,
+    whole,
+)
+from packc.ops.tritonsrc.launch import autotuned
+
+
+@autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["K", "V", "KEYS"])
+@triton.jit(
+    do_not_specialize=[
+        *("slots", "other_b", "tokens_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")
+    ]
+)
+def grad_qk(
+    other,  # (rows, L, groups, K): q for dk, k for dq
+    tokens,  # the other one
+    x,  # (rows, L, heads, V): v for dk, the gradient of out for dq
+    g,
+    step,
+    table,
+    kept,
+    dkept,
+    initial,
+    dfinal,
+    dscores,
+    dx,  # (parts, rows, L, groups, K)
+    dg,  # (blocks of K, rows, L, heads): what is owed to decays by what leaves the chunk, or else by what enters it
+    scale,
+    heads,
+    groups,
+    slots,
+    K,
+    V,
+    WIDE_V,
+    parts,
+    per_part,
+    per_block,
+    other_b,
+    other_t,
+    other_h,
+    other_d,
+    tokens_b,
+    tokens_t,
+    tokens_h,
+    tokens_d,
+    x_b,
+    x_t,
+    x_h,
+    x_d,
+    g_b,
+    g_t,
+    g_h,
+    step_b,
+    step_t,
+    step_h,
+    initial_n,
+    initial_h,
+    initial_k,
+    initial_v,
+    dfinal_n,
+    dfinal_h,
+    dfinal_k,
+    dfinal_v,
+    dx_b,
+    dx_t,
+    dx_h,
+    dx_d,
+    dg_b,
+    dg_t,
+    dg_h,
+    KEYS: tl.constexpr,  # dk, or else dq
+    PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row, document, token, length, first, last = chunk_of(table, PACKED)
+    if length > 0:
+        group, part = (tl.program_id(1) // parts).to(tl.int64), tl.program_id(1) % parts
+        first_k = tl.program_id(2) * BLOCK_K
+        slot = row * slots + token // CHUNK - 1
+        t = tl.arange(0, CHUNK)
+        gradient = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        in_group = heads // groups
+        for nth in range(part, in_group, parts):
+            head = group * in_group + nth
+            carried = tl.zeros([CHUNK, BLOCK_K], tl.float32)  # from S do, or dS v
+            through = tl.zeros([BLOCK_K], tl.float32)
+            for first_v in range(0, V, BLOCK_V):
+                values = load_tile(x, row, token, head, length, x_b, x_t, x_h, x_d, first_v, V, CHUNK, BLOCK_V)
+                state = load_kept(kept, slot, head, heads, first_k, first_v, K, V, WIDE_V, first == 0, BLOCK_K, BLOCK_V)
+                if initial is not None:
+                    state += load_state(
+                        initial,
+                        document,
+                        head,
+                        initial_n,
+                        initial_h,
+                        initial_k,
+                        initial_v,
+                        first_k,
+                        first_v,
+                        K,
+                        V,
+                        first,
+                        BLOCK_K,
+                        BLOCK_V,
+                    )
+                if KEYS:
+                    dstate = load_kept(
+                        dkept, slot + 1, head, heads, first_k, first_v, K, V, WIDE_V, last == 0, BLOCK_K, BLOCK_V
+                    )
+                    if dfinal is not None:
+                        dstate += load_state(
+                            dfinal,
+                            document,
+                            head,
+                            dfinal_n,
+                            dfinal_h,
+                            dfinal_k,
+                            dfinal_v,
+                            first_k,
+                            first_v,
+                            K,
+                            V,
+                            last,
+                            BLOCK_K,
+                            BLOCK_V,
+                        )
+                    through += tl.sum(state * dstate, 1)
+                    state = dstate
+                carried += dot_by_computed(values, tl.trans(state), PRECISION)
+            if KEYS:
+                if step is not None:
+                    carried *= load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)[:, None]
+            else:
+                carried *= scale
+            if g is not None:
+                coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+                if KEYS:
+                    carried *= to_end(coarse, fine, CHUNK)[:, None]
+                else:
+                    carried *= from_start(coarse, fine)[:, None]
+                own = load_tile(
+                    tokens,
+                    row,
+                    token,
+                    group,
+                    length,
+                    tokens_b,
+                    tokens_t,
+                    tokens_h,
+                    tokens_d,
+                    first_k,
+                    K,
+                    CHUNK,
+                    BLOCK_K,
+                )
+                owed = tl.sum(own.to(tl.float32) * carried, 1)
+                if KEYS:
+                    # Summed from the left, not a whole less a part: strong decays make the parts as small as they like.
+                    owed = tl.sum(tl.where(t[:, None] > t[None, :], owed[None, :], 0.0), 1)
+                    owed += tl.sum(through, 0) * whole(coarse, fine, CHUNK)
+                else:
+                    owed = tl.cumsum(owed, 0, reverse=True)
+                target = dg + tl.program_id(2) * per_block.to(tl.int64)
+                store_per_token(target, owed, row, token, head, length, dg_b, dg_t, dg_h, CHUNK)
+            pairs = dscores + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
+            if KEYS:
+                weights = tl.load(pairs + (t[None, :] * CHUNK + t[:, None]))
+            else:
+                weights = tl.load(pairs + (t[:, None] * CHUNK + t[None, :]))
+            factor = load_tile(
+                other, row, token, group, length, other_b, other_t, other_h, other_d, first_k, K, CHUNK, BLOCK_K
+            )
+            gradient += carried + dot_computed(weights, factor, PRECISION)
+        dx += part * per_part.to(tl.int64)
+        store_tile(dx, gradient, row, token, group, length, dx_b, dx_t, dx_h, dx_d, first_k, K, CHUNK, BLOCK_K)

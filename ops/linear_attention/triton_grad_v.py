@@ -1,0 +1,153 @@
+"""dv on Triton, and the gradients of a step size and of the skip connection, which it is at hand for."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from packc.ops.linear_attention.triton_chunks import (
+    chunk_of,
+    load_kept,
+    load_per_token,
+    load_state,
+    load_tile,
+    store_per_token,
+    store_tile,
+)
+from packc.ops.linear_attention.triton_products import (
+    between,
+    dot,
+    dot_by_computed,
+    dot_computed,
+    log_decays,
+    select,
+    to_end,
+)
+from packc.ops.linear_attention.triton_states import (
+    CONFIGS,
+)
+from packc.ops.tritonsrc.launch import autotuned
+
+
+@autotuned(CONFIGS, key=["K", "V"], ampere=CONFIGS[1:])
+@triton.jit(do_not_specialize=["slots", "q_b", "k_b", "v_b", "g_b", "step_b", "dout_b", "dv_b", "dstep_b", "per_block"])
+def grad_v(
+    q,
+    k,
+    v,
+    g,
+    step,
+    skip,
+    dout,
+    table,
+    dkept,
+    dfinal,
+    dv,
+    dstep,  # (blocks of V, rows, L, heads)
+    dskip,  # (chunks, heads, V)
+    scale,
+    heads,
+    groups,
+    slots,
+    K,
+    V,
+    WIDE_V,
+    per_block,
+    q_b,
+    q_t,
+    q_h,
+    q_d,
+    k_b,
+    k_t,
+    k_h,
+    k_d,
+    v_b,
+    v_t,
+    v_h,
+    v_d,
+    g_b,
+    g_t,
+    g_h,
+    step_b,
+    step_t,
+    step_h,
+    dout_b,
+    dout_t,
+    dout_h,
+    dout_d,
+    dfinal_n,
+    dfinal_h,
+    dfinal_k,
+    dfinal_v,
+    dv_b,
+    dv_t,
+    dv_h,
+    dv_d,
+    dstep_b,
+    dstep_t,
+    dstep_h,
+    PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row, document, token, length, _, last = chunk_of(table, PACKED)
+    if length > 0:
+        head = tl.program_id(1).to(tl.int64)
+        group = head // (heads // groups)
+        first_v = tl.program_id(2) * BLOCK_V
+        channels_v = first_v + tl.arange(0, BLOCK_V)
+        slot = row * slots + token // CHUNK
+        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+        result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
+        for first_k in range(0, K, BLOCK_K):
+            queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+            scores += dot(queries, tl.trans(keys), PRECISION)
+            dstate = load_kept(dkept, slot, head, heads, first_k, first_v, K, V, WIDE_V, last == 0, BLOCK_K, BLOCK_V)
+            if dfinal is not None:
+                dstate += load_state(
+                    dfinal,
+                    document,
+                    head,
+                    dfinal_n,
+                    dfinal_h,
+                    dfinal_k,
+                    dfinal_v,
+                    first_k,
+                    first_v,
+                    K,
+                    V,
+                    last,
+                    BLOCK_K,
+                    BLOCK_V,
+                )
+            result += dot_by_computed(keys, dstate, PRECISION)
+        t = tl.arange(0, CHUNK)
+        if g is not None:
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            result *= to_end(coarse, fine, CHUNK)[:, None]
+            weights = select(between(coarse, fine, CHUNK), scores)
+        else:
+            weights = tl.where(t[:, None] >= t[None, :], scores, 0.0)
+        gradients = load_tile(
+            dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
+        )
+        result += dot_computed(tl.trans(weights) * scale, gradients, PRECISION)
+        if (step is not None) or (skip is not None):
+            values = load_tile(v, row, token, head, length, v_b, v_t, v_h, v_d, first_v, V, CHUNK, BLOCK_V)
+            values = values.to(tl.float32)
+            if step is not None:
+                own = dstep + tl.program_id(2) * per_block.to(tl.int64)
+                store_per_token(
+                    own, tl.sum(result * values, 1), row, token, head, length, dstep_b, dstep_t, dstep_h, CHUNK
+                )
+                result *= load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)[:, None]
+            if skip is not None:
+                gradients = gradients.to(tl.float32)
+                inside = channels_v < V
+                result += gradients * tl.load(skip + head * V + channels_v, inside, 0.0)[None, :]
+                at = (tl.program_id(0).to(tl.int64) * heads + head) * V + channels_v
+                tl.store(dskip + at, tl.sum(gradients * values, 0), inside)
+        store_tile(dv, result, row, token, head, length, dv_b, dv_t, dv_h, dv_d, first_v, V, CHUNK, BLOCK_V)

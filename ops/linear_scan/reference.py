@@ -1,0 +1,110 @@
+"""The linear recurrence in plain torch, one token after the other: the specification, in fp32, or fp64 for fp64 inputs.
+
+Within a document (the RG-LRU's, https://arxiv.org/abs/2402.19427, eq. 4, with its input gate and normaliser in b):
+
+    h[t] = a[t] h[t-1] + b[t]
+
+and, with dh[t] the gradient of h[t] from all that comes of it:
+
+    dh[t] = dout[t] + a[t+1] dh[t+1]      db[t] = dh[t]      da[t] = dh[t] h[t-1]
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from packc.ops import documents
+
+CHUNK = 16
+"""The state that leaves every whole chunk of so many tokens of a row is kept for the backward.
+
+It costs a sixteenth of ``h`` in fp32; the states of a chunk are then found again in registers and caches.
+"""
+
+
+class Gradients(NamedTuple):
+    a: Tensor
+    b: Tensor
+    initial_state: Tensor | None
+
+
+class Arguments(NamedTuple):
+    """In the dtype of the states."""
+
+    a: Tensor
+    b: Tensor
+    initial_state: Tensor
+    stretches: list[tuple[slice, range]]  # documents that are walked together, and their tokens
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 as soon as one argument is, else fp32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def prepare(a: Tensor, b: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> Arguments:
+    dtype = state_dtype(a, b, initial_state)
+    if cu_seqlens is None:
+        stretches = [(slice(None), range(b.shape[1]))]
+    else:
+        starts = documents.offsets(cu_seqlens, b).tolist()
+        stretches = [(slice(n, n + 1), range(start, end)) for n, (start, end) in enumerate(pairwise(starts))]
+    if initial_state is None:
+        initial_state = b.new_zeros((documents.count(cu_seqlens, b), *b.shape[2:]), dtype=dtype)
+    return Arguments(a.to(dtype), b.to(dtype), initial_state.to(dtype), stretches)
+
+
+def walk(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The states that enter every token, those that leave it, and those that leave the documents."""
+    before, after = torch.empty_like(args.b), torch.empty_like(args.b)
+    final = args.initial_state.clone(memory_format=torch.contiguous_format)
+    for rows, tokens in args.stretches:
+        for t in tokens:
+            before[:, t] = final[rows]
+            final[rows] = after[:, t] = args.a[:, t] * final[rows] + args.b[:, t]
+    return before, after, final
+
+
+def forward(
+    a: Tensor, b: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, final_state, chunk_states)``."""
+    args = prepare(a, b, cu_seqlens, initial_state)
+    _, after, final = walk(args)
+    kept = after[:, CHUNK - 1 :: CHUNK].reshape(-1)
+    return _contiguous(after, b.dtype), final if output_final_state else final[:0], kept.clone()
+
+
+def backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+) -> Gradients:
+    """Written out, since an op's kernel runs below autograd. The states are walked again and all kept."""
+    args = prepare(a, b, cu_seqlens, initial_state)
+    before, _, _ = walk(args)
+    da, db, arriving = torch.empty_like(args.a), torch.empty_like(args.b), torch.zeros_like(args.initial_state)
+    if dfinal_state is not None:
+        arriving.copy_(dfinal_state)
+    for rows, tokens in args.stretches:
+        for t in reversed(tokens):
+            dh = dout[:, t].to(db.dtype) + arriving[rows]
+            db[:, t] = dh
+            da[:, t] = dh * before[:, t]
+            arriving[rows] = args.a[:, t] * dh
+    return Gradients(
+        _contiguous(da, a.dtype),
+        _contiguous(db, b.dtype),
+        None if initial_state is None else _contiguous(arriving, initial_state.dtype),
+    )
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()

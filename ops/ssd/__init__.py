@@ -1,0 +1,113 @@
+"""SSD, the state-space recurrence of Mamba-2, over documents."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packc.ops import documents
+from packc.ops.linear_attention import check_floating, check_shapes
+from packc.ops.ssd import op as op
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    *,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""The selective state-space recurrence of Mamba-2, each document on its own.
+
+    For every head, with a state ``h (P, N)`` that begins each document anew::
+
+        dt     = clamp(softplus(dt + dt_bias), *dt_limit)    # the softplus if dt_softplus
+        h[t]   = exp(dt[t] * A) * h[t-1] + dt[t] * x[t] B[t]^T
+        out[t] = (h[t] C[t] + D * x[t]) * silu(z[t])
+
+    as in Dao and Gu, "Transformers are SSMs" (https://arxiv.org/abs/2405.21060), equation 1 and section 6. It is
+    :func:`packc.ops.linear_attention` with ``q = C, k = B, v = dt * x, g = dt * A``, and runs the same kernel: chunks
+    of 64 tokens, each document from its own start. Arithmetic and states are fp32 whatever the inputs (fp64 if any
+    input is).
+
+    Args:
+        x: input ``(B, L, H, P)``, fp32, bf16, fp16 or fp64.
+        dt: step sizes ``(B, L, H)``, before bias, softplus and limits.
+        A: decay rates ``(H,)``; negative for states that decay.
+        B: input projections ``(B, L, G, N)``, or ``(B, L, N)`` of one group; head h uses group ``h // (H / G)``.
+        C: output projections, of B's shape.
+        D: weight of the skip connection, ``(H,)`` or ``(H, P)``.
+        z: gate ``(B, L, H, P)``, before SiLU.
+        dt_bias: ``(H,)``, added to ``dt``.
+        dt_softplus: whether softplus makes ``dt`` positive.
+        dt_limit: least and largest step size.
+        cu_seqlens: int32 or int64 ``(documents + 1,)``, from 0 rising to L: where documents begin in the one packed row
+            (B is 1). Empty documents are allowed. None: every row is a document.
+        initial_state: the state before each document's first token, ``(documents, H, P, N)``; None: zeros.
+        output_final_state: also return the state after each document's last token.
+
+    Floating-point dtypes may differ between arguments; each gradient has its argument's dtype. Documents never meet in
+    one product: a NaN in one reaches no other. Strided inputs are read in place.
+
+    Returns:
+        ``out (B, L, H, P)``, contiguous, in x's dtype; with ``output_final_state`` also the final states ``(documents,
+        H, P, N)``, fp32 (fp64 if any input is), those of empty documents being their initial ones. Both are
+        differentiable, as is ``initial_state``.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or ``cu_seqlens`` not an integer one.
+        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L.
+    """
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    tensors["initial_state"] = initial_state
+    check_floating("ssd", tensors, x)
+    if x.ndim != 4:
+        raise ValueError(f"ssd: x must be (B, L, H, P), not {tuple(x.shape)}")
+    rows, tokens, heads, P = x.shape
+    if B.ndim not in (3, 4) or C.ndim != B.ndim:
+        raise ValueError(
+            f"ssd: B and C must both be (B, L, N) or both (B, L, G, N), not {tuple(B.shape)} and {tuple(C.shape)}"
+        )
+    groups, N = B.shape[2:-1], B.shape[-1]
+    if groups and documents.differ(heads % groups[0] if groups[0] else heads, 0):
+        raise ValueError(f"ssd: B's {groups[0]} groups do not divide x's {heads} heads")
+    documents.check_cu_seqlens(cu_seqlens, x, "x")
+    wanted = {
+        "dt": (rows, tokens, heads),
+        "A": (heads,),
+        "B": (rows, tokens, *groups, N),
+        "C": (rows, tokens, *groups, N),
+        "D": (heads,) if D is not None and D.ndim == 1 else (heads, P),
+        "z": (rows, tokens, heads, P),
+        "dt_bias": (heads,),
+        "initial_state": (documents.count(cu_seqlens, x), heads, P, N),
+    }
+    check_shapes("ssd", tensors, wanted, "x", "B")
+    if not groups:
+        B, C = B.unsqueeze(2), C.unsqueeze(2)
+    dt = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+    out, final_state, _ = torch.ops.packc.ssd.default(
+        x, dt, A, B, C, D, z, cu_seqlens, initial_state, output_final_state
+    )
+    return (out, final_state) if output_final_state else out
+
+
+def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
+    """In fp32 at least: few values, on which everything hangs."""
+    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    if bias is not None:
+        dt = dt + bias
+    if softplus:
+        dt = F.softplus(dt)
+    lowest, highest = limit
+    return dt.clamp(lowest, highest)
