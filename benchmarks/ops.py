@@ -26,7 +26,9 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from op_contenders import SECTIONS, Contender, Problem
+from mixer_contenders import SECTIONS as MIXERS
+from op_contenders import SECTIONS as OTHERS
+from op_contenders import Contender, Problem
 from rich.progress import track
 
 ALLOCATOR = {
@@ -35,7 +37,10 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 RESULTS = Path(__file__).parent / "results"
-SIZES = {"cpu": ([2048], [512]), "cuda": ([2048, 8192, 32768, 131072], [1536, 2560, 5120])}
+SECTIONS = OTHERS | MIXERS
+TOKENS = {"cpu": [2048], "cuda": [2048, 8192, 32768, 131072]}
+TOKENS_OF_MIXERS = {"cpu": [4096], "cuda": TOKENS["cuda"]}
+CHANNELS = {"cpu": [512], "cuda": [1536, 2560, 5120]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 3  # rounds
 
@@ -57,8 +62,10 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"some of: {', '.join(SECTIONS)} (all)")
-    parser.add_argument("--device", choices=list(SIZES), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, nargs="+", help="2048; on a GPU 2048, 8192, 32768 and 131072")
+    parser.add_argument("--device", choices=list(TOKENS), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="2048, or 4096 of mixers; on a GPU 2048, 8192, 32768 and 131072"
+    )
     parser.add_argument("--channels", type=int, nargs="+", help="512; on a GPU 1536, 2560 and 5120")
     parser.add_argument("--dtype", choices=list(DTYPES), help="fp32; on a GPU bf16")
     parser.add_argument("--rounds", type=int, default=30, help="times that each contender runs, on the CPU")
@@ -80,12 +87,12 @@ def main() -> None:
     print("allocator:", *(f"{name}={value}" for name, value in ALLOCATOR.items()))
     roofs = measure_roofs() if device.type == "cuda" else None
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    tokens, channels = args.tokens or SIZES[device.type][0], args.channels or SIZES[device.type][1]
 
     rows: list[Row] = []
     for name in args.sections or SECTIONS:
-        for D in channels:
-            for T in tokens:
+        tokens = (TOKENS_OF_MIXERS if name in MIXERS else TOKENS)[device.type]
+        for D in args.channels or CHANNELS[device.type]:
+            for T in args.tokens or tokens:
                 torch.manual_seed(0)
                 contenders = SECTIONS[name](Problem(T, D, DTYPES[dtype], device))
                 times = on_gpu(contenders) if device.type == "cuda" else on_cpu(contenders, args.rounds, name)
