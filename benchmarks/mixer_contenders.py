@@ -1,6 +1,6 @@
 """What ``ops.py`` times of the chunked mixers: beside torch.mm, a copy, transformers' torch paths and GPU peers.
 
-Heads have 64 channels. Decays, steps and gates are drawn so that states neither vanish nor grow.
+Heads have 64 channels, and 128 where said. Decays, steps and gates are drawn so that states neither vanish nor grow.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from op_contenders import LONGEST, MEAN_LENGTH, SHORTEST, Contender, Problem, forward_backward, peer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,6 +116,50 @@ def _document_of_token(cu_seqlens: Tensor) -> Tensor:
     return torch.arange(len(lengths), device=lengths.device, dtype=torch.int32).repeat_interleave(lengths)[None]
 
 
+def gated_delta_rule(p: Problem) -> dict[str, Contender]:
+    """A training step; with the keys normalised before, as models do it."""
+    T, H = p.tokens, max(p.channels // HEAD, 1)
+
+    def inputs(K: int) -> tuple[Tensor, ...]:
+        k, g = F.normalize(p.random(1, T, H, K), dim=-1), F.logsigmoid(p.random(1, T, H).float() + 2)
+        return p.random(1, T, H, K), k, p.random(1, T, H, K), g, torch.rand_like(g)
+
+    narrow, wide = inputs(HEAD), inputs(2 * HEAD)
+    channels = (*narrow[:3], F.logsigmoid(p.random(1, T, H, HEAD).float() + 2), narrow[4])
+    short, real = p.documents(1, 64), p.documents(SHORTEST, LONGEST, MEAN_LENGTH)
+
+    def packed(cu_seqlens: Tensor | None) -> Callable[..., Tensor]:
+        return lambda *leaves: ops.gated_delta_rule(*leaves, cu_seqlens=cu_seqlens)
+
+    found = {
+        "forward": Contender(lambda: packed(None)(*narrow)),
+        "forward + backward": Contender(forward_backward(packed(None), *narrow)),
+        "forward + backward, documents": Contender(forward_backward(packed(real), *narrow)),
+        "forward + backward, docs of 1-64": Contender(forward_backward(packed(short), *narrow)),
+        "forward + backward, heads of 128": Contender(forward_backward(packed(None), *wide)),
+        "forward + backward, a decay a channel": Contender(forward_backward(packed(None), *channels)),
+    }
+    if p.device.type == "cpu":
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+        def transformers(*leaves: Tensor) -> Tensor:
+            out = torch_chunk_gated_delta_rule(*leaves)
+            return out[0] if isinstance(out, tuple) else out
+
+        found["transformers, forward + backward"] = Contender(forward_backward(transformers, *narrow))
+        found["transformers, heads of 128"] = Contender(forward_backward(transformers, *wide))
+    if fla := peer("fla.ops.gated_delta_rule", p):
+        for name, documents in (("", None), (", documents", real)):
+
+            def chunk_rule(*leaves, documents=documents):
+                return fla.chunk_gated_delta_rule(*leaves, cu_seqlens=documents)[0]
+
+            found[f"fla, forward{name}"] = Contender(lambda call=chunk_rule: call(*narrow))
+            found[f"fla, forward + backward{name}"] = Contender(forward_backward(chunk_rule, *narrow))
+            found[f"fla, forward + backward, heads of 128{name}"] = Contender(forward_backward(chunk_rule, *wide))
+    return found
+
+
 def linear_scan(p: Problem) -> dict[str, Contender]:
     """The baseline adds two tensors into a third: what a scan must at least read and write."""
     T, D = p.tokens, p.channels
@@ -141,5 +186,6 @@ def linear_scan(p: Problem) -> dict[str, Contender]:
 SECTIONS: dict[str, Callable[[Problem], dict[str, Contender]]] = {
     "linear_attention": linear_attention,
     "ssd": ssd,
+    "gated_delta_rule": gated_delta_rule,
     "linear_scan": linear_scan,
 }

@@ -1,6 +1,7 @@
 """torch.library ops over packed sequences: reference, CPU and (where present) Triton implementations of each."""
 
 from packc.ops.causal_conv1d import causal_conv1d
+from packc.ops.gated_delta_rule import gated_delta_rule
 from packc.ops.linear_attention import linear_attention
 from packc.ops.linear_scan import linear_scan
 from packc.ops.pack import pack, packing_index, unpack
@@ -10,6 +11,7 @@ from packc.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "causal_conv1d",
+    "gated_delta_rule",
     "linear_attention",
     "linear_scan",
     "pack",

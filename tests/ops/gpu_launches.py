@@ -116,6 +116,36 @@ CALLS["linear_attention"] = {
 }
 
 
+def gated_delta_rule(dtype, packed, per_channel):
+    """Forward and backward of a Gated DeltaNet layer, or of a Kimi Delta Attention layer's."""
+    from packc.ops.gated_delta_rule import triton_backward, triton_forward
+
+    T, H, G, K, V = 100_000, 32, 32 if per_channel else 16, 128, 128
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def fp32(*shape):
+        return tensor(*shape, dtype=torch.float32)
+
+    def run():
+        q, k = tensor(1, T, G, 2 * K).chunk(2, -1)
+        g = fp32(1, T, H, K) if per_channel else fp32(1, T, H)
+        documents = tensor(65, dtype=torch.int32) if packed else None
+        state = fp32(64 if packed else 1, H, K, V)
+        arguments = (q, k, tensor(1, T, H, V), g, fp32(1, T, H), 0.1, documents, state)
+        _, final, kept = triton_forward.forward(*arguments, True)
+        triton_backward.backward(tensor(1, T, H, V), final, kept, *arguments)
+
+    return run
+
+
+CALLS["gated_delta_rule"] = {
+    "fp32, per channel, packed": gated_delta_rule(torch.float32, True, True),
+    "bf16, per head, rows": gated_delta_rule(torch.bfloat16, False, False),
+}
+
+
 def linear_scan(a_dtype, b_dtype, packed, stateful, D=4096):
     """Forward and backward of an RG-LRU layer: a contiguous, b half of a projection."""
     from packc.ops.linear_scan import triton_backward, triton_forward

@@ -19,7 +19,6 @@ class Mixer(NamedTuple):
     state: tuple[int, ...]  # of a document
     keeps_fp32: tuple[str, ...] = ()  # arguments that models keep in fp32 when all others are bf16
     options: Mapping = MappingProxyType({})
-    missing: tuple[str, ...] = ()  # implementations that do not exist
 
     def per_token(self) -> tuple[str, ...]:
         return tuple(name for name, x in self.make(1, 1).items() if x.ndim > 2)
@@ -47,7 +46,19 @@ def _linear_scan(B: int, L: int, D: int = 21) -> dict[str, Tensor]:
     return {"a": torch.sigmoid(torch.randn(B, L, D) + 2), "b": torch.randn(B, L, D)}
 
 
+def _gated_delta_rule(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3) -> dict[str, Tensor]:
+    k = F.normalize(torch.randn(B, L, G, K), dim=-1)  # as in models; states grow without bound otherwise
+    g, beta = F.logsigmoid(torch.randn(B, L, H) + 2), torch.rand(B, L, H)
+    return {"q": torch.randn(B, L, G, K), "k": k, "v": torch.randn(B, L, H, V), "g": g, "beta": beta}
+
+
+def _gated_delta_rule_per_channel(B: int, L: int) -> dict[str, Tensor]:
+    return _gated_delta_rule(B, L) | {"g": F.logsigmoid(torch.randn(B, L, 2, 5) + 2)}
+
+
 MIXERS = {
+    "gated_delta_rule": Mixer(ops.gated_delta_rule, _gated_delta_rule, (2, 5, 3), ("g",)),
+    "gated_delta_rule_per_channel": Mixer(ops.gated_delta_rule, _gated_delta_rule_per_channel, (2, 5, 3), ("g",)),
     "linear_attention": Mixer(ops.linear_attention, _attention, (2, 5, 3), ("g",)),
     "linear_scan": Mixer(ops.linear_scan, _linear_scan, (21,)),
     "ssd": Mixer(ops.ssd, _ssd, (2, 3, 5), ("A", "D", "dt_bias"), {"dt_softplus": True, "dt_limit": (0.01, 2.0)}),

@@ -16,11 +16,22 @@ few = settings(
 )
 
 
+# What the kernels of decays per channel do not share with those of decays per head.
+OF_CHANNELS = (
+    "test_documents_agree_with_the_fp64_reference",
+    "test_low_precision_inputs_lose_no_more_than_a_plain_implementation",
+    "test_packed_equals_each_document_alone",
+    "test_nothing_in_one_document_changes_another_by_one_bit",
+    "test_no_tokens_at_all",
+)
+
+
 @pytest.fixture(autouse=True)
-def _exists(request):
+def _slow_to_interpret(request):
     given = request.node.callspec.params
-    if given.get("kernels") in given["mixer"].missing:
-        pytest.skip("has no such kernels")
+    of_channels = given["mixer"] is MIXERS["gated_delta_rule_per_channel"] and given.get("kernels") == "triton"
+    if of_channels and request.node.originalname not in OF_CHANNELS:
+        pytest.skip("slow to interpret, and the same code as with a decay per head")
 
 
 def states(mixer, documents):
@@ -67,10 +78,9 @@ def test_low_precision_inputs_lose_no_more_than_a_plain_implementation(mixer, ke
         if name[1:] in inputs:
             assert x.dtype == inputs[name[1:]].dtype, name
         rounded = relative_error(plain[name].to(x.dtype), exact[name])
-        # Interpreted, Triton truncates to bf16: results, and the two bf16 numbers that stand for one in fp32.
+        # Interpreted, Triton truncates to bf16.
         slack = torch.finfo(x.dtype).eps / 2 if kernels == "triton" else 0
-        floor = 2**-15 if kernels == "triton" and dtype == torch.bfloat16 else 1e-5
-        assert relative_error(x, exact[name]) <= max(2 * rounded + slack, floor), name
+        assert relative_error(x, exact[name]) <= max(2 * rounded + slack, 1e-5), name
 
 
 def test_final_states_are_fp32_or_fp64(mixer, kernels):
@@ -240,12 +250,12 @@ def test_permuting_documents_permutes_the_results(mixer, kernels):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_nothing_in_one_document_changes_another_by_one_bit(mixer, kernels, poison):
+    if poison == torch.inf:
+        skip_if_interpreted(kernels)
     lengths, bad, others = [3, 66, 0, 5], slice(3, 69), [0, 1, 2, 69, 70, 71, 72, 73]
     inputs, state = mixer.make(1, 74), states(mixer, 4)
     clean = run(mixer, inputs, offsets(lengths), state)
     one_by_one = [(name,) for name in (*mixer.per_token(), "initial_state")]
-    if kernels == "triton" and poison == torch.inf:
-        skip_if_interpreted(kernels)
     for names in [(*mixer.per_token(), "initial_state")] if kernels == "triton" else one_by_one:
         poisoned, poisoned_state = {key: x.clone() for key, x in inputs.items()}, state.clone()
         for name in names:

@@ -1,0 +1,142 @@
+// packc_cpu::gated_delta_rule and its backward, chunked, with a decay per head or per channel.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "gated_delta_rule_channel_gate.h"
+#include "gated_delta_rule_fwd.h"
+#include "gated_delta_rule_gradients.h"
+#include "gated_delta_rule_head_gate.h"
+
+namespace packc {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+Tensor or_undefined(const Optional& x) {
+  return x.value_or(Tensor());
+}
+
+GatedDeltaRule problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, double scale) {
+  return {
+      Heads(q),
+      Heads(k),
+      Heads(v),
+      PerHead(beta),
+      static_cast<float>(scale),
+      v.size(2),
+      q.size(2),
+      q.size(1),
+      at::divup(q.size(1), kChunk)};
+}
+
+Tensor new_states(const Tensor& v, int64_t documents, int64_t K) {
+  return at::empty({documents, v.size(2), K, v.size(3)}, v.options().dtype(at::kFloat));
+}
+
+// Memory of the kernel's own, with a tile for every chunk and head.
+Tensor workspace(const GatedDeltaRule& p, const Tensor& v, int64_t width) {
+  return at::empty({p.tiles(v.size(0), width)}, v.options().dtype(at::kFloat));
+}
+
+// Calls body with a type: of the gate that g asks for.
+template <typename Body>
+void with_gate(const Tensor& g, const Body& body) {
+  if (g.dim() == 4)
+    body(std::type_identity<ChannelGate>());
+  else
+    body(std::type_identity<HeadGate>());
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_delta_rule(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& g,
+    const Tensor& beta,
+    double scale,
+    const Optional& cu_seqlens,
+    const Optional& initial_state,
+    bool output_final_state) {
+  const Documents documents(cu_seqlens, v.size(0), v.size(1));
+  const Chunks chunks(documents);
+  const GatedDeltaRule p = problem(q, k, v, beta, scale);
+  const States initial(or_undefined(initial_state));
+  Tensor out = at::empty(v.sizes(), v.options());
+  Tensor final = new_states(v, output_final_state ? documents.count() : 0, p.K());
+  Tensor chunk_states =
+      at::empty({v.size(0) * p.slots * p.heads * p.K() * padded(p.V())}, v.options().dtype(at::kFloat));
+  const States finals(output_final_state ? final : Tensor());
+  Tensor resolvents = workspace(p, v, kChunk), corrections = workspace(p, v, padded(p.V()));
+  float *states = chunk_states.mutable_data_ptr<float>(), *r = resolvents.mutable_data_ptr<float>();
+  float* u = corrections.mutable_data_ptr<float>();
+  clear_unused(p, chunks, v.size(0), states);
+  with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
+    resolve_chunks<Gate>(p, chunks, g, r);
+    correct_states<Gate>(p, chunks, g, initial, finals, r, states, u);
+    correct_outputs<Gate>(p, chunks, g, initial, states, u, Heads(out));
+  });
+  return {out, final, chunk_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
+    const Tensor& dout,
+    const Optional& dfinal_state,
+    const Tensor& chunk_states,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& g,
+    const Tensor& beta,
+    double scale,
+    const Optional& cu_seqlens,
+    const Optional& initial_state) {
+  const Documents documents(cu_seqlens, v.size(0), v.size(1));
+  const Chunks chunks(documents);
+  const GatedDeltaRule p = problem(q, k, v, beta, scale);
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
+  Tensor dv = at::empty(v.sizes(), v.options());
+  Tensor dg = at::empty(g.sizes(), g.options()), dbeta = at::empty(beta.sizes(), beta.options());
+  Tensor dinitial = initial_state ? new_states(v, documents.count(), p.K()) : at::empty({0}, g.options());
+  Tensor dstates = at::empty(chunk_states.sizes(), chunk_states.options());
+  Tensor resolvents = workspace(p, v, kChunk), errors = workspace(p, v, padded(p.V()));
+  Tensor du = workspace(p, v, padded(p.V()));
+  const Workspace w{
+      resolvents.mutable_data_ptr<float>(), errors.mutable_data_ptr<float>(), du.mutable_data_ptr<float>()};
+  const States initial(or_undefined(initial_state)), dfinal(or_undefined(dfinal_state));
+  const States dinitials(initial_state ? dinitial : Tensor());
+  const Heads douts(dout);
+  const float* states = chunk_states.const_data_ptr<float>();
+  float* dkept = dstates.mutable_data_ptr<float>();
+  with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
+    recompute_errors<Gate>(p, chunks, g, douts, initial, states, w);
+    correct_state_gradients<Gate>(p, chunks, g, douts, dfinal, dinitials, w, dkept);
+    using Gradient = typename Gate::Gradient;
+    const GatedDeltaRuleGradients<Gate> gradients{Heads(dq), Heads(dk), Heads(dv), Gradient(dg), PerHead(dbeta)};
+    const auto scratch = [&] {
+      return GatedDeltaRuleChunk<Gate>(p, gradients, g, douts, chunks, initial, dfinal, states, dkept, w);
+    };
+    const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
+    const auto body = [&](int64_t task, GatedDeltaRuleChunk<Gate>& chunk) {
+      chunk.run(task / p.groups, task % p.groups);
+    };
+    for_each_task(tasks, scratch, body, batch_of(tasks));
+  });
+  return {dq, dk, dv, dg, dbeta, dinitial};
+}
+
+} // namespace
+
+TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
+  library.def(
+      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, "
+      "Tensor? initial_state, bool output_final_state) -> (Tensor, Tensor, Tensor)",
+      &gated_delta_rule);
+  library.def(
+      "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
+      "Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &gated_delta_rule_bwd);
+}
+
+} // namespace packc

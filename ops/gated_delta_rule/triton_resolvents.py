@@ -1,0 +1,80 @@
+"""The matrices R = -M (1 + beta M)^-1 of all chunks on Triton, M what tokens are to earlier ones (``csrc``'s header).
+
+Tokens on their own have R = 0. From the R of two neighbouring blocks, i and an earlier j, follows that of both together
+by products of matrices no larger than R is (where the powers of M, whose series is R, grow and cancel):
+
+    C = M_ij + M_ij beta_j R_jj,   R_ij = -(C + R_ii beta_i C)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packc.ops.gated_delta_rule.triton_channels import meets
+from packc.ops.linear_attention.triton_chunks import chunk_of, load_per_token
+from packc.ops.linear_attention.triton_states import head_strides
+from packc.ops.tritonsrc.launch import launch
+
+HALF = tl.constexpr(32)
+HALF_LEVELS = tl.constexpr(5)
+
+
+@triton.jit
+def _resolve_half(products, factor, PRECISION: tl.constexpr):
+    """All pairs of blocks of one size at once."""
+    result = tl.where(meets(1, HALF), -products, 0.0)
+    for level in range(1, HALF_LEVELS):
+        corner = tl.where(meets(1 << level, HALF), products, 0.0)
+        rest = corner + tl.dot(corner, factor * result, input_precision=PRECISION)
+        result -= rest + tl.dot(result, factor * rest, input_precision=PRECISION)
+    return result
+
+
+@triton.jit(do_not_specialize=["beta_b"])
+def _resolve(
+    pairs,
+    beta,
+    table,
+    heads,
+    beta_b,
+    beta_t,
+    beta_h,
+    PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row, _, token, length, _, _ = chunk_of(table, PACKED)
+    if length > 0:
+        head = tl.program_id(1).to(tl.int64)
+        t = tl.arange(0, HALF)
+        at = pairs + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
+        at += t[:, None] * CHUNK + t[None, :]
+        factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, HALF)[:, None]
+        first = _resolve_half(tl.load(at), factor, PRECISION)
+        tl.store(at, first)
+        if length > HALF:
+            at += HALF * CHUNK
+            corner = tl.load(at)
+            rest = corner + tl.dot(corner, factor * first, input_precision=PRECISION)
+            factor = load_per_token(beta, row, token + HALF, head, length - HALF, beta_b, beta_t, beta_h, HALF)[:, None]
+            second = _resolve_half(tl.load(at + HALF), factor, PRECISION)
+            tl.store(at, -rest - tl.dot(second, factor * rest, input_precision=PRECISION))
+            tl.store(at + HALF, second)
+
+
+def resolve(pairs: Tensor, beta: Tensor, shared: dict[str, Any]) -> Tensor:
+    """In place of M ``(chunks, H, CHUNK, CHUNK)``; beta is fp32 ``(B, L, H)``."""
+    launch(
+        _resolve,
+        tuple(pairs.shape[:2]),
+        pairs=pairs,
+        beta=beta,
+        **{name: shared[name] for name in ("table", "heads", "PACKED", "CHUNK", "PRECISION")},
+        **head_strides(beta=beta),
+        num_warps=2,
+    )
+    return pairs
