@@ -56,6 +56,7 @@ inline void carry_state_gradients(
       }
       const Decays decays(p.g, chunk, h);
       p.q.load(chunk, p.group(h), s.q, wide_K);
+      std::fill_n(s.dout, chunk.length * columns, 0.f); // as the forward's v
       dout.load(chunk, h, first, count, s.dout, columns);
       for (int64_t i = 0; i < chunk.length; ++i)
         scale_row(s.dout + i * columns, width, p.scale * decays.from_start[i]);

@@ -69,6 +69,8 @@ inline void carry_states(
       }
       const Decays decays(p.g, chunk, h);
       p.k.load(chunk, p.group(h), s.k, wide_K);
+      // Zeros first: its padding is scaled with it, and would keep a NaN for the documents that follow.
+      std::fill_n(s.v, chunk.length * columns, 0.f);
       p.v.load(chunk, h, first, count, s.v, columns);
       for (int64_t j = 0; j < chunk.length; ++j) {
         if (p.step)

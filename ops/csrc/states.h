@@ -34,7 +34,7 @@ struct States {
 // Columns of a state that one task carries through a document: fewer when documents and heads alone are not enough tasks.
 inline int64_t columns_of_task(int64_t chains, int64_t V) {
   const int64_t wanted = 4 * at::get_num_threads();
-  return chains >= wanted ? padded(V) : std::max(kColumns, padded(padded(V) * chains / wanted));
+  return std::max(kColumns, chains >= wanted ? padded(V) : padded(padded(V) * chains / wanted));
 }
 
 // Slots that no chunk of these documents uses: what an op returns may not be left to chance.

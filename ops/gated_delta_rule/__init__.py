@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.arguments import check_floating, check_shapes
 from packc.ops.gated_delta_rule import op as op
-from packc.ops.linear_attention import check_floating, check_shapes
 
 
 def gated_delta_rule(
@@ -60,7 +60,8 @@ def gated_delta_rule(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``cu_seqlens`` not an integer one.
-        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L.
+        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
+            not looked at, which would wait for the device: offsets must be right.
     """
     tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
     check_floating("gated_delta_rule", tensors, v)
@@ -81,6 +82,6 @@ def gated_delta_rule(
     }
     check_shapes("gated_delta_rule", tensors, wanted, "q", "v")
     out, final_state, _ = torch.ops.packc.gated_delta_rule.default(
-        q, k, v, g, beta, K**-0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
+        q, k, v, g, beta, max(K, 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
     )
     return (out, final_state) if output_final_state else out

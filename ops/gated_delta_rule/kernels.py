@@ -8,7 +8,7 @@ from torch import Tensor
 from packc.ops import dispatch
 from packc.ops.gated_delta_rule import reference, triton_backward, triton_forward
 from packc.ops.gated_delta_rule.reference import Gradients
-from packc.ops.linear_attention.kernels import alike, fp32
+from packc.ops.linear_attention.kernels import alike, check_sizes, fp32
 from packc.ops.linear_attention.reference import state_dtype
 
 NAME = "gated_delta_rule"
@@ -26,6 +26,7 @@ def forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, final_state, chunk_states)``, the last as ``chunk_states_shape`` says."""
+    check_sizes(NAME, q, k, v, {"g": g, "beta": beta}, cu_seqlens, initial_state)
     choice = _choose(q, k, v, g, beta, initial_state)
     if choice == "reference":
         return reference.forward(q, k, v, g, beta, scale, cu_seqlens, initial_state, output_final_state)
@@ -51,6 +52,7 @@ def backward(
     initial_state: Tensor | None,
 ) -> Gradients:
     """All contiguous and in their arguments' dtypes."""
+    check_sizes(NAME, q, k, v, {"g": g, "beta": beta}, cu_seqlens, initial_state)
     arguments = (q, k, v, g, beta, initial_state)
     choice = _choose(*arguments)
     if choice == "reference":

@@ -130,7 +130,7 @@ def forward(
             state = step.state
             outs.append(scale * _read(state, args.q[:, t]).unsqueeze(1))
         finals.append(state)
-    final = torch.cat(finals) if output_final_state else args.initial_state[:0]
+    final = torch.cat(finals) if output_final_state else args.initial_state[:0].clone()
     return torch.cat(outs, 1).to(v.dtype), final.contiguous(), kept.flatten()
 
 

@@ -32,6 +32,7 @@ from packc.ops.gated_delta_rule.triton_pairs import pairs_of
 from packc.ops.gated_delta_rule.triton_resolvents import resolve
 from packc.ops.gated_delta_rule.triton_solutions import solve, solve_transposed
 from packc.ops.gated_delta_rule.triton_state_gradients import correct_gradients
+from packc.ops.linear_attention.reference import chunk_states_shape
 from packc.ops.linear_attention.triton_chunks import (
     check_strides,
     chunk_of,
@@ -256,7 +257,7 @@ def backward(
     chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
     rows, tokens, heads, V = v.shape
     groups, K = k.shape[2:]
-    kept = chunk_states.view(rows, -1, heads, K, (V + 15) // 16 * 16)
+    kept = chunk_states.view(chunk_states_shape(k, v))
     dkept = torch.empty_like(kept)
     dstates = kept.new_zeros((chunks.documents, heads, K, V))
     if dfinal_state is not None:

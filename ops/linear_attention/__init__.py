@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.arguments import check_floating, check_shapes
 from packc.ops.linear_attention import op as op
 
 
@@ -57,7 +56,8 @@ def linear_attention(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``cu_seqlens`` not an integer one.
-        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L.
+        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
+            not looked at, which would wait for the device: offsets must be right.
     """
     tensors = {"q": q, "k": k, "v": v, "g": g, "initial_state": initial_state}
     check_floating("linear_attention", tensors, v)
@@ -79,29 +79,6 @@ def linear_attention(
     if g is not None:
         g = (g if g.dtype == torch.float64 else g.float()).expand(rows, tokens, heads)
     out, final_state, _ = torch.ops.packc.linear_attention.default(
-        q, k, v, g, K**-0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
+        q, k, v, g, max(K, 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
     )
     return (out, final_state) if output_final_state else out
-
-
-def check_floating(op: str, tensors: Mapping[str, Tensor | None], like: Tensor) -> None:
-    """Raises for tensors that are not floating, or not where ``like`` is."""
-    for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, not {x.dtype}")
-        if x is not None and x.device != like.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, other arguments on {like.device}")
-
-
-def check_shapes(
-    op: str, tensors: Mapping[str, Tensor | None], wanted: Mapping[str, tuple[int, ...]], *given: str
-) -> None:
-    """Raises for shapes that are not as wanted. Sizes that only a run can tell are left to the kernels."""
-    for name, shape in wanted.items():
-        x = tensors[name]
-        if x is None:
-            continue
-        if x.ndim != len(shape) or any(documents.differ(a, b) for a, b in zip(x.shape, shape, strict=True)):
-            shapes = {other: tuple(y.shape) for other in given if (y := tensors[other]) is not None}
-            others = " and ".join(f"{other} {size}" for other, size in shapes.items())
-            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, not {tuple(x.shape)}, with {others}")

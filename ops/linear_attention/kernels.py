@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from packc.ops import dispatch
+from packc.ops import dispatch, documents
+from packc.ops.arguments import check_shapes
 from packc.ops.linear_attention import reference, triton_backward, triton_forward
 from packc.ops.linear_attention.reference import Gradients
 
@@ -32,6 +34,7 @@ def forward(
 
     ``out`` is in v's dtype, or as it was computed if not ``round_out``.
     """
+    check_sizes(NAME, q, k, v, {"g": g, "step": step}, cu_seqlens, initial_state, value_major)
     choice = _choose(q, k, v, g, step, skip, initial_state)
     options = (output_final_state, value_major, round_out)
     if choice == "reference":
@@ -60,6 +63,7 @@ def backward(
     value_major: bool,
 ) -> Gradients:
     """All contiguous and in their arguments' dtypes."""
+    check_sizes(NAME, q, k, v, {"g": g, "step": step}, cu_seqlens, initial_state, value_major)
     arguments = (q, k, v, g, step, skip, initial_state)
     choice = _choose(*arguments)
     if choice == "reference":
@@ -74,6 +78,29 @@ def backward(
         grads = triton_backward.backward(dout, fp32(dfinal_state), chunk_states, q, k, v, *per_head)
     like = [None if x is None else grad.to(x.dtype) for x, grad in zip(arguments, grads, strict=True)]
     return Gradients._make(like)
+
+
+def check_sizes(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    of_heads: Mapping[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    value_major: bool = False,
+) -> None:
+    """Raises for sizes that do not fit, which a compiled graph may only know when it runs; kernels rely on them."""
+    rows, tokens, heads, V = v.shape
+    groups, K = q.shape[2:]
+    state = (documents.count(cu_seqlens, v), heads, *((V, K) if value_major else (K, V)))
+    wanted: dict[str, tuple[int, ...]] = {"q": (rows, tokens, groups, K), "k": (rows, tokens, groups, K)}
+    wanted |= dict.fromkeys(of_heads, (rows, tokens, heads)) | {"initial_state": state}
+    if (g := of_heads["g"]) is not None and g.ndim == 4:  # the delta rule's, per channel
+        wanted["g"] = (rows, tokens, heads, K)
+    check_shapes(op, {"q": q, "k": k, "v": v, **of_heads, "initial_state": initial_state}, wanted, "q", "v")
+    if groups and heads % groups:
+        raise ValueError(f"{op}: q's {groups} heads do not divide v's {heads}")
 
 
 def _choose(q: Tensor, *others: Tensor | None) -> str:

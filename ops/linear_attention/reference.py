@@ -139,7 +139,7 @@ def forward(
     out = torch.cat(outs, 1)
     if skip is not None:
         out = out + skip.to(out.dtype) * args.v
-    final = torch.cat(finals) if output_final_state else args.initial_state[:0]
+    final = torch.cat(finals) if output_final_state else args.initial_state[:0].clone()
     return out.to(v.dtype) if round_out else out, (final.mT if value_major else final).contiguous(), kept.flatten()
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from packc.ops.linear_attention.reference import CHUNK, Gradients
+from packc.ops.linear_attention.reference import CHUNK, Gradients, chunk_states_shape
 from packc.ops.linear_attention.triton_chunks import (
     check_strides,
     chunks_of,
@@ -59,9 +59,8 @@ def backward(
     rows, tokens, heads, V = v.shape
     groups, K = k.shape[2:]
     block_k, block_v = block_of(K, v.dtype), block_of(V, v.dtype)
-    blocks_k, blocks_v = triton.cdiv(K, _NARROW), triton.cdiv(V, block_v)
-    wide_V = (V + 15) // 16 * 16
-    kept = chunk_states.view(rows, -1, heads, K, wide_V)
+    blocks_k, blocks_v = triton.cdiv(K, _NARROW), max(1, triton.cdiv(V, block_v))
+    kept = chunk_states.view(chunk_states_shape(k, v))
     dkept = torch.zeros_like(kept)
     initial, dfinal = key_major(initial_state, value_major), key_major(dfinal_state, value_major)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
@@ -71,7 +70,9 @@ def backward(
     shared |= {"heads": heads, "groups": groups, "K": K, "V": V, "PACKED": packed, "CHUNK": CHUNK}
     shared |= {"PRECISION": fp32_products(), "BLOCK_K": block_k, "BLOCK_V": block_v} | head_strides(g=g, step=step)
     tokens_of = {"q": q, "k": k, "v": v, "dout": dout} | token_strides(q=q, k=k, v=v, dout=dout)
-    states = {"dkept": dkept, "dfinal": dfinal, "slots": kept.shape[1], "WIDE_V": wide_V} | state_strides(dfinal=dfinal)
+    states = {"dkept": dkept, "dfinal": dfinal, "slots": kept.shape[1], "WIDE_V": kept.shape[4]} | state_strides(
+        dfinal=dfinal
+    )
     per_block = rows * tokens * heads
     dv = v.new_empty(v.shape)
     dstep = None if step is None else kept.new_empty((blocks_v, rows, tokens, heads))
@@ -146,4 +147,4 @@ def _sum(parts: Tensor) -> Tensor:
 def _parts(heads: int, programs: int, device: torch.device) -> int:
     """In how many parts the heads of a group are walked."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(heads, triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, max(programs, 1)))
+    return max(1, min(heads, triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, max(programs, 1))))

@@ -69,7 +69,7 @@ def log_decays(g):
     behind it; multiples of 2^-8 below 2^16 add without rounding, and the rests stay small. Nothing is left of a value
     after 2^-1024, so stronger decays are taken for that.
     """
-    g = tl.maximum(g * LOG2E, -1024.0)
+    g = tl.maximum(g * LOG2E, -1024.0, propagate_nan=tl.PropagateNan.ALL)
     coarse = tl.floor(g * 256.0 + 0.5) * 0.00390625
     return tl.cumsum(coarse, 0), tl.cumsum(g - coarse, 0)
 

@@ -150,7 +150,7 @@ def _carry(
     slot = tl.load(starts + document) // CHUNK if PACKED else document * slots
     kept += (slot.to(tl.int64) * heads + head) * K * WIDE_V + e
     decays += base.to(tl.int64) * heads + head
-    stride = heads.to(tl.int64) * K * WIDE_V
+    stride = tl.cast(heads, tl.int64) * K * WIDE_V
     for i in range(tl.cdiv(count - 1, AT_ONCE)):
         # Loads first: none of them waits for the recurrence.
         added, left = (), ()

@@ -48,7 +48,8 @@ def linear_scan(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``cu_seqlens`` not an integer one.
-        ValueError: shapes do not fit each other (nothing is broadcast), or ``cu_seqlens`` does not rise from 0 to L.
+        ValueError: shapes do not fit each other (nothing is broadcast), or ``cu_seqlens`` does not rise from 0 to L. On
+            CUDA that is not looked at, which would wait for the device: offsets must be right.
     """
     for name, x in (("a", a), ("b", b), ("initial_state", initial_state)):
         if x is not None and not x.is_floating_point():

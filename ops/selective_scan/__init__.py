@@ -63,7 +63,8 @@ def selective_scan(
     Raises:
         TypeError: an argument is not a floating-point tensor (A may not be complex), or ``cu_seqlens`` not an integer
             one.
-        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L.
+        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
+            not looked at, which would wait for the device: offsets must be right.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     out, final_state, _ = torch.ops.packc.selective_scan.default(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.linear_attention import check_floating, check_shapes
+from packc.ops.arguments import check_floating, check_shapes
 from packc.ops.ssd import op as op
 
 
@@ -66,7 +66,8 @@ def ssd(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``cu_seqlens`` not an integer one.
-        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L.
+        ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
+            not looked at, which would wait for the device: offsets must be right.
     """
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     tensors["initial_state"] = initial_state

@@ -31,9 +31,12 @@ _lib.define(
 
 
 def _as_attention(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
     """q, k, v, g, step, skip and scale."""
+    # One fp64 argument makes fp64 states, and those of attention depend on neither of these.
+    if any(each is not None and each.dtype == torch.float64 for each in (D, z)):
+        dt = dt.double()
     skip = None if D is None else (D if D.ndim == 2 else D.unsqueeze(1).expand(-1, x.shape[3]))
     return C, B, x, dt * A, dt, skip, 1.0
 
@@ -51,7 +54,7 @@ def _forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, final_state, chunk_states = kernels.forward(
-        *_as_attention(x, dt, A, B, C, D),
+        *_as_attention(x, dt, A, B, C, D, z),
         cu_seqlens,
         initial_state,
         output_final_state,
@@ -96,7 +99,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    attention = _as_attention(x, dt, A, B, C, D)
+    attention = _as_attention(x, dt, A, B, C, D, z)
     dz = None
     if z is not None:
         # y, in front of the gate, is computed again: out divided by the gate would not give it back.

@@ -2,8 +2,8 @@
 
 A process of its own, since kernels defined under TRITON_INTERPRET=1 cannot be compiled together with the functions they
 call. The op runs on meta tensors of a realistic size, its launches are recorded instead of made, and every kernel is
-compiled for every chip, for the types and specialisations its arguments would have in the first call, which is the one
-that needs most. The other calls take turns with the chips, and configurations with both, unless ``--all``.
+compiled for the types and specialisations its arguments would have. Calls, chips and configurations take turns, unless
+``--all``: the first call, which needs most, meets the chip that has least.
 Prints one JSON object a kernel. Checked on triton 3.6 and 3.9.
 """
 
@@ -138,9 +138,12 @@ def main(op: str, everything: bool) -> None:
     """``gpu_launches.CALLS[op]`` is a dict of named calls of the op on meta tensors."""
     calls = importlib.import_module("gpu_launches").CALLS[op]
     seen = set()
-    for turn, (call, run) in enumerate(calls.items()):
-        chips = list(CHIPS) if everything or turn == 0 else [list(CHIPS)[turn % len(CHIPS)]]
-        for launch in recorded(run):
+    pairs = [(call, chip) for call in calls for chip in CHIPS]
+    if not everything:
+        pairs = [(list(calls)[n % len(calls)], list(CHIPS)[n % len(CHIPS)]) for n in range(max(len(calls), len(CHIPS)))]
+    for turn, call in enumerate(calls):
+        chips = [chip for name, chip in pairs if name == call]
+        for launch in recorded(calls[call]):
             for name in chips:
                 chip, shipped = CHIPS[name], configs(launch, name)
                 one = (turn + list(CHIPS).index(name)) % len(shipped)

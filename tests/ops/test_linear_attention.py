@@ -46,6 +46,24 @@ def test_any_size_of_heads(kernels, K, V):
     assert_close(run(MIXER, inputs, offsets([1, 65]), state), exactly(MIXER, inputs, offsets([1, 65]), state))
 
 
+@pytest.mark.parametrize("size", [{"B": 0}, {"K": 0}, {"V": 0}, {"L": 0}], ids=str)
+def test_any_size_may_be_zero(kernels, size):
+    inputs = make(**({"B": 4, "L": 66} | size))
+    inputs["g"] = -torch.rand(inputs["v"].shape[:3])
+    results = run(MIXER, inputs)
+    assert not results["out"].any() or "K" not in size
+    for name, x in inputs.items():
+        assert results[f"d{name}"].shape == x.shape
+
+
+def test_sizes_that_do_not_fit_raise_below_the_function_too(kernels):
+    """A compiled graph may know sizes only when it runs."""
+    q, v = torch.randn(1, 64, 1, 5), torch.randn(1, 64, 1, 3)
+    for k, g in [(torch.randn(1, 64, 1, 500), None), (q, torch.zeros(1, 63, 1))]:
+        with pytest.raises(ValueError, match="linear_attention: . must have shape"):
+            torch.ops.packc.linear_attention(q, k, v, g, 1.0, None, None, False)
+
+
 def test_heads_share_queries_and_keys_in_consecutive_groups(kernels):
     inputs = make(L=9, H=4, G=2, g=-torch.rand(1, 9, 4))
     every_head = inputs | {name: inputs[name].repeat_interleave(2, 2) for name in "qk"}

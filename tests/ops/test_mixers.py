@@ -45,7 +45,7 @@ def random_dout(mixer, inputs):
 
 def skip_if_interpreted(kernels):
     if kernels == "triton":
-        pytest.skip("interpreted, one example has to do")
+        pytest.skip("slow to interpret")
 
 
 # ---- values and gradients --------------------------------------------------------------------------------------------
@@ -136,6 +136,7 @@ def test_strided_inputs_equal_contiguous_ones(mixer, kernels):
 
 
 def test_tokens_in_front_of_a_view_and_behind_it_are_not_read(mixer, kernels):
+    skip_if_interpreted(kernels)
     inputs, documents = mixer.make(1, 67), offsets([2, 65])
     surrounded = dict(inputs)
     for name in mixer.per_token():
@@ -236,6 +237,7 @@ def test_a_document_cut_anywhere_goes_on_from_its_state(mixer, kernels, first, s
 
 
 def test_permuting_documents_permutes_the_results(mixer, kernels):
+    skip_if_interpreted(kernels)
     lengths, order = [5, 66, 1], [2, 0, 1]
     inputs = mixer.make(1, sum(lengths))
     dout, dfinal = random_dout(mixer, inputs), states(mixer, 3)
@@ -252,8 +254,11 @@ def test_permuting_documents_permutes_the_results(mixer, kernels):
 def test_nothing_in_one_document_changes_another_by_one_bit(mixer, kernels, poison):
     if poison == torch.inf:
         skip_if_interpreted(kernels)
-    lengths, bad, others = [3, 66, 0, 5], slice(3, 69), [0, 1, 2, 69, 70, 71, 72, 73]
-    inputs, state = mixer.make(1, 74), states(mixer, 4)
+    # Long enough that threads leave chunks of the bad document behind, and carry states through those of another.
+    lengths = [3, 66, 0, 5] if kernels == "triton" else [3, 130, 0, 200]
+    bad = slice(3, 3 + lengths[1])
+    inputs, state = mixer.make(1, sum(lengths)), states(mixer, 4)
+    others = [t for t in range(sum(lengths)) if not bad.start <= t < bad.stop]
     clean = run(mixer, inputs, offsets(lengths), state)
     one_by_one = [(name,) for name in (*mixer.per_token(), "initial_state")]
     for names in [(*mixer.per_token(), "initial_state")] if kernels == "triton" else one_by_one:

@@ -5,6 +5,7 @@ import torch
 from implementations import opcheck
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, reproducible_like
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from packc.ops import linear_attention, ssd
@@ -91,6 +92,15 @@ def test_step_sizes_stay_within_their_limits(kernels):
     outside["dt"] = outside["dt"].requires_grad_()
     ssd(**outside, dt_softplus=True, dt_limit=(0.0, 0.5)).sum().backward()
     assert not outside["dt"].grad.any()
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "D", "z"])
+def test_one_fp64_argument_makes_fp64_states(name):
+    inputs = make(L=3) | {name: make(L=3)[name].double()}
+    state = ssd(**inputs, output_final_state=True)[1]
+    assert state.dtype == torch.float64
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ssd(**inputs, output_final_state=True)[1].dtype == torch.float64
 
 
 def arguments(dtype=torch.float32, packed=True, optional=True):
