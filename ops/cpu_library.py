@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,10 @@ def build(source: Path, cache: Path | None = None) -> Path:
         return library
     log.info("compiling %s with %s (once; kept in %s)", source.name, compiler, library.parent)
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Compiled beside its place and moved there, so that a process that looks never sees half a library.
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    # One process compiles it, the others wait. Beside its place and moved there, so that nobody sees half a library.
+    with FileLock(library.parent / f".{source.stem}.lock"), tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        if library.exists():
+            return library
         fresh = Path(scratch) / library.name
         result = subprocess.run(
             [*command, str(source), "-o", str(fresh), *_libraries()], capture_output=True, text=True, errors="replace"

@@ -20,7 +20,6 @@ few = settings(
 OF_CHANNELS = (
     "test_documents_agree_with_the_fp64_reference",
     "test_low_precision_inputs_lose_no_more_than_a_plain_implementation",
-    "test_packed_equals_each_document_alone",
     "test_nothing_in_one_document_changes_another_by_one_bit",
     "test_no_tokens_at_all",
 )
