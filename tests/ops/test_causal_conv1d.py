@@ -450,7 +450,8 @@ def test_opcheck(kernels, pattern):
     }[pattern]
     opcheck(kernels, torch.ops.packc.causal_conv1d.default, arguments)
     out, final_state = torch.ops.packc.causal_conv1d(*arguments)
-    backward = (out.detach(), final_state.detach() if arguments[-1] else None, *arguments[:-1])
+    backward = (out, final_state if arguments[-1] else None, *arguments[:-1])
+    backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
     opcheck(kernels, torch.ops.packc.causal_conv1d_bwd.default, backward)
 
 
