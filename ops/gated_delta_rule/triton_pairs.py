@@ -19,8 +19,6 @@ from packc.ops.linear_attention.triton_products import between, dot, log_decays,
 from packc.ops.linear_attention.triton_states import block_of, head_strides, token_strides
 from packc.ops.tritonsrc.launch import autotuned, launch
 
-WITHIN = tl.constexpr(16)
-
 
 @autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["K"])
 @triton.jit(do_not_specialize=["strict", "x_b", "k_b", "g_b"])

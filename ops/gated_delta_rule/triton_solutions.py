@@ -114,16 +114,15 @@ def solve(x: Tensor, gate: Gate | None, beta: Tensor, resolvents: Tensor, shared
     rows, tokens, groups, channels = x.shape
     heads = shared["heads"]
     solved = x.new_empty((rows, tokens, heads, channels), dtype=torch.float32)
-    block = _COLUMNS
     launch(
         _solve,
-        (shared["table"].shape[0], heads, triton.cdiv(channels, block)),
+        (shared["table"].shape[0], heads, triton.cdiv(channels, _COLUMNS)),
         x=x,
         beta=beta,
         resolvents=resolvents,
         solved=solved,
         channels=channels,
-        BLOCK=block,
+        BLOCK=_COLUMNS,
         **(gate or Gate(None, None)).arguments(),
         **{name: value for name, value in shared.items() if name not in ("K", "groups")},
         groups=groups,
@@ -139,16 +138,15 @@ def solve_transposed(
     """dv, in ``dtype``; du ``(B, L, H, V)`` becomes l."""
     V = du.shape[3]
     dv = torch.empty_like(du, dtype=dtype)
-    block = _COLUMNS
     launch(
         _solve_transposed,
-        (shared["table"].shape[0], shared["heads"], triton.cdiv(V, block)),
+        (shared["table"].shape[0], shared["heads"], triton.cdiv(V, _COLUMNS)),
         du=du,
         beta=beta,
         resolvents=resolvents,
         dv=dv,
         V=V,
-        BLOCK=block,
+        BLOCK=_COLUMNS,
         **{name: shared[name] for name in ("table", "tokens", "heads", "PACKED", "CHUNK", "PRECISION")},
         **head_strides(beta=beta),
         num_warps=4,

@@ -223,9 +223,8 @@ def assert_a_document_goes_on_from_its_state(mixer, first, second):
     assert_close(dict(zip(leaves, results, strict=True)), dict(zip(leaves, expected, strict=True)))
 
 
-@pytest.mark.parametrize(("first", "second"), [(3, 64)])
-def test_a_document_cut_in_two_goes_on_from_its_state(mixer, kernels, first, second):
-    assert_a_document_goes_on_from_its_state(mixer, first, second)
+def test_a_document_cut_in_two_goes_on_from_its_state(mixer, kernels):
+    assert_a_document_goes_on_from_its_state(mixer, 3, 64)
 
 
 @few
