@@ -6,10 +6,20 @@ import torch
 # Before any kernel is defined: without a GPU, Triton kernels are interpreted on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from interpreter import prepare_language_once_a_launch
+
+    prepare_language_once_a_launch()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thorough", action="store_true", help="also what takes long to interpret")
+    parser.addoption("--thorough", action="store_true", help="also what repeats quicker tests in other cases")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: only with --thorough"))
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,6 @@ def test_ops_are_measured_into_a_table_and_a_plot(tmp_path):
     assert (tmp_path / "ops-cpu.png").stat().st_size > 0
 
 
-@pytest.mark.slow
 def test_packmambas_protocol_gives_one_loss_three_ways(tmp_path):
     run(
         "packmamba.py",

@@ -103,8 +103,8 @@ def test_help_lists_the_commands(capsys):
     assert "demo" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_whole_demo_in_small(tmp_path, capsys):
+def test_the_whole_demo_in_small(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PACKC_INNER", "aot_eager")  # read by the contenders' processes
     small = ["--steps=6", "--eager-steps=2", "--batch-size=3", "--max-length=48", "--hidden-size=16", "--layers=1"]
     # Stock Inductor alone takes minutes.
     assert main(["demo", *small, "--skip=inductor", f"--output={tmp_path}/demo.png"]) == 0

@@ -1,4 +1,4 @@
-"""A second process finds the compiled graphs of the first in torch's caches."""
+"""Inductor trains over many shapes after two compilations, and a second process finds these in torch's caches."""
 
 import json
 import os
@@ -6,16 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = """
 import json, torch, packc
-from harness import LEFT, RIGHT, batch_of, tiny_mamba, train_step
+from harness import BOTH, LEFT, RIGHT, assert_same_step, batch_of, exact_step, tiny_mamba, train_step
 from torch._dynamo.utils import counters
 torch.manual_seed(0)
-compiled = torch.compile(tiny_mamba(layers=1), backend="packc", options={"packc.strict": True})
-losses = [train_step(compiled, batch_of(["".join(c * n for c in row) for row in rows]))["loss"].item()
-          for rows, n in ((RIGHT, 1), (LEFT, 2), (RIGHT, 3))]
+model = tiny_mamba(layers=1)
+compiled = torch.compile(model, backend="packc", options={"packc.strict": True})
+losses = []
+for step, (rows, times) in enumerate([(RIGHT, 1), (LEFT, 2), (BOTH, 3), (RIGHT, 5)]):
+    batch = batch_of(["".join(token * times for token in row) for row in rows])
+    with torch._dynamo.config.patch(error_on_recompile=step > 1):
+        results = train_step(compiled, batch)
+    assert_same_step(results, exact_step(model, batch), batch["attention_mask"])
+    losses.append(results["loss"].item())
 cache = counters["aot_autograd"]
 print(json.dumps({"losses": losses, **{k: cache[f"autograd_cache_{k}"] for k in ("hit", "miss", "bypass", "saved")}}))
 """
@@ -28,8 +32,7 @@ def run(cache: Path) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-def test_the_second_process_compiles_nothing(tmp_path):
+def test_inductor_trains_over_many_shapes_and_a_second_process_compiles_nothing(tmp_path):
     first, second = run(tmp_path), run(tmp_path)
     assert (first["hit"], first["bypass"]) == (0, 0)
     assert first["saved"] == first["miss"] == 2

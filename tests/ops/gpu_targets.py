@@ -2,12 +2,11 @@
 
 A process of its own, since kernels defined under TRITON_INTERPRET=1 cannot be compiled together with the functions they
 call. The op runs on meta tensors of a realistic size, its launches are recorded instead of made, and every kernel is
-compiled for the types and specialisations its arguments would have. Calls, chips and configurations take turns, unless
-``--all``: the first call, which needs most, meets the chip that has least.
+compiled for the types and specialisations its arguments would have: of an op's first call, which needs most, for the
+chip that has least, and of its last call for another; configurations take turns. ``--all``: all for all.
 Prints one JSON object a kernel. Checked on triton 3.6 and 3.9.
 """
 
-import importlib
 import json
 import re
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from gpu_launches import CALLS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -134,13 +134,16 @@ def _amd(result: Any) -> Resources:
     return Resources(spilled, registers, result.metadata.shared, text)
 
 
+def few(op: str) -> list[tuple[str, str]]:
+    """Two pairs of a call and a chip: ops take turns with the second one's."""
+    calls, (least, *others) = list(CALLS[op]), CHIPS
+    return [(calls[0], least), (calls[-1], others[list(CALLS).index(op) % len(others)])]
+
+
 def main(op: str, everything: bool) -> None:
-    """``gpu_launches.CALLS[op]`` is a dict of named calls of the op on meta tensors."""
-    calls = importlib.import_module("gpu_launches").CALLS[op]
+    calls = CALLS[op]
     seen = set()
-    pairs = [(call, chip) for call in calls for chip in CHIPS]
-    if not everything:
-        pairs = [(list(calls)[n % len(calls)], list(CHIPS)[n % len(CHIPS)]) for n in range(max(len(calls), len(CHIPS)))]
+    pairs = [(call, chip) for call in calls for chip in CHIPS] if everything else few(op)
     for turn, call in enumerate(calls):
         chips = [chip for name, chip in pairs if name == call]
         for launch in recorded(calls[call]):
