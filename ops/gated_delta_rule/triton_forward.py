@@ -15,7 +15,6 @@ from packc.ops.gated_delta_rule.triton_gates import (
     HALF,
     channels_from_start,
     gate_of,
-    load_between,
     load_dense,
     pair_tile,
     shared_arguments,
@@ -26,7 +25,14 @@ from packc.ops.gated_delta_rule.triton_resolvents import resolve
 from packc.ops.gated_delta_rule.triton_solutions import solve
 from packc.ops.gated_delta_rule.triton_states import correct_states
 from packc.ops.linear_attention.reference import chunk_states_shape
-from packc.ops.linear_attention.triton_chunks import check_strides, chunk_of, chunks_of, load_per_token, load_tile
+from packc.ops.linear_attention.triton_chunks import (
+    check_strides,
+    chunk_of,
+    chunks_of,
+    load_between,
+    load_per_token,
+    load_tile,
+)
 from packc.ops.linear_attention.triton_products import dot_by_computed, from_start, log_decays
 from packc.ops.linear_attention.triton_states import block_of, state_strides, token_strides
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -153,7 +159,7 @@ def forward(
         slots=kept.shape[1],
         V=V,
         WIDE_V=kept.shape[4],
-        BLOCK_K=block_of(K, torch.float32 if gate.per_channel else k.dtype),
+        BLOCK_K=block_of(K, torch.float32),
         BLOCK_V=block_v,
         **gate.arguments(),
         **shared,

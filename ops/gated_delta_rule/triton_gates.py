@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops.linear_attention.reference import CHUNK
-from packc.ops.linear_attention.triton_chunks import Chunks, chunk_of, inside_of, load_kept, load_state, load_tile
+from packc.ops.linear_attention.triton_chunks import Chunks, chunk_of, inside_of, load_tile
 from packc.ops.linear_attention.triton_products import fp32_products, log_decays
 from packc.ops.linear_attention.triton_states import block_of, head_strides, token_strides
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -68,36 +68,6 @@ def pair_tile_transposed(x, chunk, head, heads, first, CHUNK: tl.constexpr, WIDT
     """Pointers to what tokens ``first ..`` have with all tokens, which come first."""
     t, w = tl.arange(0, CHUNK), first + tl.arange(0, WIDTH)
     return x + (chunk.to(tl.int64) * heads + head) * CHUNK * CHUNK + (w[None, :] * CHUNK + t[:, None])
-
-
-@triton.jit
-def load_between(
-    kept,
-    ends,  # (documents, heads, K, V), or None for zeros
-    slot,
-    document,
-    at_end,
-    head,
-    heads,
-    ends_n,
-    ends_h,
-    ends_k,
-    ends_v,
-    first_k,
-    first_v,
-    K,
-    V,
-    WIDE_V,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Block of the state that enters a chunk, from ``ends`` if it is the document's first; or of what leaves it."""
-    state = load_kept(kept, slot, head, heads, first_k, first_v, K, V, WIDE_V, at_end == 0, BLOCK_K, BLOCK_V)
-    if ends is not None:
-        state += load_state(
-            ends, document, head, ends_n, ends_h, ends_k, ends_v, first_k, first_v, K, V, at_end, BLOCK_K, BLOCK_V
-        )
-    return state
 
 
 @triton.jit

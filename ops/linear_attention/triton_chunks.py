@@ -137,6 +137,36 @@ def load_kept(
     )
 
 
+@triton.jit
+def load_between(
+    kept,
+    ends,  # (documents, heads, K, V), or None for zeros
+    slot,
+    document,
+    at_end,
+    head,
+    heads,
+    ends_n,
+    ends_h,
+    ends_k,
+    ends_v,
+    first_k,
+    first_v,
+    K,
+    V,
+    WIDE_V,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Block of the state that enters a chunk, from ``ends`` if it is the document's first; or of what leaves it."""
+    state = load_kept(kept, slot, head, heads, first_k, first_v, K, V, WIDE_V, at_end == 0, BLOCK_K, BLOCK_V)
+    if ends is not None:
+        state += load_state(
+            ends, document, head, ends_n, ends_h, ends_k, ends_v, first_k, first_v, K, V, at_end, BLOCK_K, BLOCK_V
+        )
+    return state
+
+
 def check_strides(**tensors: Tensor | None) -> None:
     """Raises for tensors whose tokens or channels lie too far apart to count from a chunk's corner in 32 bits."""
     for name, x in tensors.items():

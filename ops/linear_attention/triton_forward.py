@@ -12,9 +12,8 @@ from packc.ops.linear_attention.triton_chunks import (
     check_strides,
     chunk_of,
     chunks_of,
-    load_kept,
+    load_between,
     load_per_token,
-    load_state,
     load_tile,
     store_tile,
 )
@@ -104,24 +103,26 @@ def _outputs(
             queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
             scores += dot(queries, tl.trans(keys), PRECISION)
-            state = load_kept(kept, slot, head, heads, first_k, first_v, K, V, WIDE_V, first == 0, BLOCK_K, BLOCK_V)
-            if initial is not None:
-                state += load_state(
-                    initial,
-                    document,
-                    head,
-                    initial_n,
-                    initial_h,
-                    initial_k,
-                    initial_v,
-                    first_k,
-                    first_v,
-                    K,
-                    V,
-                    first,
-                    BLOCK_K,
-                    BLOCK_V,
-                )
+            state = load_between(
+                kept,
+                initial,
+                slot,
+                document,
+                first,
+                head,
+                heads,
+                initial_n,
+                initial_h,
+                initial_k,
+                initial_v,
+                first_k,
+                first_v,
+                K,
+                V,
+                WIDE_V,
+                BLOCK_K,
+                BLOCK_V,
+            )
             result += dot_by_computed(queries, state, PRECISION)
         t = tl.arange(0, CHUNK)
         if g is not None:

@@ -7,9 +7,8 @@ import triton.language as tl
 
 from packc.ops.linear_attention.triton_chunks import (
     chunk_of,
-    load_kept,
+    load_between,
     load_per_token,
-    load_state,
     load_tile,
     store_per_token,
     store_tile,
@@ -109,45 +108,47 @@ def grad_qk(
             through = tl.zeros([BLOCK_K], tl.float32)
             for first_v in range(0, V, BLOCK_V):
                 values = load_tile(x, row, token, head, length, x_b, x_t, x_h, x_d, first_v, V, CHUNK, BLOCK_V)
-                state = load_kept(kept, slot, head, heads, first_k, first_v, K, V, WIDE_V, first == 0, BLOCK_K, BLOCK_V)
-                if initial is not None:
-                    state += load_state(
-                        initial,
+                state = load_between(
+                    kept,
+                    initial,
+                    slot,
+                    document,
+                    first,
+                    head,
+                    heads,
+                    initial_n,
+                    initial_h,
+                    initial_k,
+                    initial_v,
+                    first_k,
+                    first_v,
+                    K,
+                    V,
+                    WIDE_V,
+                    BLOCK_K,
+                    BLOCK_V,
+                )
+                if KEYS:
+                    dstate = load_between(
+                        dkept,
+                        dfinal,
+                        slot + 1,
                         document,
+                        last,
                         head,
-                        initial_n,
-                        initial_h,
-                        initial_k,
-                        initial_v,
+                        heads,
+                        dfinal_n,
+                        dfinal_h,
+                        dfinal_k,
+                        dfinal_v,
                         first_k,
                         first_v,
                         K,
                         V,
-                        first,
+                        WIDE_V,
                         BLOCK_K,
                         BLOCK_V,
                     )
-                if KEYS:
-                    dstate = load_kept(
-                        dkept, slot + 1, head, heads, first_k, first_v, K, V, WIDE_V, last == 0, BLOCK_K, BLOCK_V
-                    )
-                    if dfinal is not None:
-                        dstate += load_state(
-                            dfinal,
-                            document,
-                            head,
-                            dfinal_n,
-                            dfinal_h,
-                            dfinal_k,
-                            dfinal_v,
-                            first_k,
-                            first_v,
-                            K,
-                            V,
-                            last,
-                            BLOCK_K,
-                            BLOCK_V,
-                        )
                     through += tl.sum(state * dstate, 1)
                     state = dstate
                 carried += dot_by_computed(values, tl.trans(state), PRECISION)

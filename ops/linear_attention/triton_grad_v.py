@@ -7,9 +7,8 @@ import triton.language as tl
 
 from packc.ops.linear_attention.triton_chunks import (
     chunk_of,
-    load_kept,
+    load_between,
     load_per_token,
-    load_state,
     load_tile,
     store_per_token,
     store_tile,
@@ -105,24 +104,26 @@ def grad_v(
             queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
             scores += dot(queries, tl.trans(keys), PRECISION)
-            dstate = load_kept(dkept, slot, head, heads, first_k, first_v, K, V, WIDE_V, last == 0, BLOCK_K, BLOCK_V)
-            if dfinal is not None:
-                dstate += load_state(
-                    dfinal,
-                    document,
-                    head,
-                    dfinal_n,
-                    dfinal_h,
-                    dfinal_k,
-                    dfinal_v,
-                    first_k,
-                    first_v,
-                    K,
-                    V,
-                    last,
-                    BLOCK_K,
-                    BLOCK_V,
-                )
+            dstate = load_between(
+                dkept,
+                dfinal,
+                slot,
+                document,
+                last,
+                head,
+                heads,
+                dfinal_n,
+                dfinal_h,
+                dfinal_k,
+                dfinal_v,
+                first_k,
+                first_v,
+                K,
+                V,
+                WIDE_V,
+                BLOCK_K,
+                BLOCK_V,
+            )
             result += dot_by_computed(keys, dstate, PRECISION)
         t = tl.arange(0, CHUNK)
         if g is not None:
