@@ -97,22 +97,23 @@ class ChunkBackward {
         V_(p.V()),
         wide_K_(padded(p.K())),
         wide_V_(padded(p.V())),
-        tiles_(
-            kChunk * (5 * wide_K_ + 4 * wide_V_ + 4 * kChunk + K_ + V_) + 2 * K_ * wide_V_ + V_ * wide_K_ + 512) {
-    for (float** tile : {&q_, &k_, &dq_, &dk_, &carried_})
+        tiles_(kChunk * (4 * wide_K_ + 4 * wide_V_ + 5 * kChunk + 5 * K_ + 2 * V_) + 2 * K_ * wide_V_ + 512) {
+    for (float** tile : {&q_, &k_, &dq_, &dk_})
       *tile = tiles_.take(kChunk * wide_K_);
     for (float** tile : {&raw_v_, &v_, &do_, &dv_})
       *tile = tiles_.take(kChunk * wide_V_);
-    for (float** tile : {&scores_, &dscores_, &decays_, &weights_})
+    for (float** tile : {&scores_, &dscores_, &group_dscores_, &decays_, &weights_})
       *tile = tiles_.take(kChunk * kChunk);
-    kt_ = tiles_.take(K_ * kChunk);
-    vt_ = tiles_.take(V_ * kChunk);
+    for (float** tile : {&qt_, &kt_, &dqt_, &dkt_, &carried_})
+      *tile = tiles_.take(K_ * kChunk);
+    for (float** tile : {&vt_, &dot_})
+      *tile = tiles_.take(V_ * kChunk);
     for (float** tile : {&own_state_, &own_dstate_})
       *tile = tiles_.take(K_ * wide_V_);
-    transposed_ = tiles_.take(V_ * wide_K_);
   }
 
-  // All gradients of a chunk and its heads of one group, which share q and k.
+  // All gradients of a chunk and its heads of one group, which share q and k: what the heads make of the pairs of tokens
+  // is summed before it meets k and q.
   void run(int64_t c, int64_t group) {
     const Chunk& chunk = chunks_.all[c];
     const int64_t heads = p_.heads / p_.groups;
@@ -120,12 +121,18 @@ class ChunkBackward {
     dout_.prefetch(chunk, group * heads);
     p_.q.load(chunk, group, q_, wide_K_);
     p_.k.load(chunk, group, k_, wide_K_);
-    p_.k.load_transposed(chunk, group, kt_, kChunk);
+    transpose(q_, chunk.length, K_, wide_K_, qt_, kChunk);
+    transpose(k_, chunk.length, K_, wide_K_, kt_, kChunk);
     multiply_into_triangle(chunk.length, K_, Left{q_, wide_K_}, kt_, kChunk, scores_, kChunk);
-    std::fill(dq_, dq_ + chunk.length * wide_K_, 0.f);
-    std::fill(dk_, dk_ + chunk.length * wide_K_, 0.f);
+    std::fill_n(group_dscores_, chunk.length * kChunk, 0.f);
+    std::fill_n(dqt_, K_ * kChunk, 0.f);
+    std::fill_n(dkt_, K_ * kChunk, 0.f);
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h)
       head(c, h);
+    transpose(dqt_, K_, chunk.length, kChunk, dq_, wide_K_);
+    transpose(dkt_, K_, chunk.length, kChunk, dk_, wide_K_);
+    multiply_triangle(chunk.length, wide_K_, Left{group_dscores_, kChunk}, k_, wide_K_, dq_, wide_K_);
+    multiply_triangle_transposed(chunk.length, wide_K_, Left{group_dscores_, kChunk}, q_, wide_K_, dk_, wide_K_);
     gradients_.dq.store(chunk, group, dq_, wide_K_);
     gradients_.dk.store(chunk, group, dk_, wide_K_);
   }
@@ -170,13 +177,13 @@ class ChunkBackward {
     multiply_triangle_transposed(length, wide_V_, Left{weights_, kChunk}, do_, wide_V_, dv_, wide_V_);
     finish_dv(c, h);
 
-    // dq and dk.
-    if (state != nullptr)
-      carry(decays, decays.from_start, p_.scale, do_, state, q_, dq_, of_entering);
+    // dq and dk, what states have in them.
+    if (state != nullptr) {
+      transpose(do_, length, V_, wide_V_, dot_, kChunk);
+      carry(length, decays.from_start, p_.scale, dot_, state, qt_, dqt_, of_entering);
+    }
     if (dstate != nullptr)
-      carry(decays, decays.to_end, 1, v_, dstate, k_, dk_, to_leaving);
-    multiply_triangle(length, wide_K_, Left{dscores_, kChunk}, k_, wide_K_, dq_, wide_K_);
-    multiply_triangle_transposed(length, wide_K_, Left{dscores_, kChunk}, q_, wide_K_, dk_, wide_K_);
+      carry(length, decays.to_end, 1, vt_, dstate, kt_, dkt_, to_leaving);
 
     if (gradients_.dg) {
       // Sums from either side, never a whole less a part: strong decays make the parts as small as they like.
@@ -190,7 +197,7 @@ class ChunkBackward {
     }
   }
 
-  // From q k^T and do v^T: P q k^T in weights_, P do v^T in dscores_, and sums of what each pair owes to its decay.
+  // From q k^T and do v^T: P q k^T in weights_, P do v^T added to the group's, and sums of what each pair owes to its decay.
   void weigh(const Decays& decays, float* in_row, float* in_column) {
     decays.between(decays_);
     const Vec zero(0.f), scale(p_.scale);
@@ -203,7 +210,7 @@ class ChunkBackward {
         const Vec score = Vec::blendv(Vec::loadu(scores_ + at), zero, outside);
         const Vec dscore = Vec::blendv(decay * scale * Vec::loadu(dscores_ + at), zero, outside);
         (decay * scale * score).store(weights_ + at);
-        dscore.store(dscores_ + at);
+        (Vec::loadu(group_dscores_ + at) + dscore).store(group_dscores_ + at);
         // A token owes nothing to a decay of itself: left to cancel, the diagonal would leave its rounding errors.
         Vec owed = dscore * score;
         if (j <= i && i < j + kVec) {
@@ -239,9 +246,9 @@ class ChunkBackward {
     gradients_.dv.store(chunk, h, dv_, wide_V_);
   }
 
-  // into_i += factor decay_i (state x_i); sums_i: of what is added, its product with other_i.
+  // Of tokens in columns: into_i += factor decay_i (state x_i); sums_i: of what is added, its product with other_i.
   void carry(
-      const Decays& decays,
+      int64_t length,
       const float* decay,
       float factor,
       const float* x,
@@ -249,13 +256,17 @@ class ChunkBackward {
       const float* other,
       float* into,
       float* sums) {
-    transpose(state, K_, V_, wide_V_, transposed_, wide_K_);
-    multiply(decays.length, wide_K_, V_, Left{x, wide_V_}, transposed_, wide_K_, carried_, wide_K_, false);
-    for (int64_t i = 0; i < decays.length; ++i) {
-      float* row = carried_ + i * wide_K_;
-      scale_row(row, wide_K_, factor * decay[i]);
-      sums[i] = dot_row(row, other + i * wide_K_, wide_K_);
-      add_row(into + i * wide_K_, row, wide_K_, 1);
+    multiply(K_, padded(length), V_, Left{state, wide_V_}, x, kChunk, carried_, kChunk, false);
+    for (int64_t i = 0; i < length; i += kVec) {
+      const Vec factors = Vec(factor) * Vec::loadu(decay + i);
+      Vec sum(0.f);
+      for (int64_t k = 0; k < K_; ++k) {
+        const int64_t at = k * kChunk + i;
+        const Vec added = factors * Vec::loadu(carried_ + at);
+        (Vec::loadu(into + at) + added).store(into + at);
+        sum = at::vec::fmadd(added, Vec::loadu(other + at), sum);
+      }
+      sum.store(sums + i);
     }
   }
 
@@ -288,12 +299,12 @@ class ChunkBackward {
   const float *chunk_states_, *dstates_;
   const int64_t K_, V_, wide_K_, wide_V_;
   Tiles tiles_;
-  float *q_, *k_, *dq_, *dk_, *carried_; // (64, K)
+  float *q_, *k_, *dq_, *dk_; // (64, K)
+  float *qt_, *kt_, *dqt_, *dkt_, *carried_; // (K, 64)
   float *raw_v_, *v_, *do_, *dv_; // (64, V); v_ is step * v
-  float *scores_, *dscores_, *decays_, *weights_; // (64, 64)
-  float *kt_, *vt_; // (K, 64), (V, 64)
+  float *vt_, *dot_; // (V, 64)
+  float *scores_, *dscores_, *group_dscores_, *decays_, *weights_; // (64, 64)
   float *own_state_, *own_dstate_; // (K, V)
-  float* transposed_; // (V, K)
 };
 
 } // namespace packc
