@@ -104,61 +104,43 @@ void correct_state_gradients(
     States dinitial,
     Workspace w,
     float* dstates) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
-  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
-  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  const int64_t K = p.K(), wide_K = padded(K), wide_V = padded(p.V());
   struct Scratch {
     Gate gate;
     Tiles tiles;
-    float *state, *x, *decayed, *dout, *scaled;
+    float *x, *decayed, *dout, *scaled;
     Scratch(const at::Tensor& g, int64_t K, int64_t wide_K, int64_t columns)
         : gate(g, K),
-          tiles(K * columns + 2 * kChunk * (wide_K + columns) + 128),
-          state(tiles.take(K * columns)),
+          tiles(2 * kChunk * (wide_K + columns)),
           x(tiles.take(kChunk * wide_K)),
           decayed(tiles.take(kChunk * wide_K)),
           dout(tiles.take(kChunk * columns)),
           scaled(tiles.take(kChunk * columns)) {}
   };
-  const auto scratch = [&] { return Scratch(g, K, wide_K, columns); };
-  for_each_task(documents * p.heads * blocks, scratch, [&](int64_t task, Scratch& s) {
-    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
-    const int64_t count = std::min(columns, V - first), width = padded(count);
-    std::fill(s.state, s.state + K * columns, 0.f);
-    if (dfinal)
-      dfinal.load(n, h, K, first, count, s.state, columns);
-    for (int64_t c = chunks.of[n + 1] - 1; c >= chunks.of[n]; --c) {
-      const Chunk& chunk = chunks.all[c];
-      const int64_t length = chunk.length;
-      if (!chunk.last) {
-        float* kept = dstates + p.state_at(chunks.all[c + 1], h) + first;
-        for (int64_t i = 0; i < K; ++i)
-          std::copy_n(s.state + i * columns, width, kept + i * wide_V);
-      }
-      s.gate.head(chunk, h);
-      float* du = w.du + p.tile_at(chunk, h, wide_V) + first;
-      p.k.load(chunk, p.group(h), s.x, wide_K);
-      if (!chunk.last || dfinal) {
-        s.gate.to_end(s.x, s.decayed);
-        multiply(length, width, K, Left{s.decayed, wide_K}, s.state, columns, du, wide_V, true);
-      }
-      scale_by_beta(p, chunk, h, 1, du, wide_V, width, s.scaled, columns);
-      const Left resolvent{w.resolvents + p.tile_at(chunk, h, kChunk), kChunk};
-      multiply_triangle_transposed(length, width, resolvent, s.scaled, columns, du, wide_V);
-      if (chunk.first && !dinitial)
-        break;
-      for (int64_t i = 0; i < K; ++i)
-        scale_row(s.state + i * columns, width, s.gate.whole(i));
-      scale_by_beta(p, chunk, h, 1, du, wide_V, width, s.scaled, columns);
-      s.gate.from_start(s.x, -1, s.decayed);
-      multiply(K, width, length, Left{s.decayed, wide_K}.transposed(), s.scaled, columns, s.state, columns, true);
-      p.q.load(chunk, p.group(h), s.x, wide_K);
-      dout.load(chunk, h, first, count, s.dout, columns);
-      s.gate.from_start(s.x, p.scale, s.decayed);
-      multiply(K, width, length, Left{s.decayed, wide_K}.transposed(), s.dout, columns, s.state, columns, true);
+  const auto make = [&](int64_t columns) { return Scratch(g, K, wide_K, columns); };
+  carry_along_documents(p, chunks, true, dfinal, dinitial, dstates, make, [&](const Carried& at, Scratch& s) {
+    const Chunk& chunk = at.chunk;
+    const int64_t h = at.head, columns = at.columns, width = at.width, length = chunk.length;
+    s.gate.head(chunk, h);
+    float* du = w.du + p.tile_at(chunk, h, wide_V) + at.first;
+    p.k.load(chunk, p.group(h), s.x, wide_K);
+    if (!at.zero) {
+      s.gate.to_end(s.x, s.decayed);
+      multiply(length, width, K, Left{s.decayed, wide_K}, at.state, columns, du, wide_V, true);
     }
-    if (dinitial)
-      dinitial.store(n, h, K, first, count, s.state, columns);
+    scale_by_beta(p, chunk, h, 1, du, wide_V, width, s.scaled, columns);
+    const Left resolvent{w.resolvents + p.tile_at(chunk, h, kChunk), kChunk};
+    multiply_triangle_transposed(length, width, resolvent, s.scaled, columns, du, wide_V);
+    if (!at.wanted)
+      return;
+    decay_state(at, K, [&](int64_t i) { return s.gate.whole(i); });
+    scale_by_beta(p, chunk, h, 1, du, wide_V, width, s.scaled, columns);
+    s.gate.from_start(s.x, -1, s.decayed);
+    multiply(K, width, length, Left{s.decayed, wide_K}.transposed(), s.scaled, columns, at.state, columns, true);
+    p.q.load(chunk, p.group(h), s.x, wide_K);
+    dout.load(chunk, h, at.first, at.count, s.dout, columns);
+    s.gate.from_start(s.x, p.scale, s.decayed);
+    multiply(K, width, length, Left{s.decayed, wide_K}.transposed(), s.dout, columns, at.state, columns, true);
   });
 }
 

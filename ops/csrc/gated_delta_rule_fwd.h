@@ -50,59 +50,42 @@ void correct_states(
     const float* resolvents,
     float* chunk_states,
     float* corrections) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
-  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
-  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  const int64_t K = p.K(), wide_K = padded(K), wide_V = padded(p.V());
   struct Scratch {
     Gate gate;
     Tiles tiles;
-    float *state, *k, *decayed, *left, *error;
+    float *k, *decayed, *left, *error;
     Scratch(const at::Tensor& g, int64_t K, int64_t wide_K, int64_t columns)
         : gate(g, K),
-          tiles(K * columns + 2 * kChunk * (wide_K + columns) + 128),
-          state(tiles.take(K * columns)),
+          tiles(2 * kChunk * (wide_K + columns)),
           k(tiles.take(kChunk * wide_K)),
           decayed(tiles.take(kChunk * wide_K)),
           left(tiles.take(kChunk * columns)),
           error(tiles.take(kChunk * columns)) {}
   };
-  const auto scratch = [&] { return Scratch(g, K, wide_K, columns); };
-  for_each_task(documents * p.heads * blocks, scratch, [&](int64_t task, Scratch& s) {
-    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
-    const int64_t count = std::min(columns, V - first), width = padded(count);
-    std::fill(s.state, s.state + K * columns, 0.f);
-    if (initial)
-      initial.load(n, h, K, first, count, s.state, columns);
-    for (int64_t c = chunks.of[n]; c < chunks.of[n + 1]; ++c) {
-      const Chunk& chunk = chunks.all[c];
-      if (!chunk.first) {
-        float* kept = chunk_states + p.state_at(chunk, h) + first;
-        for (int64_t i = 0; i < K; ++i)
-          std::copy_n(s.state + i * columns, width, kept + i * wide_V);
-      }
-      s.gate.head(chunk, h);
-      p.k.load(chunk, p.group(h), s.k, wide_K);
-      // Zeros first: a tile's padding takes part in what follows.
-      std::fill_n(s.error, chunk.length * columns, 0.f);
-      p.v.load(chunk, h, first, count, s.error, columns);
-      if (!chunk.first || initial) {
-        s.gate.from_start(s.k, -1, s.decayed);
-        multiply(chunk.length, width, K, Left{s.decayed, wide_K}, s.state, columns, s.error, columns, true);
-      }
-      scale_by_beta(p, chunk, h, 1, s.error, columns, width, s.left, columns);
-      const Left resolvent{resolvents + p.tile_at(chunk, h, kChunk), kChunk};
-      multiply_triangle(chunk.length, width, resolvent, s.left, columns, s.error, columns);
-      float* u = corrections + p.tile_at(chunk, h, wide_V) + first;
-      scale_by_beta(p, chunk, h, 1, s.error, columns, width, u, wide_V);
-      if (chunk.last && !final)
-        break;
-      s.gate.to_end(s.k, s.decayed);
-      for (int64_t i = 0; i < K; ++i)
-        scale_row(s.state + i * columns, width, s.gate.whole(i));
-      multiply(K, width, chunk.length, Left{s.decayed, wide_K}.transposed(), u, wide_V, s.state, columns, true);
+  const auto make = [&](int64_t columns) { return Scratch(g, K, wide_K, columns); };
+  carry_along_documents(p, chunks, false, initial, final, chunk_states, make, [&](const Carried& at, Scratch& s) {
+    const Chunk& chunk = at.chunk;
+    const int64_t h = at.head, columns = at.columns, width = at.width;
+    s.gate.head(chunk, h);
+    p.k.load(chunk, p.group(h), s.k, wide_K);
+    // Zeros first: a tile's padding takes part in what follows.
+    std::fill_n(s.error, chunk.length * columns, 0.f);
+    p.v.load(chunk, h, at.first, at.count, s.error, columns);
+    if (!at.zero) {
+      s.gate.from_start(s.k, -1, s.decayed);
+      multiply(chunk.length, width, K, Left{s.decayed, wide_K}, at.state, columns, s.error, columns, true);
     }
-    if (final)
-      final.store(n, h, K, first, count, s.state, columns);
+    scale_by_beta(p, chunk, h, 1, s.error, columns, width, s.left, columns);
+    const Left resolvent{resolvents + p.tile_at(chunk, h, kChunk), kChunk};
+    multiply_triangle(chunk.length, width, resolvent, s.left, columns, s.error, columns);
+    float* u = corrections + p.tile_at(chunk, h, wide_V) + at.first;
+    scale_by_beta(p, chunk, h, 1, s.error, columns, width, u, wide_V);
+    if (!at.wanted)
+      return;
+    s.gate.to_end(s.k, s.decayed);
+    decay_state(at, K, [&](int64_t i) { return s.gate.whole(i); });
+    multiply(K, width, chunk.length, Left{s.decayed, wide_K}.transposed(), u, wide_V, at.state, columns, true);
   });
 }
 

@@ -23,50 +23,33 @@ struct LinearAttentionGradients {
 // dS = decay dS + scale sum_i decay_i q_i do_i^T; what leaves a chunk is kept where the state is that enters the next.
 inline void carry_state_gradients(
     const LinearAttention& p, const Heads& dout, const Chunks& chunks, States dfinal, States dinitial, float* dstates) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
-  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
-  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  const int64_t K = p.K(), wide_K = padded(K);
   struct Scratch {
     Tiles tiles;
-    float *state, *q, *dout;
-    Scratch(int64_t K, int64_t wide_K, int64_t columns)
-        : tiles(K * columns + kChunk * (wide_K + columns) + 64),
-          state(tiles.take(K * columns)),
-          q(tiles.take(kChunk * wide_K)),
-          dout(tiles.take(kChunk * columns)) {}
+    float *q, *dout;
+    Scratch(int64_t wide_K, int64_t columns)
+        : tiles(kChunk * (wide_K + columns)), q(tiles.take(kChunk * wide_K)), dout(tiles.take(kChunk * columns)) {}
   };
-  for_each_task(documents * p.heads * blocks, [&] { return Scratch(K, wide_K, columns); }, [&](int64_t task, Scratch& s) {
-    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
-    const int64_t count = std::min(columns, V - first), width = padded(count);
-    std::fill(s.state, s.state + K * columns, 0.f);
-    if (dfinal)
-      dfinal.load(n, h, K, first, count, s.state, columns);
-    for (int64_t c = chunks.of[n + 1] - 1; c >= chunks.of[n]; --c) {
-      const Chunk& chunk = chunks.all[c];
-      if (!chunk.last) {
-        float* kept = dstates + p.state_at(chunks.all[c + 1], h) + first;
-        for (int64_t i = 0; i < K; ++i)
-          std::copy_n(s.state + i * columns, width, kept + i * wide_V);
-      }
-      if (chunk.first && !dinitial)
-        break;
-      if (!chunk.first) {
-        p.q.prefetch(chunks.all[c - 1], p.group(h));
-        dout.prefetch(chunks.all[c - 1], h);
-      }
-      const Decays decays(p.g, chunk, h);
-      p.q.load(chunk, p.group(h), s.q, wide_K);
-      std::fill_n(s.dout, chunk.length * columns, 0.f); // as the forward's v
-      dout.load(chunk, h, first, count, s.dout, columns);
-      for (int64_t i = 0; i < chunk.length; ++i)
-        scale_row(s.dout + i * columns, width, p.scale * decays.from_start[i]);
-      if (decays.any)
-        for (int64_t i = 0; i < K; ++i)
-          scale_row(s.state + i * columns, width, decays.whole);
-      multiply(K, width, chunk.length, Left{s.q, wide_K}.transposed(), s.dout, columns, s.state, columns, true);
+  const auto make = [&](int64_t columns) { return Scratch(wide_K, columns); };
+  carry_along_documents(p, chunks, true, dfinal, dinitial, dstates, make, [&](const Carried& at, Scratch& s) {
+    if (!at.wanted)
+      return;
+    const Chunk& chunk = at.chunk;
+    const int64_t h = at.head;
+    if (at.next) {
+      p.q.prefetch(*at.next, p.group(h));
+      dout.prefetch(*at.next, h);
     }
-    if (dinitial)
-      dinitial.store(n, h, K, first, count, s.state, columns);
+    const Decays decays(p.g, chunk, h);
+    p.q.load(chunk, p.group(h), s.q, wide_K);
+    std::fill_n(s.dout, chunk.length * at.columns, 0.f); // as the forward's v
+    dout.load(chunk, h, at.first, at.count, s.dout, at.columns);
+    for (int64_t i = 0; i < chunk.length; ++i)
+      scale_row(s.dout + i * at.columns, at.width, p.scale * decays.from_start[i]);
+    if (decays.any)
+      decay_state(at, K, [&](int64_t) { return decays.whole; });
+    const Left queries = Left{s.q, wide_K}.transposed();
+    multiply(K, at.width, chunk.length, queries, s.dout, at.columns, at.state, at.columns, true);
   });
 }
 

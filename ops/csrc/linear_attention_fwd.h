@@ -36,54 +36,37 @@ struct LinearAttention {
 // S = decay S + sum_j decay_j k_j v_j^T along every document; what enters a chunk is kept, except its document's first.
 inline void carry_states(
     const LinearAttention& p, const Chunks& chunks, States initial, States final, float* chunk_states) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
-  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
-  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  const int64_t K = p.K(), wide_K = padded(K);
   struct Scratch {
     Tiles tiles;
-    float *state, *k, *v;
-    Scratch(int64_t K, int64_t wide_K, int64_t columns)
-        : tiles(K * columns + kChunk * (wide_K + columns) + 64),
-          state(tiles.take(K * columns)),
-          k(tiles.take(kChunk * wide_K)),
-          v(tiles.take(kChunk * columns)) {}
+    float *k, *v;
+    Scratch(int64_t wide_K, int64_t columns)
+        : tiles(kChunk * (wide_K + columns)), k(tiles.take(kChunk * wide_K)), v(tiles.take(kChunk * columns)) {}
   };
-  for_each_task(documents * p.heads * blocks, [&] { return Scratch(K, wide_K, columns); }, [&](int64_t task, Scratch& s) {
-    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
-    const int64_t count = std::min(columns, V - first), width = padded(count);
-    std::fill(s.state, s.state + K * columns, 0.f);
-    if (initial)
-      initial.load(n, h, K, first, count, s.state, columns);
-    for (int64_t c = chunks.of[n]; c < chunks.of[n + 1]; ++c) {
-      const Chunk& chunk = chunks.all[c];
-      if (!chunk.first) {
-        float* kept = chunk_states + p.state_at(chunk, h) + first;
-        for (int64_t i = 0; i < K; ++i)
-          std::copy_n(s.state + i * columns, width, kept + i * wide_V);
-      }
-      if (chunk.last && !final)
-        break;
-      if (!chunk.last) {
-        p.k.prefetch(chunks.all[c + 1], p.group(h));
-        p.v.prefetch(chunks.all[c + 1], h);
-      }
-      const Decays decays(p.g, chunk, h);
-      p.k.load(chunk, p.group(h), s.k, wide_K);
-      // Zeros first: its padding is scaled with it, and would keep a NaN for the documents that follow.
-      std::fill_n(s.v, chunk.length * columns, 0.f);
-      p.v.load(chunk, h, first, count, s.v, columns);
-      for (int64_t j = 0; j < chunk.length; ++j) {
-        if (p.step)
-          scale_row(s.v + j * columns, width, p.step.at(chunk, h, j));
-        scale_row(s.v + j * columns, width, decays.to_end[j]);
-      }
-      if (decays.any)
-        for (int64_t i = 0; i < K; ++i)
-          scale_row(s.state + i * columns, width, decays.whole);
-      multiply(K, width, chunk.length, Left{s.k, wide_K}.transposed(), s.v, columns, s.state, columns, true);
+  const auto make = [&](int64_t columns) { return Scratch(wide_K, columns); };
+  carry_along_documents(p, chunks, false, initial, final, chunk_states, make, [&](const Carried& at, Scratch& s) {
+    if (!at.wanted)
+      return;
+    const Chunk& chunk = at.chunk;
+    const int64_t h = at.head;
+    if (at.next) {
+      p.k.prefetch(*at.next, p.group(h));
+      p.v.prefetch(*at.next, h);
     }
-    if (final)
-      final.store(n, h, K, first, count, s.state, columns);
+    const Decays decays(p.g, chunk, h);
+    p.k.load(chunk, p.group(h), s.k, wide_K);
+    // Zeros first: its padding is scaled with it, and would keep a NaN for the documents that follow.
+    std::fill_n(s.v, chunk.length * at.columns, 0.f);
+    p.v.load(chunk, h, at.first, at.count, s.v, at.columns);
+    for (int64_t j = 0; j < chunk.length; ++j) {
+      if (p.step)
+        scale_row(s.v + j * at.columns, at.width, p.step.at(chunk, h, j));
+      scale_row(s.v + j * at.columns, at.width, decays.to_end[j]);
+    }
+    if (decays.any)
+      decay_state(at, K, [&](int64_t) { return decays.whole; });
+    const Left keys = Left{s.k, wide_K}.transposed();
+    multiply(K, at.width, chunk.length, keys, s.v, at.columns, at.state, at.columns, true);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "chunks.h"
 #include "gemm.h"
+#include "rows.h"
 
 namespace packc {
 
@@ -35,6 +36,66 @@ struct States {
 inline int64_t columns_of_task(int64_t chains, int64_t V) {
   const int64_t wanted = 4 * at::get_num_threads();
   return std::max(kColumns, chains >= wanted ? padded(V) : padded(padded(V) * chains / wanted));
+}
+
+// Where a walk along a document stands: the chunk it comes to, and the columns `first` .. `first + count` of a head's
+// state that it carries, in rows of `columns` of which the first `width` count.
+struct Carried {
+  const Chunk& chunk;
+  const Chunk* next; // null at the walk's end
+  int64_t head, first, count, width, columns;
+  float* state;
+  bool zero; // nothing has come into the state yet
+  bool wanted; // somebody reads what the state becomes
+};
+
+// Carries states along every document, forwards or `backwards`: `from`, or zeros, at its start, into `to` at its end.
+// What comes to a chunk, except to a document's first one on the way, is kept where the state between it and the one
+// before it is. make(columns) makes what a thread works with; step(carried, scratch) lets the state pass a chunk.
+template <typename Problem, typename Make, typename Step>
+void carry_along_documents(
+    const Problem& p, const Chunks& chunks, bool backwards, States from, States to, float* between, const Make& make,
+    const Step& step) {
+  const int64_t K = p.K(), V = p.V(), wide_V = padded(V);
+  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
+  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  using Scratch = decltype(make(columns));
+  struct Own {
+    Tiles tiles;
+    float* state;
+    Scratch scratch;
+    Own(int64_t floats, Scratch&& scratch) : tiles(floats), state(tiles.take(floats)), scratch(std::move(scratch)) {}
+  };
+  const auto own = [&] { return Own(K * columns, make(columns)); };
+  for_each_task(documents * p.heads * blocks, own, [&](int64_t task, Own& own) {
+    const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
+    const int64_t count = std::min(columns, V - first), width = padded(count);
+    std::fill(own.state, own.state + K * columns, 0.f);
+    if (from)
+      from.load(n, h, K, first, count, own.state, columns);
+    const int64_t length = chunks.of[n + 1] - chunks.of[n];
+    for (int64_t i = 0; i < length; ++i) {
+      const Chunk* chunk = &chunks.all[backwards ? chunks.of[n + 1] - 1 - i : chunks.of[n] + i];
+      if (i > 0) {
+        float* kept = between + p.state_at(backwards ? chunk[1] : *chunk, h) + first;
+        for (int64_t k = 0; k < K; ++k)
+          std::copy_n(own.state + k * columns, width, kept + k * wide_V);
+      }
+      const Chunk* next = i + 1 == length ? nullptr : chunk + (backwards ? -1 : 1);
+      step(
+          Carried{*chunk, next, h, first, count, width, columns, own.state, i == 0 && !from, next != nullptr || to},
+          own.scratch);
+    }
+    if (to)
+      to.store(n, h, K, first, count, own.state, columns);
+  });
+}
+
+// state = whole state, for a state whose rows decay alike or each on its own.
+template <typename Whole>
+inline void decay_state(const Carried& at, int64_t K, const Whole& whole) {
+  for (int64_t i = 0; i < K; ++i)
+    scale_row(at.state + i * at.columns, at.width, whole(i));
 }
 
 // Slots that no chunk of these documents uses: what an op returns may not be left to chance.
