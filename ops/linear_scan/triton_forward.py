@@ -16,9 +16,9 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.linear_scan.reference import CHUNK
 from packc.ops.linear_scan.triton_segments import pass_states
-from packc.ops.selective_scan.triton_segments import segment_tokens
 from packc.ops.tritonsrc.documents import document_of_token
 from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.segments import segment_tokens
 from packc.ops.tritonsrc.tokens import (
     among,
     at_token,
@@ -126,7 +126,7 @@ class Problem:
     def __init__(self, b: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor) -> None:
         self.rows, self.tokens, self.channels = b.shape
         blocks = triton.cdiv(self.channels, BLOCK_D)
-        self.segment = segment_tokens(self.rows, self.tokens, blocks, b.device)
+        self.segment = segment_tokens(self.rows, self.tokens, blocks, 4 * CHUNK, b.device)
         self.segments = triton.cdiv(self.tokens, self.segment)
         self.document = document_of_token(documents.offsets(cu_seqlens, b), self.rows * self.tokens)
         self.grid = (self.rows * self.segments * blocks,)

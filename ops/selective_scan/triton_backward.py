@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.selective_scan import triton_segments
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.selective_scan.triton_forward import (
     BLOCK_D,
@@ -29,6 +28,7 @@ from packc.ops.selective_scan.triton_forward import (
     prepare,
     states_of_empty_documents,
 )
+from packc.ops.selective_scan.triton_segments import pass_states
 from packc.ops.selective_scan.triton_tokens import gated_gradients, place, step_sizes
 from packc.ops.tritonsrc.activations import silu_slope
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -402,7 +402,7 @@ def backward(
         if p.segments > 1:
             carry, total = partial_sums(p.states, p.channels), partial_sums(p.channels)
             launch(_edges, grid, **{k: x for k, x in shared.items() if k != "chunks"}, carry=carry, total=total)
-            triton_segments.pass_states(carry, total, p.A, p.document, arriving, p.tokens, p.segment, reverse=True)
+            pass_states(carry, total, p.A, p.document, arriving, p.tokens, p.segment, reverse=True)
         leaving = torch.empty_like(arriving)
         tiles = CHUNK // min(config.kwargs["BLOCK_T"] for config in _CONFIGS + _AMPERE)
         launch(

@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.selective_scan import triton_segments
 from packc.ops.selective_scan.reference import CHUNK
+from packc.ops.selective_scan.triton_segments import pass_states
 from packc.ops.selective_scan.triton_tokens import place, step_sizes
 from packc.ops.tritonsrc.activations import silu
 from packc.ops.tritonsrc.documents import document_of_token
 from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.segments import segment_tokens
 from packc.ops.tritonsrc.tokens import (
     among,
     at_token,
@@ -185,7 +186,7 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
     states = A.shape[1]
     groups = B.shape[2] if B.ndim == 4 else 1
     blocks = groups * triton.cdiv(channels // max(groups, 1), BLOCK_D)
-    segment = triton_segments.segment_tokens(rows, tokens, blocks, u.device)
+    segment = segment_tokens(rows, tokens, blocks, CHUNK, u.device)
     chunks = triton.cdiv(tokens, CHUNK)
     segments = triton.cdiv(tokens, segment)
     return Problem(
@@ -266,7 +267,7 @@ def forward(
             total = carry.new_empty((p.rows, p.segments, p.channels))
             nothing = dict.fromkeys(("C", "D", "z", "out", "chunk_states"))
             launch(_walk, grid, **{**operands, **nothing, "final_state": None}, carry=carry, total=total, OUTPUT=False)
-            triton_segments.pass_states(carry, total, p.A, p.document, entering, p.tokens, p.segment, reverse=False)
+            pass_states(carry, total, p.A, p.document, entering, p.tokens, p.segment, reverse=False)
         results = {"out": out, "chunk_states": chunk_states, "carry": carry, "total": None}
         launch(_walk, grid, **operands, C=p.C, D=D, z=z, **results, OUTPUT=True)
         if final_state is not None and not packed:

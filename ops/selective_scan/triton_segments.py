@@ -1,37 +1,19 @@
-"""Parallel over the sequence: a row is cut into segments of whole chunks that are walked at the same time.
+"""States from segment to segment of a row (``tritonsrc.segments``).
 
 With more than one, a first walk finds what each segment makes of a zero state; ``pass_states`` then carries states from
-segment to segment, forward, or gradients of states backward; a second walk starts from them. That costs every
-exponential twice, so there are only as many segments as the device needs to be busy.
+segment to segment, forward, or gradients of states backward; a second walk starts from them.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.tritonsrc.launch import launch
-from packc.ops.tritonsrc.tokens import (
-    among,
-)
+from packc.ops.tritonsrc.tokens import among
 
-_WARPS_PER_PROCESSOR = 16
 _SEGMENTS_AT_ONCE = 16
-
-
-def segment_tokens(rows: int, tokens: int, blocks: int, device: torch.device) -> int:
-    """Tokens of a segment, a multiple of CHUNK, for programs of one warp over ``blocks`` blocks of channels."""
-    chunks = triton.cdiv(max(tokens, 1), CHUNK)
-    wanted = triton.cdiv(_processors(device) * _WARPS_PER_PROCESSOR, max(rows * blocks, 1))
-    return triton.cdiv(chunks, min(wanted, chunks)) * CHUNK
-
-
-def _processors(device: torch.device) -> int:
-    # The interpreter is one.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit(do_not_specialize=["L", "segment", "segments", "out_row", "out_segment"])

@@ -20,9 +20,10 @@ CALLS["documents"] = {"packed": documents_of_tokens}
 
 def selective_scan(dtype, packed, stateful, optional=True):
     """Forward and backward of a Mamba layer: u contiguous, the others slices of projections, delta channel-first."""
-    from packc.ops.selective_scan import triton_backward, triton_forward, triton_segments
+    from packc.ops.selective_scan import triton_backward, triton_forward
+    from packc.ops.tritonsrc import segments
 
-    triton_segments._processors = lambda device: 132  # tensors on meta have no device to ask
+    segments._processors = lambda device: 132  # tensors on meta have no device to ask
 
     T, D, N = 100_000, 5120, 16
 
@@ -149,9 +150,9 @@ CALLS["gated_delta_rule"] = {
 def linear_scan(a_dtype, b_dtype, packed, stateful, D=4096):
     """Forward and backward of an RG-LRU layer: a contiguous, b half of a projection."""
     from packc.ops.linear_scan import triton_backward, triton_forward
-    from packc.ops.selective_scan import triton_segments
+    from packc.ops.tritonsrc import segments
 
-    triton_segments._processors = lambda device: 132
+    segments._processors = lambda device: 132
 
     T = 100_000
 
