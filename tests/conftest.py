@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -9,6 +10,9 @@ if not torch.cuda.is_available():
     from interpreter import prepare_language_once_a_launch
 
     prepare_language_once_a_launch()
+
+# Collections look at all that torch has loaded, again and again: an eighth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_addoption(parser):
