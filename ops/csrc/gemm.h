@@ -12,6 +12,11 @@ constexpr int64_t kColumns = 16; // results are computed in blocks of so many co
 constexpr int64_t kColumnVectors = kColumns / kVec;
 constexpr int64_t kRows = 12 / kColumnVectors; // sums enough to hide their latency, few enough to stay in registers
 
+// Rows of B some power of two apart meet in a few sets of a cache and drive each other out. Where they are read often,
+// kColumns columns of them are copied side by side.
+constexpr int64_t kPanel = 256; // rows of B at most
+constexpr int64_t kBlocksWorthCopying = 4;
+
 constexpr int64_t padded(int64_t columns) {
   return (columns + kColumns - 1) / kColumns * kColumns;
 }
@@ -71,13 +76,24 @@ inline void multiply_at_most(
 inline void multiply(
     int64_t m, int64_t n, int64_t k, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   const int64_t blocks = (m + kRows - 1) / kRows;
-  for (int64_t j = 0; j < n; j += kColumns)
+  alignas(64) float panel[kPanel * kColumns];
+  const bool copied = blocks >= kBlocksWorthCopying && k <= kPanel;
+  for (int64_t j = 0; j < n; j += kColumns) {
+    const float* columns = b + j;
+    if (copied) {
+      for (int64_t p = 0; p < k; ++p)
+        for (int64_t i = 0; i < kColumns; i += kVec)
+          Vec::loadu(b + p * b_row + j + i).store(panel + p * kColumns + i);
+      columns = panel;
+    }
     // 16 rows are 6, 5 and 5: a last block of few would not hide the latency of its sums.
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t rows = m / blocks + (block < m % blocks);
-      multiply_at_most<kRows>(rows, k, a.at(i, 0), b + j, b_row, c + i * c_row + j, c_row, add);
+      const int64_t step = copied ? kColumns : b_row;
+      multiply_at_most<kRows>(rows, k, a.at(i, 0), columns, step, c + i * c_row + j, c_row, add);
       i += rows;
     }
+  }
 }
 
 // The three products in which a lower triangle, diagonal included, takes part; what lies above it is not computed, or
