@@ -1,8 +1,8 @@
-"""Parallel over the sequence: a row is cut into segments of whole chunks that are walked at the same time.
+"""States from segment to segment of a row (``tritonsrc.segments``).
 
 With more than one, a first walk finds what each segment makes of a zero state, and the product of its decays;
 ``pass_states`` then carries states from segment to segment, forward, or gradients of states backward; a second walk
-starts from them. That costs reading the inputs twice: there are only as many segments as the device needs to be busy.
+starts from them.
 """
 
 from __future__ import annotations
