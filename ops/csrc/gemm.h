@@ -80,6 +80,7 @@ inline void multiply(
   const bool copied = blocks >= kBlocksWorthCopying && k <= kPanel;
   for (int64_t j = 0; j < n; j += kColumns) {
     const float* columns = b + j;
+    const int64_t row = copied ? kColumns : b_row;
     if (copied) {
       for (int64_t p = 0; p < k; ++p)
         for (int64_t i = 0; i < kColumns; i += kVec)
@@ -89,8 +90,7 @@ inline void multiply(
     // 16 rows are 6, 5 and 5: a last block of few would not hide the latency of its sums.
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t rows = m / blocks + (block < m % blocks);
-      const int64_t step = copied ? kColumns : b_row;
-      multiply_at_most<kRows>(rows, k, a.at(i, 0), columns, step, c + i * c_row + j, c_row, add);
+      multiply_at_most<kRows>(rows, k, a.at(i, 0), columns, row, c + i * c_row + j, c_row, add);
       i += rows;
     }
   }

@@ -95,8 +95,8 @@ class ChunkBackward {
       *tile = tiles_.take(K_ * wide_V_);
   }
 
-  // All gradients of a chunk and its heads of one group, which share q and k: what the heads make of the pairs of tokens
-  // is summed before it meets k and q.
+  // All gradients of a chunk and its heads of one group, which share q and k: what the heads make of pairs of tokens is
+  // summed before it meets k and q.
   void run(int64_t c, int64_t group) {
     const Chunk& chunk = chunks_.all[c];
     const int64_t heads = p_.heads / p_.groups;
@@ -180,7 +180,8 @@ class ChunkBackward {
     }
   }
 
-  // From q k^T and do v^T: P q k^T in weights_, P do v^T added to the group's, and sums of what each pair owes to its decay.
+  // From q k^T and do v^T: P q k^T in weights_, P do v^T added to the group's, and sums of what each pair owes to its
+  // decay.
   void weigh(const Decays& decays, float* in_row, float* in_column) {
     decays.between(decays_);
     const Vec zero(0.f), scale(p_.scale);
