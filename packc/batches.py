@@ -37,6 +37,8 @@ def pack_batch(
     mask: Tensor,
     labels: Sequence[tuple[Tensor, int]] = (),
     *,
+    inside: Sequence[Tensor] = (),
+    outside: str | None = None,
     keep_left: str | None = None,
     keep_right: str | None = None,
 ) -> Packing:
@@ -45,15 +47,19 @@ def pack_batch(
     Args:
         mask: (B, L), nonzero at tokens.
         labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
+        inside: further masks (B, L) that should mark tokens only where ``mask`` does.
+        outside: why rows in which one of them does not must stay whole.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
     batch, length = mask.shape
-    facts = _facts(mask, labels).tolist()  # the one host sync
+    facts = _facts(mask, labels, inside).tolist()  # the one host sync
     spans, reasons = [], dict[str, None]()
     whole_rows = 0
-    for first, end, hole, other_values, first_label, end_label, before in facts:
+    for first, end, hole, other_values, first_label, end_label, before, beyond in facts:
         start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, before)
+        if beyond and outside is not None:
+            start, stop, why = 0, length, outside
         if why is None and keep_left is not None and start > 0:
             start, why = 0, keep_left
         if why is None and keep_right is not None and stop < length:
@@ -88,13 +94,17 @@ def _span(
     return first, end, None
 
 
-def _facts(mask: Tensor, labels: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """(B, 7): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?"""
+def _facts(mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor]) -> Tensor:
+    """(B, 8): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?,
+    another mask's token beyond?"""
     length = mask.shape[1]
     real = mask != 0
     live = torch.zeros_like(real)
     for values, ignore_index in labels:
         live |= (values != ignore_index).reshape(mask.shape)
+    beyond = torch.zeros_like(real[:, 0])
+    for other in inside:
+        beyond |= ((other != 0) & ~real).any(1)
     first, end, count = _extent(real)
     first_label, end_label, _ = _extent(live)
     columns = [
@@ -105,6 +115,7 @@ def _facts(mask: Tensor, labels: Sequence[tuple[Tensor, int]]) -> Tensor:
         torch.where(end_label == 0, length, first_label),
         end_label,
         count > 0,
+        beyond,
     ]
     return torch.stack([column.to(torch.int64) for column in columns], 1)
 

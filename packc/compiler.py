@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from packc.cache_key import keyed_by_ops
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall
 from packc.passes import (
+    Boundary,
     NoMask,
     NotPackable,
     Packed,
     WrongMask,
+    boundaries_of,
     check_mask,
     confirm_mask,
     fakify,
-    find_mask,
+    find_masks,
     functional,
     layout,
     normalize,
@@ -85,7 +87,8 @@ def compile_graph(
     except (NoMask, NotPackable) as reason:
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {reason}") from None
-        return _unpacked(gm, example_inputs, compile_inner, str(reason))
+        boundaries = reason.boundaries if isinstance(reason, NotPackable) else []
+        return _unpacked(gm, example_inputs, compile_inner, str(reason), boundaries)
     except Exception as error:
         if config.strict or isinstance(error, WrongMask):
             raise
@@ -94,16 +97,22 @@ def compile_graph(
         warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
         return _unpacked(gm, example_inputs, compile_inner, f"a pass failed: {error!r}")
     requirements: Packed = packed.meta["packc"]
+    if config.strict and requirements.padded_mixers:
+        raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
     call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=strict)
     return call, GraphReport.packed(requirements, call)
 
 
 def _unpacked(
-    gm: fx.GraphModule, example_inputs: list[Any], compile_inner: Callable[..., Any], reason: str
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    compile_inner: Callable[..., Any],
+    reason: str,
+    boundaries: Sequence[Boundary] = (),
 ) -> tuple[Callable[..., Any], GraphReport]:
     """The graph as it was; its mixers are packc's ops all the same."""
     log.info("not packed: %s", reason)
-    return compile_inner(gm, example_inputs), GraphReport.unpacked(gm, reason)
+    return compile_inner(gm, example_inputs), GraphReport.unpacked(gm, reason, boundaries)
 
 
 def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:
@@ -115,15 +124,31 @@ def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphM
     fakes = fakify(gm, example_inputs)
     _artifact("packc_before", gm)
     normalized = normalize(gm, fake_inputs=fakes)
-    mask = find_mask(normalized, name=config.mask)
+    masks = find_masks(normalized, name=config.mask)
+    padded = widen_losses(functional(normalized))
+    reasons: list[NoMask | NotPackable] = []
+    for mask in masks:
+        try:
+            packed = _pack_by(padded, mask)
+        except (NoMask, NotPackable) as reason:
+            reasons.append(reason)
+            continue
+        _artifact("packc_after", packed)
+        log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.graph.nodes))
+        return packed, _index_fakes(mask.meta["val"])
+    raise reasons[0]
+
+
+def _pack_by(padded: fx.GraphModule, mask: fx.Node) -> fx.GraphModule:
+    """The packed form of a graph by one of its masks."""
     check_mask(mask)
-    labelled = layout(widen_losses(functional(normalized)), mask=mask)
+    labelled = layout(padded, mask=mask)
     zero = zero_at_padding(labelled, mask)
     confirm_mask(labelled, mask, zero=zero, name=config.mask)
-    packed = pack(labelled, mask=mask, zero=zero)
-    _artifact("packc_after", packed)
-    log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.graph.nodes))
-    return packed, _index_fakes(mask.meta["val"])
+    try:
+        return pack(labelled, mask=mask, zero=zero)
+    except NotPackable as reason:
+        raise NotPackable(str(reason), boundaries_of(labelled)) from None
 
 
 def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,14 @@ class PackedCall:
         wanted = self.requirements
         with torch.no_grad():
             labels = [(each.graph(*inputs), each.ignore_index) for each in wanted.labels]
-        packing = pack_batch(inputs[wanted.mask], labels, keep_left=wanted.keep_left, keep_right=wanted.keep_right)
+        packing = pack_batch(
+            inputs[wanted.mask],
+            labels,
+            inside=[inputs[each] for each in wanted.other_masks],
+            outside=wanted.outside,
+            keep_left=wanted.keep_left,
+            keep_right=wanted.keep_right,
+        )
         for reason in packing.reasons:
             self._say(reason, packing)
         self.last = packing

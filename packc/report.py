@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 
 from packc import config
-from packc.passes import Boundary, Packed, module_path
+from packc.passes import Boundary, Packed, is_mixer, module_path
 
 if TYPE_CHECKING:
     from packc.packed_call import PackedCall
@@ -37,13 +38,21 @@ class GraphReport:
 
     @classmethod
     def packed(cls, requirements: Packed, call: PackedCall) -> GraphReport:
-        return cls([Mixer(op, module, True) for op, module in requirements.mixers], requirements.boundaries, None, call)
+        padded = requirements.padded_mixers
+        counts = Counter(each.reason for each in padded)
+        return cls(
+            [Mixer(op, module, True) for op, module in requirements.mixers]
+            + [Mixer(each.node, each.module, False) for each in padded],
+            requirements.boundaries,
+            "; ".join(f"{count} mixers run padded: {reason}" for reason, count in counts.items()) or None,
+            call,
+        )
 
     @classmethod
-    def unpacked(cls, gm: fx.GraphModule, reason: str) -> GraphReport:
+    def unpacked(cls, gm: fx.GraphModule, reason: str, boundaries: Sequence[Boundary] = ()) -> GraphReport:
         """Of a graph from Dynamo that runs as it was."""
-        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and "packc." in str(node.target)]
-        return cls([Mixer(str(node.target), module_path(node), False) for node in nodes], fallback=reason)
+        nodes = [node for node in gm.graph.nodes if is_mixer(node)]
+        return cls([Mixer(str(node.target), module_path(node), False) for node in nodes], list(boundaries), reason)
 
 
 @dataclass
@@ -51,9 +60,9 @@ class Report:
     """What :func:`explain` found. ``str()`` is for people."""
 
     mixers: list[Mixer]
-    """Every op that looks along the sequence: op, module path, whether it runs packed."""
+    """Every op of packc's that looks along the sequence: op, module path, whether it runs packed."""
     boundaries: list[Boundary]
-    """Every op that packed values had to be padded for: node, module path, reason."""
+    """Every other op that reads its operands padded, because it mixes tokens or may: node, module path, reason."""
     tokens: int | None
     """Tokens that the packed graph worked on; None when nothing was packed."""
     padded_tokens: int | None
@@ -84,6 +93,8 @@ class Report:
         graphs = f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
         if self.tokens is None:
             return f"nothing packed ({graphs})"
+        if not self.mixers and self.boundaries:
+            return f"packed what works token by token; what looks along the sequence runs padded ({graphs})"
         return f"packed {sum(mixer.packed for mixer in self.mixers)} of {len(self.mixers)} mixers ({graphs})"
 
 

@@ -6,11 +6,12 @@ Each is a function ``(gm, *, ...) -> gm``.
 from packc.passes.axes import module_path
 from packc.passes.functional import functional
 from packc.passes.layout import layout
-from packc.passes.mask import NoMask, WrongMask, check_mask, confirm_mask, find_mask
+from packc.passes.mask import NoMask, WrongMask, check_mask, confirm_mask, find_masks
 from packc.passes.normalize import fakify, normalize
 from packc.passes.pack import Packed, pack
 from packc.passes.padding import zero_at_padding
 from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.unpacked import boundaries_of, is_mixer
 from packc.passes.widen_losses import widen_losses
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "NotPackable",
     "Packed",
     "WrongMask",
+    "boundaries_of",
     "check_mask",
     "confirm_mask",
     "fakify",
-    "find_mask",
+    "find_masks",
     "functional",
+    "is_mixer",
     "layout",
     "module_path",
     "normalize",

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from packc.passes.axes import covers_tokens, module_path, show
-from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.reasons import NotPackable
 from packc.passes.rules import PackedForm
 
 
@@ -27,7 +27,6 @@ class Forms:
     packed: set[fx.Node] = field(default_factory=set)
     padded: set[fx.Node] = field(default_factory=set)
     packed_only: set[fx.Node] = field(default_factory=set)
-    boundaries: list[Boundary] = field(default_factory=list)
 
 
 def choose_forms(gm: fx.GraphModule, *, zero: set[fx.Node]) -> Forms:
@@ -96,8 +95,6 @@ def _check_boundaries(gm: fx.GraphModule, forms: Forms, zero: set[fx.Node]) -> N
         for operand in scattered:
             if operand not in zero:
                 raise NotPackable(_describe(node, f"{reason}, and {operand.name} is not zero at padding"))
-        if scattered:
-            forms.boundaries.append(Boundary(f"{node.target}", module_path(node), reason))
 
 
 def _describe(node: fx.Node, reason: str) -> str:

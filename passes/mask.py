@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from packc.passes.axes import same_size
-from packc.passes.sources import argument_name, is_argument
+from packc.passes.sources import argument_path, is_argument, is_called
 
 # In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else, and even of these
 # only the first always says which positions are tokens: see confirm_mask.
@@ -32,32 +32,49 @@ class NoMask(Exception):
     """Nothing tells padding from tokens; the message says what was looked for."""
 
 
-def find_mask(gm: fx.GraphModule, *, name: str | None = None) -> fx.Node:
-    """The placeholder that is the padding mask.
+def find_masks(gm: fx.GraphModule, *, name: str | None = None) -> list[fx.Node]:
+    """The placeholders that may be the padding mask, the likeliest first.
 
     Args:
         gm: a normalised graph.
-        name: the argument's name in the model's ``forward``; None looks for a two-dimensional input with a known name
-            (``attention_mask``, ``padding_mask``, ``mask``, ...) that is not added to scores, and leaves the rest to
-            :func:`confirm_mask`.
+        name: the argument's path in a call of the model, or the end of one (``attention_mask``,
+            ``chosen.attention_mask``); None looks for two-dimensional inputs with a known name (``attention_mask``,
+            ``padding_mask``, ``mask``, ...) that are not added to scores, and leaves the rest to :func:`confirm_mask`.
 
     Raises:
         NoMask: there is none.
-        WrongMask: ``name`` was given and is not a two-dimensional input of this graph.
+        WrongMask: ``name`` was given and is not one two-dimensional input of this graph.
     """
-    candidates = {argument_name(node): node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)}
+    arguments = [node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
     if name is not None:
-        if name not in candidates:
-            raise WrongMask(f"packc.mask: the graph has no input {name!r}; it has {sorted(candidates)}")
-        node = candidates[name]
-        if node.meta["val"].ndim != 2:
-            raise WrongMask(f"packc.mask: {name!r} must be (B, L), got shape {tuple(node.meta['val'].shape)}")
-        return node
-    for known in _NAMES:
-        node = candidates.get(known)
-        if node is not None and node.meta["val"].ndim == 2 and not _is_added(node):
-            return node
-    raise NoMask(f"no (B, L) padding mask among the inputs {sorted(candidates)}")
+        return [_named(name, arguments)]
+    found = [node for node in arguments if node.meta["val"].ndim == 2 and _rank(node) and not _is_added(node)]
+    if not found:
+        raise NoMask(f"no (B, L) padding mask among the inputs {_paths(arguments)}")
+    return sorted(found, key=_rank)
+
+
+def _named(name: str, arguments: list[fx.Node]) -> fx.Node:
+    found = [node for node in arguments if is_called(node, name)]
+    if not found:
+        raise WrongMask(f"packc.mask: the graph has no input {name!r}; it has {_paths(arguments)}")
+    if len(found) > 1:
+        raise WrongMask(f"packc.mask: {name!r} may be any of {_paths(found)}; write the whole path of one")
+    if found[0].meta["val"].ndim != 2:
+        raise WrongMask(f"packc.mask: {name!r} must be (B, L), got shape {tuple(found[0].meta['val'].shape)}")
+    return found[0]
+
+
+def _paths(nodes: list[fx.Node]) -> list[str]:
+    return sorted(map(argument_path, nodes))
+
+
+def _rank(node: fx.Node) -> int:
+    """Place in the order of preference, from one; zero for a name that says nothing of padding."""
+    name = argument_path(node).split(".")[-1]
+    if name in _NAMES:
+        return 1 + _NAMES.index(name)
+    return 1 + len(_NAMES) if name.endswith(f"_{_TRUSTED}") else 0
 
 
 def check_mask(mask: fx.Node) -> None:
@@ -71,13 +88,14 @@ def confirm_mask(gm: fx.GraphModule, mask: fx.Node, *, zero: set[fx.Node], name:
     """Refuse a mask that may be something else: only its use tells a padding mask from its opposite, or from the
     positions that count in a loss.
 
-    Needs the layouts of :func:`packc.passes.layout.layout`. The names ``attention_mask`` and ``name`` are trusted.
+    Needs the layouts of :func:`packc.passes.layout.layout`. ``attention_mask`` at the end of a name, and ``name``, are
+    trusted.
 
     Raises:
         NoMask: no mixer reads a value of ``zero``, the values that are zero wherever this mask is.
     """
-    own = argument_name(mask)
-    if own in (_TRUSTED, name):
+    own = argument_path(mask)
+    if own.endswith(_TRUSTED) or (name is not None and is_called(mask, name)):
         return
     for node in gm.graph.nodes:
         form = node.meta.get("packed_form")

@@ -16,6 +16,9 @@ from packc.passes.labels import IgnoredLabels, ignored_labels
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.rules import PackedForm, Placeholder
+from packc.passes.sequences import other_masks
+from packc.passes.sources import argument_path
+from packc.passes.unpacked import boundaries_of, padded_mixers
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -27,12 +30,19 @@ class Packed:
 
     mask: int
     """Position of the mask among the inputs. ``index`` and ``cu_seqlens`` follow after the last of them."""
+    other_masks: list[int] = field(default_factory=list)
+    """Positions of further masks of the same tokens; rows of which one marks tokens where the mask has padding are not
+    packed."""
+    outside: str | None = None
+    """The reason of such rows."""
     keep_left: str | None = None
     """Why left padding stays in the pack; None: it is left out."""
     keep_right: str | None = None
     labels: list[IgnoredLabels] = field(default_factory=list)
     mixers: list[tuple[str, str]] = field(default_factory=list)
     """(op, module path) of each packed mixer."""
+    padded_mixers: list[Boundary] = field(default_factory=list)
+    """The others, and why they run padded."""
     boundaries: list[Boundary] = field(default_factory=list)
 
 
@@ -64,7 +74,16 @@ def _unpacked_reasons(gm: fx.GraphModule) -> list[str]:
 
 
 def _requirements(gm: fx.GraphModule, forms: Forms, zero: set[fx.Node], mask: fx.Node) -> Packed:
-    result = Packed(mask=gm.graph.find_nodes(op="placeholder").index(mask), boundaries=forms.boundaries)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    name, others = argument_path(mask), other_masks(gm, mask, zero)
+    result = Packed(
+        mask=inputs.index(mask),
+        other_masks=[inputs.index(other) for other in others],
+        padded_mixers=padded_mixers(gm, forms.packed, name),
+        boundaries=boundaries_of(gm),
+    )
+    if others:
+        result.outside = f"{', '.join(map(argument_path, others))} marks tokens where {name} has padding"
     for node in gm.graph.nodes:
         form = packed_form(node)
         if form is None or node not in forms.packed:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 class NotPackable(Exception):
     """The graph cannot be packed exactly; the message names the op and says why."""
+
+    def __init__(self, reason: str, boundaries: Sequence[Boundary] = ()) -> None:
+        super().__init__(reason)
+        self.boundaries = list(boundaries)
 
 
 @dataclass(frozen=True)

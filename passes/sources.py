@@ -12,19 +12,43 @@ from torch import Tensor, fx
 from torch._guards import GuardSource
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder is a weight of the model."""
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+
+
 def is_argument(node: fx.Node) -> bool:
     """Whether a placeholder is a tensor that the caller passed, not a weight, a buffer or a global."""
-    if not isinstance(node.meta.get("val"), Tensor) or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+    if not isinstance(node.meta.get("val"), Tensor) or is_parameter(node):
         return False
     source = _source(node)
     return source is None or _read(source.guard_source) in (GuardSource.LOCAL, GuardSource.SYNTHETIC_LOCAL)
 
 
-def argument_name(node: fx.Node) -> str:
-    """``attention_mask`` for ``L['kwargs']['attention_mask']``: the last name in the source."""
-    source = _source(node)
-    text = _read(source.name) if source is not None else str(node.target)
-    return text.rstrip("'\"]").replace('"', "'").split("'")[-1].split(".")[-1]
+def argument_path(node: fx.Node) -> str:
+    """``chosen.attention_mask`` for ``L['chosen']['attention_mask']``: which argument, and what of it."""
+    return ".".join(_path(node))
+
+
+def is_called(node: fx.Node, name: str) -> bool:
+    """Whether ``name`` is an argument's path, or the end of it: ``attention_mask`` for ``batch.attention_mask``."""
+    wanted = name.split(".")
+    return _path(node)[-len(wanted) :] == wanted
+
+
+def _path(node: fx.Node) -> list[str]:
+    source, path = _source(node), list[str]()
+    while source is not None:
+        step = next((getattr(source, name) for name in _STEPS if hasattr(source, name)), None)
+        if isinstance(step, (str, int)):
+            path.insert(0, str(step))
+        source = getattr(source, "base", None)
+    # What takes keyword arguments in is no part of their names.
+    return path[1:] if path[:1] == ["kwargs"] and len(path) > 1 else path or [str(node.target)]
+
+
+# The attribute in which each kind of source keeps its step: a local, an item of a container, an attribute.
+_STEPS = ("local_name", "index", "member")
 
 
 def _source(node: fx.Node) -> Any:

@@ -6,7 +6,7 @@ from harness import code, masks
 from torch.nn import functional as F
 
 import packc
-from packc.passes import fakify, find_mask, functional, layout, normalize, pack, widen_losses, zero_at_padding
+from packc.passes import fakify, find_masks, functional, layout, normalize, pack, widen_losses, zero_at_padding
 from packc.passes.axes import show
 
 
@@ -22,7 +22,7 @@ def stages(function, *inputs, dynamic=False):
         graphs["functional"] = code(normalized)
         widen_losses(normalized)
         graphs["widen_losses"] = code(normalized)
-        mask = find_mask(normalized)
+        (mask,) = find_masks(normalized)
         layout(normalized, mask=mask)
         graphs["layout"] = "\n".join(
             f"{node.name} {show(node.meta['layout']) if isinstance(node.meta['layout'], tuple) else ''}".rstrip()

@@ -1,0 +1,109 @@
+"""Which inputs belong to a mask's sequence: those whose values meet values of that sequence in an op.
+
+Two inputs of one size may be two sequences, chosen and rejected answers or queries and documents, each with its own
+tokens. Equal sizes are therefore only where the search begins: every input of the mask's (B, L) is followed as if it
+were a sequence of its own, and two of them become one when an op reads both, token by token (a mask multiplied on,
+labels against logits). What never meets the mask is another sequence, or none, and stays padded.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from packc.passes.axes import module_path
+from packc.passes.padding import zero_at_padding
+from packc.passes.reasons import NotPackable
+from packc.passes.rules import PackedForm
+from packc.passes.sources import argument_path
+
+if TYPE_CHECKING:
+    from packc.passes.layout import Propagated
+
+
+def sequence_of(mask: fx.Node, inputs: Iterable[fx.Node], followed: Propagated, gm: fx.GraphModule) -> set[fx.Node]:
+    """The inputs of the mask's sequence, the mask among them.
+
+    Args:
+        mask: the padding mask.
+        inputs: the inputs of its size.
+        followed: what becomes of their axes if every one of them is taken for tokens.
+
+    Raises:
+        NotPackable: two sequences, in each of which a mixer has looked along its own tokens, meet in an op. They may
+            have different tokens, and one pack cannot hold both.
+    """
+    sequences = _Sequences(inputs)
+    reached: dict[fx.Node, fx.Node] = {node: node for node in inputs}  # value -> one of the inputs it was made from
+    for node in gm.graph.nodes:
+        form = followed.forms.get(node)
+        read = form.operands if form is not None else node.args[:1] if node.target is operator.getitem else ()
+        met = [reached[operand] for operand in read if operand in reached]
+        if met:
+            reached[node] = met[0]
+            sequences.meet(node, met, is_mixer=form is not None and form.is_mixer)
+    return sequences.containing(mask)
+
+
+class _Sequences:
+    """Inputs joined by the ops in which they meet."""
+
+    def __init__(self, inputs: Iterable[fx.Node]) -> None:
+        self.members = {node: {node} for node in inputs}
+        self.mixed: set[int] = set()
+        self.clashes: dict[int, str] = {}
+
+    def meet(self, node: fx.Node, inputs: list[fx.Node], *, is_mixer: bool) -> None:
+        sets = list({id(self.members[each]): self.members[each] for each in inputs}.values())
+        joined = set().union(*sets)
+        already = [each for each in sets if id(each) in self.mixed]
+        clash = next((self.clashes[id(each)] for each in sets if id(each) in self.clashes), None)
+        if len(already) > 1:
+            names = " and ".join("/".join(sorted(map(argument_path, each))) for each in already)
+            clash = clash or f"{node.target} in {module_path(node) or 'the model'}: two sequences meet, {names}"
+        if len(sets) > 1:
+            for each in joined:
+                self.members[each] = joined
+        else:
+            joined = sets[0]
+        if already or is_mixer:
+            self.mixed.add(id(joined))
+        if clash is not None:
+            self.clashes[id(joined)] = clash
+
+    def containing(self, mask: fx.Node) -> set[fx.Node]:
+        found = self.members[mask]
+        if id(found) in self.clashes:
+            raise NotPackable(self.clashes[id(found)])
+        return found
+
+
+def other_masks(gm: fx.GraphModule, mask: fx.Node, zero: set[fx.Node]) -> list[fx.Node]:
+    """Further masks of the mask's sequence: inputs that set to zero what a mixer or the caller reads, where ``mask``
+    does not. Packing by one mask is exact as long as no other marks tokens outside of it.
+
+    Needs the layouts of :func:`packc.passes.layout.layout`.
+    """
+    found = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node is mask or "layout" not in node.meta or node.meta["val"].ndim != 2:
+            continue
+        if node.meta["val"].is_floating_point() and "mask" not in argument_path(node):
+            continue  # a weight of each token
+        own = zero_at_padding(gm, node) - zero
+        if any(value in own for value in _read_values(gm)):
+            found.append(node)
+    return found
+
+
+def _read_values(gm: fx.GraphModule) -> Iterable[fx.Node]:
+    for node in gm.graph.nodes:
+        form: PackedForm | None = node.meta.get("packed_form")
+        if form is not None and form.keep_left_unless_zero is not None:
+            yield form.keep_left_unless_zero[0]
+        elif node.op == "output":
+            yield from (value for value in node.all_input_nodes if isinstance(value.meta.get("val"), torch.Tensor))

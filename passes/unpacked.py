@@ -1,0 +1,52 @@
+"""What runs padded in a graph with layouts: boundaries, and mixers of packc's own that no pack reaches."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from packc.passes.axes import covers_tokens, module_path
+from packc.passes.reasons import Boundary
+from packc.passes.sources import is_parameter
+
+_NO_MIXERS = {"pack", "unpack", "packing_index"}
+
+
+def boundaries_of(gm: fx.GraphModule) -> list[Boundary]:
+    """Every op without a packed form that reads what the model computes of tokens, along them for all that is known.
+
+    What prepares labels or counts a mask's tokens is none: it reads integers, or the mask alone.
+    """
+    found, computed = [], set[fx.Node]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            layout = node.meta.get("layout")
+            features = layout is not None and len(layout) > 2 and node.meta["val"].is_floating_point()
+            if features or is_parameter(node):
+                computed.add(node)
+            continue
+        read = computed.intersection(node.all_input_nodes)
+        if read and node.op == "call_function":
+            computed.add(node)
+        reason = node.meta.get("unpacked_because")
+        if reason is not None and any(covers_tokens(value.meta.get("layout")) for value in read):
+            found.append(Boundary(f"{node.target}", module_path(node), reason))
+    return found
+
+
+def is_mixer(node: fx.Node) -> bool:
+    """Whether a node is an op of packc's that looks along the sequence."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    namespace, name = node.target._schema.name.split("::")
+    return namespace == "packc" and name not in _NO_MIXERS
+
+
+def padded_mixers(gm: fx.GraphModule, packed: set[fx.Node], mask: str) -> list[Boundary]:
+    """The mixers that are not among the nodes computed packed, each with the reason."""
+    elsewhere = f"works on values that never meet {mask}: another sequence, or none"
+    return [
+        Boundary(f"{node.target}", module_path(node), node.meta.get("unpacked_because", elsewhere))
+        for node in gm.graph.nodes
+        if is_mixer(node) and node not in packed
+    ]
