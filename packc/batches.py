@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from packc.boundaries import NOT_TAKEN, start_again
+
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
 _LABEL = "a label that counts in the loss on a padding position"
@@ -39,6 +41,7 @@ def pack_batch(
     *,
     inside: Sequence[Tensor] = (),
     outside: str | None = None,
+    positions: Tensor | None = None,
     keep_left: str | None = None,
     keep_right: str | None = None,
 ) -> Packing:
@@ -49,17 +52,20 @@ def pack_batch(
         labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
         inside: further masks (B, L) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
+        positions: the call's ``position_ids``; a row in which they start again stays whole.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
     batch, length = mask.shape
-    facts = _facts(mask, labels, inside).tolist()  # the one host sync
+    facts = _facts(mask, labels, inside, positions).tolist()  # the one host sync
     spans, reasons = [], dict[str, None]()
     whole_rows = 0
-    for first, end, hole, other_values, first_label, end_label, before, beyond in facts:
+    for first, end, hole, other_values, first_label, end_label, before, beyond, again in facts:
         start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, before)
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
+        if again:
+            start, stop, why = 0, length, f"position_ids start again within it: {NOT_TAKEN}"
         if why is None and keep_left is not None and start > 0:
             start, why = 0, keep_left
         if why is None and keep_right is not None and stop < length:
@@ -94,9 +100,11 @@ def _span(
     return first, end, None
 
 
-def _facts(mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor]) -> Tensor:
-    """(B, 8): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?,
-    another mask's token beyond?"""
+def _facts(
+    mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor], positions: Tensor | None
+) -> Tensor:
+    """(B, 9): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?,
+    another mask's token beyond?, positions start again?"""
     length = mask.shape[1]
     real = mask != 0
     live = torch.zeros_like(real)
@@ -116,6 +124,7 @@ def _facts(mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[
         end_label,
         count > 0,
         beyond,
+        beyond.new_zeros(1).expand_as(beyond) if positions is None else start_again(positions, real).expand_as(beyond),
     ]
     return torch.stack([column.to(torch.int64) for column in columns], 1)
 

@@ -13,9 +13,10 @@ from torch._logging import trace_structured
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
+from packc.boundaries import ignored_boundaries, positions_input
 from packc.cache_key import keyed_by_ops
 from packc.options import split_options
-from packc.packed_call import NotPacked, PackedCall
+from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
 from packc.passes import (
     Boundary,
     NoMask,
@@ -28,6 +29,7 @@ from packc.passes import (
     fakify,
     find_masks,
     functional,
+    is_mixer,
     layout,
     normalize,
     pack,
@@ -82,6 +84,9 @@ def compile_graph(
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
     compile_inner = _inner_backend(mode, options or {})
+    ignored = ignored_boundaries(gm)
+    if ignored is not None:
+        say_once(ignored, set())
     try:
         packed, index = pack_graph(gm, example_inputs)
     except (NoMask, NotPackable) as reason:
@@ -99,7 +104,8 @@ def compile_graph(
     requirements: Packed = packed.meta["packc"]
     if config.strict and requirements.padded_mixers:
         raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
-    call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=strict)
+    compiled = compile_inner(packed, [*example_inputs, *index])
+    call = PackedCall(compiled, requirements, strict=strict, positions=positions_input(gm))
     return call, GraphReport.packed(requirements, call)
 
 
@@ -112,7 +118,10 @@ def _unpacked(
 ) -> tuple[Callable[..., Any], GraphReport]:
     """The graph as it was; its mixers are packc's ops all the same."""
     log.info("not packed: %s", reason)
-    return compile_inner(gm, example_inputs), GraphReport.unpacked(gm, reason, boundaries)
+    compiled, positions = compile_inner(gm, example_inputs), positions_input(gm)
+    if positions is not None and any(map(is_mixer, gm.graph.nodes)):
+        compiled = UnpackedCall(compiled, positions)
+    return compiled, GraphReport.unpacked(gm, reason, boundaries)
 
 
 def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:

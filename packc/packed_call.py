@@ -11,6 +11,7 @@ import torch
 
 from packc import config
 from packc.batches import Packing, pack_batch
+from packc.boundaries import NOT_TAKEN, start_again
 from packc.passes import Packed
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,16 @@ class PackedCall:
     Rows that packing could change run whole in the same compiled graph: they are documents with nothing left out.
     """
 
-    def __init__(self, compiled: Callable[..., Any], requirements: Packed, *, strict: bool | None) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        requirements: Packed,
+        *,
+        strict: bool | None,
+        positions: int | None = None,
+    ) -> None:
         self.compiled = compiled
+        self.positions = positions
         self.requirements = requirements
         self.strict = strict
         self.last: Packing | None = None
@@ -42,6 +51,7 @@ class PackedCall:
             labels,
             inside=[inputs[each] for each in wanted.other_masks],
             outside=wanted.outside,
+            positions=None if self.positions is None else inputs[self.positions],
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
         )
@@ -52,8 +62,26 @@ class PackedCall:
 
     def _say(self, reason: str, packing: Packing) -> None:
         text = f"packc left {packing.whole_rows} of {len(packing.cu_seqlens) - 1} rows padded: {reason}"
-        if config.strict if self.strict is None else self.strict:
-            raise NotPacked(text)
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(text, stacklevel=2)
+        say_once(text, self._warned, key=reason, strict=self.strict)
+
+
+class UnpackedCall:
+    """A compiled graph that is not packed, whose every batch may hand over boundaries: these are not passed over."""
+
+    def __init__(self, compiled: Callable[..., Any], positions: int) -> None:
+        self.compiled, self.positions = compiled, positions
+        self._warned: set[str] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self._warned and bool(start_again(inputs[self.positions]).any()):
+            say_once(f"position_ids start again within a row: {NOT_TAKEN}", self._warned)
+        return self.compiled(*inputs)
+
+
+def say_once(text: str, said: set[str], *, key: str | None = None, strict: bool | None = None) -> None:
+    """Warn, unless ``key`` (the text) was said before; under strict, raise :class:`NotPacked`."""
+    if config.strict if strict is None else strict:
+        raise NotPacked(text)
+    if (key or text) not in said:
+        said.add(key or text)
+        warnings.warn(text, stacklevel=3)

@@ -11,6 +11,7 @@ from packc.passes.normalize import fakify, normalize
 from packc.passes.pack import Packed, pack
 from packc.passes.padding import zero_at_padding
 from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.sources import argument_path
 from packc.passes.unpacked import boundaries_of, is_mixer
 from packc.passes.widen_losses import widen_losses
 
@@ -20,6 +21,7 @@ __all__ = [
     "NotPackable",
     "Packed",
     "WrongMask",
+    "argument_path",
     "boundaries_of",
     "check_mask",
     "confirm_mask",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from packc.frontends.traced_call import keep_as_input
+
 
 @torch.compiler.assume_constant_result
 def packc_is_tracing() -> bool:
@@ -19,7 +21,10 @@ def packc_is_tracing() -> bool:
 
     Keeping it is sound without a guard: Dynamo never shares compiled code between two backends.
     """
-    return is_packc_backend(InstructionTranslator.current_tx().output.compiler_fn)
+    if not is_packc_backend(InstructionTranslator.current_tx().output.compiler_fn):
+        return False
+    keep_as_input("position_ids")
+    return True
 
 
 def is_packc_backend(backend: Callable[..., Any] | None) -> bool:
