@@ -1,4 +1,4 @@
-"""Boundaries that the caller hands over are not honoured yet: it is said, each time they would matter, and strict raises."""
+"""Boundaries that the caller hands over are not honoured yet: that is said where they matter, and strict raises."""
 
 import warnings
 
