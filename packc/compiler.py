@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
 from packc.cache_key import keyed_by_ops
+from packc.ddp import in_buckets
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall
 from packc.passes import (
@@ -79,7 +81,7 @@ def compile_graph(
     strict: bool | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
-    compile_inner = _inner_backend(mode, options or {})
+    compile_inner = in_buckets(_inner_backend(mode, options or {}))
     try:
         packed, index = pack_graph(gm, example_inputs)
     except (NoMask, NotPackable) as reason:
@@ -94,7 +96,8 @@ def compile_graph(
         warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
         return _unpacked(gm, example_inputs, compile_inner, f"a pass failed: {error!r}")
     requirements: Packed = packed.meta["packc"]
-    call = PackedCall(compile_inner(packed, [*example_inputs, *index]), requirements, strict=strict)
+    graph = fx.GraphModule(packed, copy.deepcopy(packed.graph))  # the inner backend may write to its own
+    call = PackedCall(compile_inner(packed, [*example_inputs, *index]), graph, requirements, strict=strict)
     return call, GraphReport.packed(requirements, call)
 
 

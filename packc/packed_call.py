@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+from torch._guards import active_fake_mode
+from torch._subclasses import FakeTensor
 
 from packc import config
-from packc.batches import Packing, pack_batch
+from packc.batches import Packing, pack_batch, unread_batch
 from packc.passes import Packed
 
 log = logging.getLogger(__name__)
@@ -24,10 +27,16 @@ class PackedCall:
     """Packs each batch and runs the compiled graph on it.
 
     Rows that packing could change run whole in the same compiled graph: they are documents with nothing left out.
+
+    On fake and meta tensors (estimators of FLOPs and memory) the packed graph runs op by op, with every position a
+    token: there is no mask to read, and generated code would not know fakes from tensors.
     """
 
-    def __init__(self, compiled: Callable[..., Any], requirements: Packed, *, strict: bool | None) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], graph: fx.GraphModule, requirements: Packed, *, strict: bool | None
+    ) -> None:
         self.compiled = compiled
+        self.graph = graph
         self.requirements = requirements
         self.strict = strict
         self.last: Packing | None = None
@@ -35,6 +44,9 @@ class PackedCall:
 
     def __call__(self, *inputs: Any) -> Any:
         wanted = self.requirements
+        if _without_values(inputs):
+            self.last = packing = unread_batch(inputs[wanted.mask])
+            return self.graph(*inputs, packing.index, packing.cu_seqlens)
         with torch.no_grad():
             labels = [(each.graph(*inputs), each.ignore_index) for each in wanted.labels]
         packing = pack_batch(inputs[wanted.mask], labels, keep_left=wanted.keep_left, keep_right=wanted.keep_right)
@@ -50,3 +62,10 @@ class PackedCall:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(text, stacklevel=2)
+
+
+def _without_values(inputs: tuple[Any, ...]) -> bool:
+    """Whether the inputs are shapes only, by themselves or because everything is under an ambient fake mode."""
+    return active_fake_mode() is not None or any(
+        isinstance(x, Tensor) and (isinstance(x, FakeTensor) or x.is_meta) for x in inputs
+    )
