@@ -25,7 +25,7 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 
 from packc.frontends.tracing_backend import is_packc_backend
-from packc.passes.normalize import carry_over_from_dynamo
+from packc.passes.normalize import carry_over_from_dynamo, fakify
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _as_from_dynamo(
     """
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     placeholders = result.graph.find_nodes(op="placeholder")
-    fakes = [node.meta.get(_VALUE, x) for node, x in zip(placeholders, inputs, strict=True)]
+    fakes = fakify(gm, inputs)
     sizes: list[tuple[int, int]] = []
     with result.graph.inserting_after(placeholders[-1]):
         for position, (node, fake) in enumerate(zip(placeholders, fakes.copy(), strict=True)):
