@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._guards import TracingContext, detect_fake_mode
 
 from packc.frontends.tracing_backend import is_packc_backend
@@ -93,6 +94,8 @@ def in_buckets(compile_inner: Backend) -> Backend:
     def compile_pieces(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         try:
             return _cut(optimizer, compile_inner, gm, inputs)
+        except RestartAnalysis:
+            raise  # no failure: Dynamo asked to trace the frame anew
         except Exception as error:
             warnings.warn(
                 f"the graph of a DistributedDataParallel model is compiled in one piece, so gradients are reduced after "
