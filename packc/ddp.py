@@ -79,7 +79,9 @@ def _moved() -> str | None:
         "example_inputs",
     ]:
         return None
-    return f"the DDPOptimizer of torch {torch.__version__} has other parameters: {list(constructor)}, {list(compile_fn)}"
+    return (
+        f"the DDPOptimizer of torch {torch.__version__} has other parameters: {list(constructor)}, {list(compile_fn)}"
+    )
 
 
 def in_buckets(compile_inner: Backend) -> Backend:
@@ -124,9 +126,7 @@ def _cut(optimizer: Any, compile_inner: Backend, gm: fx.GraphModule, inputs: lis
     return lambda *args: compiled(*args, *(args[position].shape[axis] for position, axis in sizes))
 
 
-def _as_from_dynamo(
-    gm: fx.GraphModule, inputs: list[Any]
-) -> tuple[fx.GraphModule, list[Any], list[tuple[int, int]]]:
+def _as_from_dynamo(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModule, list[Any], list[tuple[int, int]]]:
     """A packed graph as it would be if Dynamo had written it, its inputs as fakes, and where its new inputs come from.
 
     By Dynamo's conventions a value crosses from piece to piece together with the symbols in its shape: every symbol is
