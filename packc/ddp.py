@@ -100,7 +100,7 @@ def in_buckets(compile_inner: Backend) -> Backend:
             raise  # no failure: Dynamo asked to trace the frame anew
         except Exception as error:
             warnings.warn(
-                f"the graph of a DistributedDataParallel model is compiled in one piece, so gradients are reduced after "
+                "a DistributedDataParallel graph is compiled in one piece, so its gradients are reduced after "
                 f"its backward and not during it: {error!r}",
                 stacklevel=2,
             )
