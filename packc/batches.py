@@ -6,11 +6,13 @@ there is a hole between them, and whether labels outside of them count in the lo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from packc.boundaries import NOT_TAKEN, start_again
 
@@ -79,6 +81,18 @@ def pack_batch(
         spans, whole_rows = [(0, length)] * batch, batch
     index, cu_seqlens = _index(spans, length, mask.device)
     return Packing(index, cu_seqlens, index.shape[0], batch * length, whole_rows, tuple(reasons))
+
+
+def unread_batch(mask: Tensor) -> Packing:
+    """The packing of a batch whose values nobody can read (fake and meta tensors): every position is a token.
+
+    No real batch of this shape needs more memory or work.
+    """
+    batch, length = mask.shape
+    with mask.fake_mode if isinstance(mask, FakeTensor) else contextlib.nullcontext():
+        index = torch.arange(batch * length, device=mask.device)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=mask.device) * length
+    return Packing(index, cu_seqlens, batch * length, batch * length)
 
 
 def _span(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from packc import config
 from packc.boundaries import ignored_boundaries, positions_input
 from packc.cache_key import keyed_by_ops
+from packc.ddp import in_buckets
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
 from packc.passes import (
@@ -83,7 +85,7 @@ def compile_graph(
     strict: bool | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
-    compile_inner = _inner_backend(mode, options or {})
+    compile_inner = in_buckets(_inner_backend(mode, options or {}))
     ignored = ignored_boundaries(gm)
     if ignored is not None:
         say_once(ignored, set())
@@ -104,8 +106,9 @@ def compile_graph(
     requirements: Packed = packed.meta["packc"]
     if config.strict and requirements.padded_mixers:
         raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
+    graph = fx.GraphModule(packed, copy.deepcopy(packed.graph))  # the inner backend may write to its own
     compiled = compile_inner(packed, [*example_inputs, *index])
-    call = PackedCall(compiled, requirements, strict=strict, positions=positions_input(gm))
+    call = PackedCall(compiled, graph, requirements, strict=strict, positions=positions_input(gm))
     return call, GraphReport.packed(requirements, call)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -109,6 +109,8 @@ def _fakify_one(mode: FakeTensorMode, context: TracingContext | None, x: Any, no
     if not isinstance(x, Tensor):
         # A size that Dynamo made symbolic comes as a plain int; its placeholder knows the symbol.
         return node.meta.get("example_value", x)
+    if isinstance(x, FakeTensor) and x.fake_mode is mode:
+        return x
     symbolic = context.tensor_to_context.get(x) if context is not None else None
     if symbolic is None:
         return mode.from_tensor(x, static_shapes=mode.shape_env is None)

@@ -1,0 +1,166 @@
+"""DistributedDataParallel: the graph is packed whole, and the packed graph is cut into DDP's buckets.
+
+Under DDP, Dynamo's DDPOptimizer stands between Dynamo and the backend. It cuts the graph where DDP's buckets end, so
+that gradients are reduced while the backward still runs, and has every piece compiled by itself. Of such pieces few
+have the mask and none could be packed end to end. For packc's backend the order is the other way round: the optimizer
+hands over the whole graph and cuts what packc made of it.
+
+The only file that touches DDPOptimizer, which is private. Checked on torch 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis
+from torch._guards import TracingContext, detect_fake_mode
+
+from packc.frontends.tracing_backend import is_packc_backend
+from packc.passes.normalize import carry_over_from_dynamo, fakify
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+_VALUE = "example_value"  # where Dynamo notes the fake value of a node
+
+# The DDPOptimizer that handed over the graph which is being compiled.
+_active: contextvars.ContextVar[Any] = contextvars.ContextVar("packc_ddp_optimizer", default=None)
+
+
+@functools.cache
+def install() -> None:
+    """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did."""
+    if (moved := _moved()) is not None:
+        log.info("%s", moved)
+        return
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    compile_pieces = DDPOptimizer.compile_fn
+
+    @functools.wraps(compile_pieces)
+    def compile_fn(self: Any, gm: fx.GraphModule, example_inputs: list[Any], **configs: Any) -> Any:
+        # Of an optimizer that cuts for us the backend is the inner one.
+        if not is_packc_backend(self.backend_compile_fn):
+            return compile_pieces(self, gm, example_inputs, **configs)
+        token = _active.set(self)
+        try:
+            return self.backend_compile_fn(gm, example_inputs, **configs)
+        finally:
+            _active.reset(token)
+
+    DDPOptimizer.compile_fn = compile_fn
+
+
+@functools.cache
+def _moved() -> str | None:
+    """Why DDPOptimizer is not the one we know; None if it is."""
+    try:
+        from torch._dynamo.backends.distributed import DDPOptimizer
+
+        constructor, compile_fn = (inspect.signature(f).parameters for f in (DDPOptimizer, DDPOptimizer.compile_fn))
+    except (ImportError, AttributeError, TypeError) as error:
+        return f"torch {torch.__version__} has no DDPOptimizer that packc knows: {error!r}"
+    if {"bucket_bytes_cap", "backend_compile_fn", "first_bucket_cap"} <= set(constructor) and list(compile_fn)[:3] == [
+        "self",
+        "gm",
+        "example_inputs",
+    ]:
+        return None
+    return (
+        f"the DDPOptimizer of torch {torch.__version__} has other parameters: {list(constructor)}, {list(compile_fn)}"
+    )
+
+
+def in_buckets(compile_inner: Backend) -> Backend:
+    """``compile_inner``, piece by piece where DDP's buckets end if the graph being compiled came from DDPOptimizer.
+
+    A graph that has no backward is left whole, and so is one that the optimizer fails to cut.
+    """
+    optimizer = _active.get()
+    if optimizer is None or not torch.is_grad_enabled():
+        return compile_inner
+
+    def compile_pieces(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        try:
+            return _cut(optimizer, compile_inner, gm, inputs)
+        except RestartAnalysis:
+            raise  # no failure: Dynamo asked to trace the frame anew
+        except Exception as error:
+            warnings.warn(
+                "a DistributedDataParallel graph is compiled in one piece, so its gradients are reduced after "
+                f"its backward and not during it: {error!r}",
+                stacklevel=2,
+            )
+            context = TracingContext.try_get()
+            if context is not None:
+                context.ddp_optimizer_ctx = None
+                context.fakify_first_call = False
+            return compile_inner(gm, inputs)
+
+    return compile_pieces
+
+
+def _cut(optimizer: Any, compile_inner: Backend, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    pieces = type(optimizer)(
+        bucket_bytes_cap=optimizer.bucket_bytes_cap,
+        backend_compile_fn=compile_inner,
+        first_bucket_cap=optimizer.first_bucket_cap,
+    )
+    if all(_VALUE in node.meta for node in gm.graph.find_nodes(op="placeholder")):
+        return pieces.compile_fn(gm, inputs)  # Dynamo's own graph, which could not be packed
+    as_from_dynamo, fakes, sizes = _as_from_dynamo(gm, inputs)
+    compiled = pieces.compile_fn(as_from_dynamo, fakes)
+    return lambda *args: compiled(*args, *(args[position].shape[axis] for position, axis in sizes))
+
+
+def _as_from_dynamo(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModule, list[Any], list[tuple[int, int]]]:
+    """A packed graph as it would be if Dynamo had written it, its inputs as fakes, and where its new inputs come from.
+
+    By Dynamo's conventions a value crosses from piece to piece together with the symbols in its shape: every symbol is
+    an input, the number of tokens too (size ``axis`` of input ``position``), and every node has its fake value.
+    """
+    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    placeholders = result.graph.find_nodes(op="placeholder")
+    fakes = fakify(gm, inputs)
+    sizes: list[tuple[int, int]] = []
+    with result.graph.inserting_after(placeholders[-1]):
+        for position, (node, fake) in enumerate(zip(placeholders, fakes.copy(), strict=True)):
+            if _VALUE in node.meta:
+                continue
+            node.meta[_VALUE] = fake
+            for axis, size in enumerate(fake.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                    symbol = result.graph.placeholder(f"{node.name}_size_{axis}")
+                    symbol.meta[_VALUE] = size
+                    for user in [u for u in node.users if u.target is aten.sym_size.int and u.args == (node, axis)]:
+                        user.replace_all_uses_with(symbol)
+                        result.graph.erase_node(user)
+                    sizes.append((position, axis))
+                    fakes.append(size)
+    carry_over_from_dynamo(gm, result)
+    result.recompile()
+    mode = detect_fake_mode(fakes)
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        _NotingValues(result).run(*fakes)
+    return result, fakes, sizes
+
+
+class _NotingValues(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function":
+            n.meta[_VALUE] = value
+        return value

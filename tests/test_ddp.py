@@ -1,0 +1,76 @@
+"""Models stay packed under DistributedDataParallel, whatever its buckets, and their gradients are reduced in pieces."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import BOTH, RIGHT, PlainLM, batch_of
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+
+import packc
+
+OPTIONS = {"packc.inner": "aot_eager", "packc.strict": True}
+
+
+@pytest.fixture
+def one_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 500)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled_outside(model, **how):
+    return torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.0005), backend=packc.backend, **how)
+
+
+def compiled_inside(model, **how):
+    return DistributedDataParallel(torch.compile(model, backend=packc.backend, **how), bucket_cap_mb=0.0005)
+
+
+def compiled_in_place(model, **how):
+    model.compile(backend=packc.backend, **how)
+    return DistributedDataParallel(model, bucket_cap_mb=0.0005)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("combine", [compiled_outside, compiled_inside, compiled_in_place])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_packs_whole_and_cuts_what_it_packed(combine, dynamic):
+    setting = torch._dynamo.config.optimize_ddp
+    model = PlainLM()
+    eager = copy.deepcopy(model)
+    counters.clear()
+    with warnings.catch_warnings():
+        # Graphs with symbolic sizes may be left in one piece.
+        warnings.filterwarnings("ignore" if dynamic else "error", message=".*in one piece")
+        compiled = combine(model, dynamic=dynamic, options=OPTIONS)
+        for rows in (RIGHT, BOTH):
+            batch = batch_of(rows)
+            for each in (compiled, eager):
+                each.zero_grad()
+            loss, expected = compiled(*batch.values())[0], eager(*batch.values())[0]
+            loss.backward()
+            expected.backward()
+            torch.testing.assert_close(loss, expected)
+            for got, want in zip(model.parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-5)
+    assert dynamic or counters["aot_autograd"]["ok"] > 1
+    assert torch._dynamo.config.optimize_ddp is setting
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_other_backends_get_their_pieces():
+    pieces = []
+
+    def other(gm, inputs):
+        pieces.append(gm)
+        return gm
+
+    model = PlainLM()
+    torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.0005), backend=other)(*batch_of(RIGHT).values())
+    assert len(pieces) > 1
