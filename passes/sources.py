@@ -1,6 +1,6 @@
 """Where a graph's inputs come from: arguments of the compiled function, or a module's parameters and buffers.
 
-The one place that reads Dynamo's sources, which are private. Checked on torch 2.11 - 2.13.
+The one place that reads Dynamo's sources, which are private.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import GuardSource
+
+from packc.private_torch import private_torch
+
+with private_torch():
+    from torch._guards import GuardSource
 
 
 def is_argument(node: fx.Node) -> bool:
@@ -17,13 +21,17 @@ def is_argument(node: fx.Node) -> bool:
     if not isinstance(node.meta.get("val"), Tensor) or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
         return False
     source = _source(node)
-    return source is None or _read(source.guard_source) in (GuardSource.LOCAL, GuardSource.SYNTHETIC_LOCAL)
+    if source is None:
+        return True
+    with private_torch():
+        return _read(source.guard_source) in (GuardSource.LOCAL, GuardSource.SYNTHETIC_LOCAL)
 
 
 def argument_name(node: fx.Node) -> str:
     """``attention_mask`` for ``L['kwargs']['attention_mask']``: the last name in the source."""
     source = _source(node)
-    text = _read(source.name) if source is not None else str(node.target)
+    with private_torch():
+        text = _read(source.name) if source is not None else str(node.target)
     return text.rstrip("'\"]").replace('"', "'").split("'")[-1].split(".")[-1]
 
 
