@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils.cpp_extension import include_paths, library_paths
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +122,8 @@ def cache_dir() -> Path:
 
 
 def _flags() -> list[str]:
+    from torch.utils.cpp_extension import include_paths  # here and not above, for it imports setuptools
+
     capability = torch.backends.cpu.get_cpu_capability()
     isa = capability if capability in _ISA_FLAGS else "DEFAULT"
     return [
@@ -137,6 +138,8 @@ def _flags() -> list[str]:
 
 
 def _libraries() -> list[str]:
+    from torch.utils.cpp_extension import library_paths
+
     folders = library_paths()
     # The OpenMP runtime that torch itself has loaded: a second one would bring a second set of threads.
     bundled = [str(path) for folder in folders for path in sorted(Path(folder).glob("libgomp*.so*"))]

@@ -4,7 +4,7 @@ import torch
 
 from packc import config
 from packc.ops import cpu_library
-from packc.ops.tritonsrc.launch import interpreted
+from packc.ops.triton_presence import interpreted, missing, present_or_warn
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,26 +13,38 @@ def choose(op: str, x: torch.Tensor) -> str:
     """``"reference"``, ``"cpu"`` or ``"triton"``: what runs ``op`` for inputs like ``x``.
 
     ``op`` is also the C++ source's name. float64 always takes the reference. A forced choice (``packc.config.kernels``)
-    that cannot be honoured raises.
+    that cannot be honoured raises. Who is told ``"triton"`` may import its Triton kernels, and with them triton; nobody
+    does before.
     """
     wanted = wanted_kernels()
     if wanted == "reference" or x.dtype == torch.float64:
         return "reference"
-    runs = {"cpu": x.device.type == "cpu", "triton": x.device.type == ("cpu" if interpreted() else "cuda")}
-    if x.dtype not in _DTYPES or (wanted != "auto" and not runs[wanted]):
-        if wanted == "auto":
-            return "reference"
-        hint = "; only under TRITON_INTERPRET=1" if wanted == "triton" and x.device.type == "cpu" else ""
-        raise ValueError(f'packc.config.kernels = "{wanted}": {op} got a {x.dtype} tensor on {x.device}{hint}')
-    if wanted == "triton" or x.device.type == "cuda":
-        return "triton" if runs["triton"] else "reference"
-    if x.device.type != "cpu":
+    if wanted == "triton":
+        _check_triton(op, x)
+        return "triton"
+    if wanted == "cpu":
+        _check_cpu(op, x)
+        return "cpu"
+    if x.dtype not in _DTYPES:
         return "reference"
+    if x.device.type == "cuda":
+        return "triton" if present_or_warn() and not interpreted() else "reference"
+    return "cpu" if x.device.type == "cpu" and cpu_library.load(op) else "reference"
+
+
+def _check_triton(op: str, x: torch.Tensor) -> None:
+    if reason := missing():
+        raise RuntimeError(f'packc.config.kernels = "triton", but {reason}')
+    if x.dtype not in _DTYPES or x.device.type != ("cpu" if interpreted() else "cuda"):
+        hint = "; only under TRITON_INTERPRET=1" if x.device.type == "cpu" else ""
+        raise ValueError(f'packc.config.kernels = "triton": {op} got a {x.dtype} tensor on {x.device}{hint}')
+
+
+def _check_cpu(op: str, x: torch.Tensor) -> None:
+    if x.dtype not in _DTYPES or x.device.type != "cpu":
+        raise ValueError(f'packc.config.kernels = "cpu": {op} got a {x.dtype} tensor on {x.device}')
     if not cpu_library.load(op):
-        if wanted == "cpu":
-            raise RuntimeError(f'packc.config.kernels = "cpu", but {op} did not build: {cpu_library.failure(op)}')
-        return "reference"
-    return "cpu"
+        raise RuntimeError(f'packc.config.kernels = "cpu", but {op} did not build: {cpu_library.failure(op)}')
 
 
 def wanted_kernels() -> str:

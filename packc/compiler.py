@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._logging import trace_structured
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
@@ -38,7 +37,11 @@ from packc.passes import (
     widen_losses,
     zero_at_padding,
 )
+from packc.private_torch import private_torch
 from packc.report import GraphReport
+
+with private_torch():
+    from torch._logging import trace_structured
 
 log = logging.getLogger(__name__)
 
@@ -181,14 +184,17 @@ def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     if config.inner == "inductor":
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
+        with private_torch():
+            from torch._inductor import list_mode_options
+            from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options}
         return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
     if options or mode:
         raise ValueError(f"packc.inner={config.inner!r} takes neither a mode nor Inductor's options: {mode}, {options}")
-    return torch._dynamo.lookup_backend(config.inner)
+    with private_torch():
+        from torch._dynamo import lookup_backend
+    return lookup_backend(config.inner)
 
 
 def _artifact(name: str, gm: fx.GraphModule) -> None:

@@ -8,8 +8,11 @@ compiled model (``torch.compile(m, backend="packc", options={"packc.strict": Tru
 import sys
 from typing import TYPE_CHECKING
 
-# Private in torch, public in practice: every torch subsystem keeps its options this way. Checked on torch 2.11 - 2.13.
-from torch.utils._config_module import Config, install_config_module
+from packc.private_torch import private_torch
+
+# Private in torch, public in practice: every torch subsystem keeps its options this way.
+with private_torch():
+    from torch.utils._config_module import Config, install_config_module
 
 if TYPE_CHECKING:
     from torch.utils._config_typing import *  # noqa: F403  what install_config_module adds: patch, get_config_copy, ...

@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis
-from torch._guards import TracingContext, detect_fake_mode
 
 from packc.frontends.tracing_backend import is_packc_backend
 from packc.passes.normalize import carry_over_from_dynamo, fakify
+from packc.private_torch import private_torch
+
+with private_torch():
+    from torch._dynamo.exc import RestartAnalysis
+    from torch._guards import TracingContext, detect_fake_mode
 
 log = logging.getLogger(__name__)
 

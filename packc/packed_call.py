@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from packc import config
 from packc.batches import Packing, pack_batch, unread_batch
+from packc.boundaries import NOT_TAKEN, start_again
+from packc.fake_inputs import has_values
 from packc.passes import Packed
 
 log = logging.getLogger(__name__)
@@ -47,7 +51,7 @@ class PackedCall:
 
     def __call__(self, *inputs: Any) -> Any:
         wanted = self.requirements
-        if _without_values(inputs):
+        if not has_values(inputs[wanted.mask]):
             self.last = packing = unread_batch(inputs[wanted.mask])
             return self.graph(*inputs, packing.index, packing.cu_seqlens)
         with torch.no_grad():
@@ -68,3 +72,27 @@ class PackedCall:
 
     def _say(self, reason: str, packing: Packing) -> None:
         text = f"packc left {packing.whole_rows} of {len(packing.cu_seqlens) - 1} rows padded: {reason}"
+        say_once(text, self._warned, key=reason, strict=self.strict)
+
+
+class UnpackedCall:
+    """A compiled graph that is not packed, whose every batch may hand over boundaries: these are not passed over."""
+
+    def __init__(self, compiled: Callable[..., Any], positions: int) -> None:
+        self.compiled, self.positions = compiled, positions
+        self._warned: set[str] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        positions = inputs[self.positions]
+        if not self._warned and has_values(positions) and bool(start_again(positions).any()):
+            say_once(f"position_ids start again within a row: {NOT_TAKEN}", self._warned)
+        return self.compiled(*inputs)
+
+
+def say_once(text: str, said: set[str], *, key: str | None = None, strict: bool | None = None) -> None:
+    """Warn, unless ``key`` (the text) was said before; under strict, raise :class:`NotPacked`."""
+    if config.strict if strict is None else strict:
+        raise NotPacked(text)
+    if (key or text) not in said:
+        said.add(key or text)
+        warnings.warn(text, stacklevel=3)

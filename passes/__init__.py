@@ -3,10 +3,10 @@
 Each is a function ``(gm, *, ...) -> gm``.
 """
 
-from packc.passes.axes import module_path
 from packc.passes.functional import functional
 from packc.passes.layout import layout
 from packc.passes.mask import NoMask, WrongMask, check_mask, confirm_mask, find_masks
+from packc.passes.module_names import module_path
 from packc.passes.normalize import fakify, normalize
 from packc.passes.pack import Packed, pack
 from packc.passes.padding import zero_at_padding

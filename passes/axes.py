@@ -54,12 +54,3 @@ def is_tensor(arg: Any) -> bool:
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are known to be equal; False when it would take a guard to find out."""
     return statically_known_true(a == b)
-
-
-def module_path(node: fx.Node) -> str:
-    """``backbone.layers.0.mixer``: the innermost module whose forward made the node."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    return path.removeprefix("L['self'].").removeprefix("L['self']").replace("_modules.", "")

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import covers_tokens, module_path, show
+from packc.passes.axes import covers_tokens, show
+from packc.passes.module_names import module_path
 from packc.passes.reasons import NotPackable
 from packc.passes.rules import PackedForm
 

@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
-from torch._guards import TracingContext, detect_fake_mode
-from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch._ops import HigherOrderOperator
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from packc.passes.reasons import NotPackable
+from packc.private_torch import private_torch
+
+with private_torch():
+    from torch._guards import TracingContext, detect_fake_mode
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
+    from torch._ops import HigherOrderOperator
+    from torch._subclasses import FakeTensor, FakeTensorMode
 
 # What Inductor and AOTAutograd read from a graph that Dynamo made, besides its ``meta``.
-# Private; checked on torch 2.11 - 2.13 (torch/_functorch/_aot_autograd/frontend_utils.py).
+# Private (torch/_functorch/_aot_autograd/frontend_utils.py).
 _PLACEHOLDER_ATTRIBUTE = "_dynamo_source"
 _MODULE_ATTRIBUTE = "_param_name_to_source"
 
@@ -111,7 +114,9 @@ def _fakify_one(mode: FakeTensorMode, context: TracingContext | None, x: Any, no
         return node.meta.get("example_value", x)
     if isinstance(x, FakeTensor) and x.fake_mode is mode:
         return x
-    symbolic = context.tensor_to_context.get(x) if context is not None else None
+    with private_torch():
+        symbolic = context.tensor_to_context.get(x) if context is not None else None
+        source = symbolic.tensor_source if symbolic is not None else None
     if symbolic is None:
         return mode.from_tensor(x, static_shapes=mode.shape_env is None)
-    return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+    return mode.from_tensor(x, symbolic_context=symbolic, source=source, trace=False)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Layout, module_path, same_size, value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Layout, same_size, value_of
 from packc.passes.forms import Forms, choose_forms, is_computed_packed, packed_form, reads_as_is, switches_mode
 from packc.passes.labels import IgnoredLabels, ignored_labels
+from packc.passes.module_names import module_path
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.rules import PackedForm, Placeholder

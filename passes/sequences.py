@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from packc.passes.axes import module_path
+from packc.passes.module_names import module_path
 from packc.passes.padding import zero_at_padding
 from packc.passes.reasons import NotPackable
 from packc.passes.rules import PackedForm

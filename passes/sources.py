@@ -1,6 +1,6 @@
 """Where a graph's inputs come from: arguments of the compiled function, or a module's parameters and buffers.
 
-The one place that reads Dynamo's sources, which are private. Checked on torch 2.11 - 2.13.
+The one place that reads Dynamo's sources, which are private.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import GuardSource
+
+from packc.private_torch import private_torch
+
+with private_torch():
+    from torch._guards import GuardSource
 
 
 def is_parameter(node: fx.Node) -> bool:
@@ -22,7 +26,10 @@ def is_argument(node: fx.Node) -> bool:
     if not isinstance(node.meta.get("val"), Tensor) or is_parameter(node):
         return False
     source = _source(node)
-    return source is None or _read(source.guard_source) in (GuardSource.LOCAL, GuardSource.SYNTHETIC_LOCAL)
+    if source is None:
+        return True
+    with private_torch():
+        return _read(source.guard_source) in (GuardSource.LOCAL, GuardSource.SYNTHETIC_LOCAL)
 
 
 def argument_path(node: fx.Node) -> str:

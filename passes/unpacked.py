@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from packc.passes.axes import covers_tokens, module_path
+from packc.passes.axes import covers_tokens
+from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
 from packc.passes.sources import is_parameter
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import dispatch, documents
-from packc.ops.causal_conv1d import cpu, reference, triton_op
-
-_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton_op}
+from packc.ops.causal_conv1d import cpu, reference
 
 _library = torch.library.Library("packc", "FRAGMENT")
 # Any strides are read in place, and those of the results do not depend on them: Inductor need not copy anything.
@@ -31,11 +29,20 @@ _library.define(
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _IMPLEMENTATIONS[dispatch.choose("causal_conv1d", x)].causal_conv1d(x, *args)
+    return _implementation(x).causal_conv1d(x, *args)
 
 
 def _backward(dout: Tensor, dfinal_state: Tensor | None, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _IMPLEMENTATIONS[dispatch.choose("causal_conv1d", x)].causal_conv1d_bwd(dout, dfinal_state, x, *args)
+    return _implementation(x).causal_conv1d_bwd(dout, dfinal_state, x, *args)
+
+
+def _implementation(x: Tensor) -> Any:
+    choice = dispatch.choose("causal_conv1d", x)
+    if choice == "triton":
+        from packc.ops.causal_conv1d import triton_op
+
+        return triton_op
+    return cpu if choice == "cpu" else reference
 
 
 for _device in ("CPU", "CUDA"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from packc.ops import dispatch
-from packc.ops.gated_delta_rule import reference, triton_backward, triton_forward
+from packc.ops.gated_delta_rule import reference
 from packc.ops.gated_delta_rule.reference import Gradients
 from packc.ops.linear_attention.kernels import alike, check_sizes, fp32
 from packc.ops.linear_attention.reference import state_dtype
@@ -34,6 +34,8 @@ def forward(
     if choice == "cpu":
         return torch.ops.packc_cpu.gated_delta_rule(q, k, v, *rest)
     q, k, wide_v = alike(q, k, v)
+    from packc.ops.gated_delta_rule import triton_forward
+
     out, final_state, chunk_states = triton_forward.forward(q, k, wide_v, *rest)
     return out.to(v.dtype), final_state, chunk_states
 
@@ -62,6 +64,8 @@ def backward(
         grads = torch.ops.packc_cpu.gated_delta_rule_bwd(dout, fp32(dfinal_state), chunk_states, q, k, v, *rest)
     else:
         dout, q, k, v = alike(dout, q, k, v)
+        from packc.ops.gated_delta_rule import triton_backward
+
         grads = triton_backward.backward(dout, fp32(dfinal_state), chunk_states, q, k, v, *rest)
     like = [None if x is None else grad.to(x.dtype) for x, grad in zip(arguments, grads, strict=True)]
     return Gradients._make(like)

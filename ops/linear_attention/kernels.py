@@ -10,7 +10,7 @@ from torch import Tensor
 
 from packc.ops import dispatch, documents
 from packc.ops.arguments import check_shapes
-from packc.ops.linear_attention import reference, triton_backward, triton_forward
+from packc.ops.linear_attention import reference
 from packc.ops.linear_attention.reference import Gradients
 
 NAME = "linear_attention"
@@ -43,6 +43,8 @@ def forward(
     if choice == "cpu":
         return torch.ops.packc_cpu.linear_attention(q, k, v, *per_head, *options)
     q, k, wide_v = alike(q, k, v)
+    from packc.ops.linear_attention import triton_forward
+
     out, final_state, chunk_states = triton_forward.forward(q, k, wide_v, *per_head, *options)
     return out.to(v.dtype) if round_out else out, final_state, chunk_states
 
@@ -75,6 +77,8 @@ def backward(
         grads = torch.ops.packc_cpu.linear_attention_bwd(dout, fp32(dfinal_state), chunk_states, q, k, v, *per_head)
     else:
         dout, q, k, v = alike(dout, q, k, v)
+        from packc.ops.linear_attention import triton_backward
+
         grads = triton_backward.backward(dout, fp32(dfinal_state), chunk_states, q, k, v, *per_head)
     like = [None if x is None else grad.to(x.dtype) for x, grad in zip(arguments, grads, strict=True)]
     return Gradients._make(like)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from packc.ops import dispatch
-from packc.ops.linear_scan import reference, triton_backward, triton_forward
+from packc.ops.linear_scan import reference
 
 NAME = "linear_scan"
 
@@ -17,7 +19,9 @@ def forward(
     choice = _choose(a, b, initial_state)
     if choice == "reference":
         return reference.forward(a, b, cu_seqlens, initial_state, output_final_state)
-    run = torch.ops.packc_cpu.linear_scan if choice == "cpu" else triton_forward.forward
+    run: Any = torch.ops.packc_cpu.linear_scan
+    if choice == "triton":
+        from packc.ops.linear_scan.triton_forward import forward as run
     out, final_state, chunk_states = run(_tokens(a), _tokens(b), cu_seqlens, _states(initial_state), output_final_state)
     return out.view(b.shape), final_state.view(final_state.shape[0], *b.shape[2:]), chunk_states
 
@@ -36,7 +40,9 @@ def backward(
     if choice == "reference":
         da, db, dinitial = reference.backward(dout, dfinal_state, a, b, cu_seqlens, initial_state)
         return da, db, b.new_empty(0) if dinitial is None else dinitial
-    run = torch.ops.packc_cpu.linear_scan_bwd if choice == "cpu" else triton_backward.backward
+    run: Any = torch.ops.packc_cpu.linear_scan_bwd
+    if choice == "triton":
+        from packc.ops.linear_scan.triton_backward import backward as run
     da, db, dinitial = run(
         _tokens(dout), _states(dfinal_state), chunk_states, _tokens(a), _tokens(b), cu_seqlens, _states(initial_state)
     )

@@ -11,7 +11,6 @@ import torch
 from torch import SymInt, Tensor
 
 from packc.ops import dispatch
-from packc.ops.pack import triton_op
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define("pack(Tensor x, Tensor index) -> Tensor")
@@ -22,6 +21,8 @@ _lib.define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)")
 def _pack(x: Tensor, index: Tensor) -> Tensor:
     kernels = _kernels(x)
     if kernels == "triton":
+        from packc.ops.pack import triton_op
+
         return triton_op.pack(x, index)
     rows = torch.ops.packc_cpu.gather_rows if kernels == "cpu" else _gather_rows
     return rows(x.flatten(0, 1), index).unsqueeze(0)
@@ -38,6 +39,8 @@ def _pack_fake(x: Tensor, index: Tensor) -> Tensor:
 def _unpack(x: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
     kernels = _kernels(x)
     if kernels == "triton":
+        from packc.ops.pack import triton_op
+
         return triton_op.unpack(x, index, batch, length)
     # torch's own index_copy on the CPU takes a view of every row first.
     rows = torch.ops.packc_cpu.scatter_rows if kernels == "cpu" else _scatter_rows
@@ -51,7 +54,11 @@ def _scatter_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
 def _kernels(x: Tensor) -> str:
     # Bits are copied, so dtypes do not matter: asked for the plainest one.
     chosen = dispatch.choose("pack", x.new_empty(0, dtype=torch.float32))
-    return "reference" if chosen == "triton" and not triton_op.supports(x) else chosen
+    if chosen == "triton":
+        from packc.ops.pack import triton_op
+
+        return "triton" if triton_op.supports(x) else "reference"
+    return chosen
 
 
 def _unpack_fake(x: Tensor, index: Tensor, batch: int | SymInt, length: int | SymInt) -> Tensor:

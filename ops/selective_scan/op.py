@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import dispatch, documents
-from packc.ops.selective_scan import cpu, reference, triton_backward, triton_forward
+from packc.ops.selective_scan import cpu, reference
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define(
@@ -57,10 +57,10 @@ def _forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     choice = _choose(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    implementation = {"cpu": cpu.forward, "triton": triton_forward.forward}.get(choice, reference.forward)
-    return implementation(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, output_final_state
-    )
+    run = cpu.forward if choice == "cpu" else reference.forward
+    if choice == "triton":
+        from packc.ops.selective_scan.triton_forward import forward as run
+    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, output_final_state)
 
 
 def _forward_fake(
@@ -108,9 +108,12 @@ def _backward(
     channel_first_ddelta: bool,
 ) -> tuple[Tensor, ...]:
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state)
-    kernels = {"cpu": cpu.backward, "triton": triton_backward.backward}.get(_choose(u, *arguments[1:8], initial_state))
-    if kernels is not None:
-        return kernels(dout, dfinal_state, chunk_states, *arguments, channel_first_ddelta)
+    choice = _choose(u, *arguments[1:8], initial_state)
+    if choice != "reference":
+        run = cpu.backward
+        if choice == "triton":
+            from packc.ops.selective_scan.triton_backward import backward as run
+        return run(dout, dfinal_state, chunk_states, *arguments, channel_first_ddelta)
     grads = reference.backward(dout, dfinal_state, *arguments)
     ddelta = grads.delta.transpose(1, 2).contiguous().transpose(1, 2) if channel_first_ddelta else grads.delta
     return tuple(u.new_empty(0) if grad is None else grad for grad in grads._replace(delta=ddelta))

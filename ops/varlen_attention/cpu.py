@@ -13,11 +13,13 @@ from torch import Tensor
 
 from packc.ops import documents
 from packc.ops.varlen_attention.layout import positive, readable
+from packc.private_torch import private_torch
 
-# What scaled_dot_product_attention calls, and its backward: private, but only they hand out the logsumexp. Schemas
-# checked on torch 2.13; tests/ops/test_varlen_attention_torch.py says when they move.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# What scaled_dot_product_attention calls, and its backward: private, but only they hand out the logsumexp. Their
+# schemas may move: tests/ops/test_varlen_attention_torch.py says when they move.
+with private_torch():
+    _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _BLOCK = 256  # queries; the mask of a block is (256, 255 + window)
 

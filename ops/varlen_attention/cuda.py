@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packc.ops.varlen_attention import document_mask, flex
+from packc.ops.varlen_attention import document_mask
 from packc.ops.varlen_attention.layout import positive, readable
+from packc.private_torch import private_torch
 
 # What torch.nn.attention.varlen calls: private, but only they hand out the logsumexp as an op of ours must keep it.
-# Checked on torch 2.13; the arguments passed here are named alike since 2.7. tests/ops/test_varlen_attention_torch.py
+# The arguments passed here are named alike since 2.7. tests/ops/test_varlen_attention_torch.py
 # says when they move.
-_flash = torch.ops.aten._flash_attention_forward.default
-_flash_bwd = torch.ops.aten._flash_attention_backward.default
+with private_torch():
+    _flash = torch.ops.aten._flash_attention_forward.default
+    _flash_bwd = torch.ops.aten._flash_attention_backward.default
 
 _LARGEST_HEAD = 256
 
@@ -24,6 +26,8 @@ def varlen_attention(
     if T == 0:
         return q.new_empty(1, 0, H, V), q.new_empty(H, 0, dtype=torch.float32)
     if not _takes_flash(q, v):
+        from packc.ops.varlen_attention import flex
+
         return flex.varlen_attention(q, k, v, cu_seqlens, causal, scale, window)
     return flash(q, k, v, cu_seqlens, document_mask.longest(cu_seqlens, T), causal, scale, window)
 
@@ -44,6 +48,8 @@ def varlen_attention_bwd(
     if T == 0:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if not _takes_flash(q, v):
+        from packc.ops.varlen_attention import flex
+
         return flex.varlen_attention_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window)
     L = document_mask.longest(cu_seqlens, T)
     return flash_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, L, causal, scale, window)

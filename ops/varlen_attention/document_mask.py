@@ -1,14 +1,18 @@
 """What each token of a packed row sees, as FlexAttention wants it; made once for a batch, not once for a layer."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
 
 from packc.ops import documents
+
+if TYPE_CHECKING:  # it imports Dynamo, which takes as long as the rest of packc
+    from torch.nn.attention.flex_attention import BlockMask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``mask_mod(b, h, q_idx, kv_idx) -> bool``, of scalars: whether a token sees another."""
@@ -66,6 +70,8 @@ def build(first: Tensor, last: Tensor, every_tile: bool) -> BlockMask:
     first one's first key to the last one's last key, and each of them all from the last one's first to the first one's
     last.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     T = first.shape[0]
     begin = torch.arange(0, T, BLOCK, device=first.device)
     end = torch.clamp(begin + BLOCK, max=T) - 1

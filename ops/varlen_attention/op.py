@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import dispatch
-from packc.ops.varlen_attention import cpu, cuda, flex, reference
+from packc.ops.varlen_attention import cpu, cuda, reference
 from packc.ops.varlen_attention.document_mask import MaskMod
 
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
@@ -151,6 +151,8 @@ def masked(
     """With ``mask_mod``: no op, but functions that autograd follows by itself."""
     chosen = _choose(q)
     if chosen == "triton":
+        from packc.ops.varlen_attention import flex
+
         return flex.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
     if chosen == "cpu" and dispatch.wanted_kernels() == "cpu":
         raise ValueError('packc.config.kernels = "cpu": varlen_attention takes mask_mod by its reference only')

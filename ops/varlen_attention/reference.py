@@ -9,7 +9,6 @@ from itertools import pairwise
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 
 from packc.ops import documents
 from packc.ops.varlen_attention.document_mask import MaskMod
@@ -66,6 +65,8 @@ def masked(
     mask_mod: MaskMod,
 ) -> Tensor:
     """The same for what ``mask_mod`` also lets a token see. Differentiable: autograd follows it."""
+    from torch.nn.attention.flex_attention import create_mask
+
     H = q.shape[2]
     parts = [q.new_empty(0, H, v.shape[3])]
     for span in _spans(cu_seqlens, q):

@@ -3,16 +3,16 @@
 A backend is packc's when it, or the backend it wraps, carries ``__packc_backend__ = True``. A backend of your own that
 hands its graph to ``packc.backend`` sets that attribute too, or Dynamo traces the original functions for it.
 
-The only file of the frontends that touches torch's private names. Checked on torch 2.13.
+The only file of the frontends that touches torch's private names.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from packc.frontends.traced_call import keep_as_input
+from packc.private_torch import private_torch
 
 
 @torch.compiler.assume_constant_result
@@ -21,7 +21,12 @@ def packc_is_tracing() -> bool:
 
     Keeping it is sound without a guard: Dynamo never shares compiled code between two backends.
     """
-    if not is_packc_backend(InstructionTranslator.current_tx().output.compiler_fn):
+    with private_torch():
+        # Here and not above, for importing Dynamo takes as long as all of packc.
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        backend = InstructionTranslator.current_tx().output.compiler_fn
+    if not is_packc_backend(backend):
         return False
     keep_as_input("position_ids")
     return True
