@@ -13,7 +13,8 @@ from torch._logging import trace_structured
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
-from packc.cache_key import keyed_by_ops
+from packc.cache_key import cache_key, keyed_by
+from packc.donated_buffers import keep_saved_tensors
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall
 from packc.passes import (
@@ -61,7 +62,7 @@ def backend(
         NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot.
     """
     own, inner_options = split_options(options)
-    with config.patch(own), keyed_by_ops():
+    with config.patch(own):
         call, _ = compile_graph(gm, example_inputs, mode=mode, options=inner_options, strict=own.get("strict"))
     return call
 
@@ -145,13 +146,33 @@ def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     if config.inner == "inductor":
         from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options}
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
+        return lambda gm, inputs: _inductor(gm, inputs, patches)
     if options or mode:
         raise ValueError(f"packc.inner={config.inner!r} takes neither a mode nor Inductor's options: {mode}, {options}")
-    return torch._dynamo.lookup_backend(config.inner)
+    return lambda gm, inputs: _without_code_generation(gm, inputs, config.inner)
+
+
+def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    key = cache_key(gm)
+
+    def compile_one(*args: Any, **kwargs: Any) -> Any:
+        """Forward or backward, now or, with nothing of ours around it, when the first gradient is asked for."""
+        keep_saved_tensors()
+        with keyed_by(key):
+            return compile_fx_inner(*args, **kwargs)
+
+    with keyed_by(key):
+        return compile_fx(gm, inputs, inner_compile=compile_one, config_patches=patches)
+
+
+def _without_code_generation(gm: fx.GraphModule, inputs: list[Any], name: str) -> Callable[..., Any]:
+    call = torch._dynamo.lookup_backend(name)(gm, inputs)
+    keep_saved_tensors()
+    return call
 
 
 def _artifact(name: str, gm: fx.GraphModule) -> None:
