@@ -7,8 +7,6 @@ import torch
 from harness import RIGHT, PlainLM, batch_of
 from torch._inductor.utils import fresh_cache
 
-import packc
-
 
 def loss_twice(loss, logits, parameters):
     loss.backward(retain_graph=True)
