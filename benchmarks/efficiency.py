@@ -2,9 +2,10 @@
 
 The model of train.py on 8 rows padded to 320 tokens, 800 of 2560 positions real, and the same shape with nothing
 padded. Both run in one compiled graph and one process, in turn. Efficiency is the step with nothing padded, times the
-share of real tokens, over the padded step. The table splits what is missing from 1 by profiler event: an event that
-takes ``a`` ms padded and ``b`` ms full does not scale for ``(a - share * b) / (1 - share)`` ms. It is profiled after
-the timing, which the profiler slows down.
+share of real tokens, over the padded step. A third batch has 16 tokens: nearly all of its step is what does not scale.
+The table gives the milliseconds of each profiler event itself in the three steps, and, of the first two, what does not
+scale: ``(a - share * b) / (1 - share)`` of an event that takes ``a`` padded and ``b`` full. It is profiled after the
+timing, as the profiler slows small events down.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from packc.demo.contender import ALLOCATOR
 
 LENGTH = 320
 LENGTHS = [320, 128, 96, 80, 64, 48, 40, 24]
+FEW = [2] * 8
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     compiled = torch.compile(
         model, backend=packc.backend, options={"packc.strict": True}, dynamic=options.dynamic or None
     )
-    padded, full = batch(LENGTHS), batch([LENGTH] * len(LENGTHS))
+    padded, full, bare = batch(LENGTHS), batch([LENGTH] * len(LENGTHS)), batch(FEW)
     share = sum(LENGTHS) / (LENGTH * len(LENGTHS))
 
     def step(inputs: dict[str, torch.Tensor]) -> float:
@@ -52,20 +54,20 @@ def main() -> None:
         compiled(**inputs).loss.backward()
         return perf_counter() - start
 
-    for inputs in (padded, full) * 2:
+    for inputs in (padded, full, bare) * 2:
         step(inputs)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        times = [(step(padded), step(full)) for _ in range(options.rounds)]
-        events = [_events(step, inputs) for inputs in (padded, full)]
-    few, many = (1e3 * median(each) for each in zip(*times, strict=True))
-    ratio = median(share * b / a for a, b in times)
+        times = [(step(padded), step(full), step(bare)) for _ in range(options.rounds)]
+        events = [_events(step, inputs) for inputs in (padded, full, bare)]
+    few, many, least = (1e3 * median(each) for each in zip(*times, strict=True))
+    ratio = median(share * b / a for a, b, _ in times)
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds")
     print(f"nothing padded {many:.1f} ms, {1 - share:.0%} padding {few:.1f} ms, efficiency {ratio:.3f}")
-    print(f"does not scale: {(few - share * many) / (1 - share):.1f} ms")
+    print(f"does not scale: {(few - share * many) / (1 - share):.1f} ms; with {sum(FEW)} tokens {least:.1f} ms")
     fixed = {name: (events[0][name] - share * events[1][name]) / (1 - share) for name in events[0] | events[1]}
-    print(f"{'ms fixed':>9} {'padded':>8} {'full':>8}  event")
-    for name in sorted(fixed, key=lambda name: -abs(fixed[name]))[: options.rows]:
-        print(f"{fixed[name]:9.2f} {events[0][name]:8.2f} {events[1][name]:8.2f}  {name}")
+    print(f"{'ms fixed':>9} {'padded':>8} {'full':>8} {f'{sum(FEW)} tokens':>9}  event")
+    for name in sorted(fixed, key=lambda name: -max(abs(fixed[name]), events[2][name]))[: options.rows]:
+        print(f"{fixed[name]:9.2f} {events[0][name]:8.2f} {events[1][name]:8.2f} {events[2][name]:9.2f}  {name}")
 
 
 def batch(lengths: list[int]) -> dict[str, torch.Tensor]:

@@ -170,7 +170,8 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) ->
 
 
 def _without_code_generation(gm: fx.GraphModule, inputs: list[Any], name: str) -> Callable[..., Any]:
-    call = torch._dynamo.lookup_backend(name)(gm, inputs)
+    compile_inner: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    call = compile_inner(gm, inputs)
     keep_saved_tensors()
     return call
 
