@@ -154,7 +154,7 @@ def _inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[..., A
     return lambda gm, inputs: _without_code_generation(gm, inputs, config.inner)
 
 
-def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     key = cache_key(gm)
@@ -170,8 +170,7 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) ->
 
 
 def _without_code_generation(gm: fx.GraphModule, inputs: list[Any], name: str) -> Callable[..., Any]:
-    compile_inner: Callable[..., Any] = torch._dynamo.lookup_backend(name)
-    call = compile_inner(gm, inputs)
+    call = torch._dynamo.lookup_backend(name)(gm, inputs)
     keep_saved_tensors()
     return call
 
