@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from packc.boundaries import NOT_TAKEN, start_again
+from packc.fake_inputs import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
@@ -89,7 +89,7 @@ def unread_batch(mask: Tensor) -> Packing:
     No real batch of this shape needs more memory or work.
     """
     batch, length = mask.shape
-    with mask.fake_mode if isinstance(mask, FakeTensor) else contextlib.nullcontext():
+    with fake_mode_of(mask) or contextlib.nullcontext():
         index = torch.arange(batch * length, device=mask.device)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=mask.device) * length
     return Packing(index, cu_seqlens, batch * length, batch * length)

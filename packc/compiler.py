@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
 from packc.boundaries import ignored_boundaries, positions_input
-from packc.cache_key import keyed_by_ops
 from packc.ddp import in_buckets
+from packc.inner_backend import inner_backend
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
 from packc.passes import (
@@ -70,7 +70,7 @@ def backend(
         NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot.
     """
     own, inner_options = split_options(options)
-    with config.patch(own), keyed_by_ops():
+    with config.patch(own):
         call, _ = compile_graph(gm, example_inputs, mode=mode, options=inner_options, strict=own.get("strict"))
     return call
 
@@ -88,7 +88,7 @@ def compile_graph(
     strict: bool | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
-    compile_inner = in_buckets(_inner_backend(mode, options or {}))
+    compile_inner = in_buckets(inner_backend(mode, options or {}))
     ignored = ignored_boundaries(gm)
     if ignored is not None:
         say_once(ignored, set())
@@ -180,21 +180,6 @@ def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.empty(tokens, dtype=torch.int64, device=mask.device)
         cu_seqlens = torch.empty(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     return index, cu_seqlens
-
-
-def _inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
-    if config.inner == "inductor":
-        with private_torch():
-            from torch._inductor import list_mode_options
-            from torch._inductor.compile_fx import compile_fx
-
-        patches = {**(list_mode_options(mode) if mode else {}), **options}
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
-    if options or mode:
-        raise ValueError(f"packc.inner={config.inner!r} takes neither a mode nor Inductor's options: {mode}, {options}")
-    with private_torch():
-        from torch._dynamo import lookup_backend
-    return lookup_backend(config.inner)
 
 
 def _artifact(name: str, gm: fx.GraphModule) -> None:

@@ -1,5 +1,7 @@
 """Whether a compiled model is called with shapes only, as estimators of FLOPs and memory call it."""
 
+from contextlib import AbstractContextManager
+
 from torch import Tensor
 
 from packc.private_torch import private_torch
@@ -12,3 +14,8 @@ with private_torch():
 def has_values(x: Tensor) -> bool:
     """False for fake and meta tensors, and for all under an ambient fake mode: there is nothing to read."""
     return active_fake_mode() is None and not isinstance(x, FakeTensor) and not x.is_meta
+
+
+def fake_mode_of(x: Tensor) -> AbstractContextManager[object] | None:
+    """The mode that a fake tensor belongs to; None for others."""
+    return x.fake_mode if isinstance(x, FakeTensor) else None

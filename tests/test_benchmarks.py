@@ -43,3 +43,10 @@ def test_packmambas_protocol_gives_one_loss_three_ways(tmp_path):
     )
     losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "packmamba-cpu.csv").open())]
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_does_not_scale_is_listed_by_event():
+    table = run("efficiency.py", "--rounds=1", "--rows=100")
+    assert "efficiency" in table
+    assert "aten::mm" in table

@@ -5,7 +5,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 
 namespace packc {
 namespace {
@@ -48,14 +50,30 @@ Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t rows) {
   check(places, rows);
   auto sizes = source.sizes().vec();
   sizes[0] = rows;
-  Tensor out = at::zeros(sizes, source.options());
-  const int64_t bytes = source.size(0) == 0 ? 0 : source.nbytes() / source.size(0);
+  const int64_t tokens = places.numel();
+  const int64_t* at = places.const_data_ptr<int64_t>();
+  // Most of the output's memory may be padding: where the order of places tells it, each row is written once.
+  const bool ascending = std::adjacent_find(at, at + tokens, std::greater_equal<int64_t>()) == at + tokens;
+  Tensor out = ascending ? at::empty(sizes, source.options()) : at::zeros(sizes, source.options());
+  const int64_t bytes = rows == 0 ? 0 : out.nbytes() / rows;
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t* at = places.const_data_ptr<int64_t>();
-  at::parallel_for(0, places.numel(), grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
+  if (bytes == 0)
+    return out;
+  if (!ascending) {
+    for (int64_t t = 0; t < tokens; ++t) // in order: of two rows for one place, the last stays
       std::memcpy(to + at[t] * bytes, from + t * bytes, bytes);
+    return out;
+  }
+  at::parallel_for(0, rows, grain(bytes), [&](int64_t begin, int64_t end) {
+    int64_t t = std::lower_bound(at, at + tokens, begin) - at;
+    for (int64_t row = begin; row < end; ++row, ++t) {
+      const int64_t next = t < tokens ? std::min(at[t], end) : end;
+      std::memset(to + row * bytes, 0, (next - row) * bytes);
+      row = next;
+      if (row < end)
+        std::memcpy(to + row * bytes, from + t * bytes, bytes);
+    }
   });
   return out;
 }

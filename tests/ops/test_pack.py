@@ -178,3 +178,15 @@ def test_errors_name_the_argument_and_the_shapes():
         packing_index(torch.ones(3, 4))
     with packc.config.patch(kernels="cpu"), pytest.raises(IndexError, match="is not a place in 8 tokens"):
         pack(torch.ones(2, 4), torch.tensor([8]))
+
+
+@pytest.mark.parametrize("order", ["ascending", "any", "twice"])
+def test_unpack_on_cpu_writes_zero_where_no_token_goes(order):
+    index = {"ascending": [1, 2, 5], "any": [5, 0, 2], "twice": [2, 2, 4]}[order]
+    x = torch.randn(1, 3, 5)
+    places = torch.tensor(index)
+    for _ in range(8):
+        torch.full((1, 7, 5), float("nan"))  # what the allocator hands out next
+        with packc.config.patch(kernels="cpu"):
+            actual = packc.ops.unpack(x, places, 1, 7)
+        torch.testing.assert_close(actual[0], torch.zeros(7, 5).index_copy(0, places, x[0]), rtol=0, atol=0)

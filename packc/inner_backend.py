@@ -1,0 +1,56 @@
+"""What compiles a graph once packc is done with it: Inductor, or a backend that Dynamo knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from packc import config
+from packc.cache_key import cache_key, keyed_by
+from packc.donated_buffers import keep_saved_tensors
+from packc.private_torch import private_torch
+
+
+def inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    """``packc.config.inner`` with the mode and the options that are Inductor's.
+
+    Raises:
+        ValueError: the inner backend takes neither.
+    """
+    if config.inner == "inductor":
+        with private_torch():
+            from torch._inductor import list_mode_options
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options}
+        return lambda gm, inputs: _inductor(gm, inputs, patches)
+    if options or mode:
+        raise ValueError(f"packc.inner={config.inner!r} takes neither a mode nor Inductor's options: {mode}, {options}")
+    name = config.inner
+    return lambda gm, inputs: _without_code_generation(gm, inputs, name)
+
+
+def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Any:
+    with private_torch():
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    key = cache_key(gm)
+
+    def compile_one(*args: Any, **kwargs: Any) -> Any:
+        """Forward or backward, now or, with nothing of ours around it, when the first gradient is asked for."""
+        keep_saved_tensors()
+        with keyed_by(key):
+            return compile_fx_inner(*args, **kwargs)
+
+    with keyed_by(key):
+        return compile_fx(gm, inputs, inner_compile=compile_one, config_patches=patches)
+
+
+def _without_code_generation(gm: fx.GraphModule, inputs: list[Any], name: str) -> Callable[..., Any]:
+    with private_torch():
+        from torch._dynamo import lookup_backend
+
+    call = lookup_backend(name)(gm, inputs)
+    keep_saved_tensors()
+    return call
