@@ -67,6 +67,20 @@ packc: nothing packed (1 graph)
             "reduces the L axis of (B, L, .)",
         )
 
+    def test_what_packc_has_no_op_for_is_listed_where_it_looks_along_the_sequence(self):
+        def moving_sum(x, mask):
+            y = (x * mask[..., None]).exp()
+            return y.sin(), y.cumsum(1)
+
+        def after_a_mixer(x, mask):
+            return packc.ops.causal_conv1d(x * mask[..., None], torch.ones(4, 2)).cumsum(1)
+
+        for function, packed in ((moving_sum, True), (after_a_mixer, False)):
+            with packc.config.patch(mask="mask"):
+                report = packc.explain(function)(torch.randn(3, 8, 4), masks(RIGHT))
+            assert [boundary.node for boundary in report.boundaries] == ["aten.cumsum.default"]
+            assert (report.tokens is not None) == packed
+
     def test_two_graphs_are_both_reported(self):
         model = PlainLM()
 
@@ -78,6 +92,18 @@ packc: nothing packed (1 graph)
         report = packc.explain(broken)(torch.randint(1, 32, (3, 8)), masks(RIGHT))
         assert report.graphs == 2
         assert [mixer.packed for mixer in report.mixers] == [True] * 4
+
+
+def test_mamba2_is_packed_token_by_token_and_says_so():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4, num_heads=4, head_dim=8, n_groups=1
+    )
+    report = packc.explain(Mamba2ForCausalLM(config).eval())(**batch_of(RIGHT), use_cache=False)
+    assert "what looks along the sequence runs padded" in str(report)
+    assert any("conv1d" in boundary.node for boundary in report.boundaries)
+    assert all(boundary.module == "backbone.layers.0.mixer" for boundary in report.boundaries)
 
 
 def test_a_model_compiled_in_place_is_looked_at_itself():
