@@ -57,10 +57,11 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    node, node_of_a_transform = (
+    nodes: list[Any] = [
         type(f"packc_{name}", (_SingleLevelFunction,), {"forward": staticmethod(f), "backward": staticmethod(backward)})
         for f in (forward, forward_of_a_transform)
-    )
+    ]
+    node, node_of_a_transform = nodes
 
     def differentiable(*args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
@@ -100,7 +101,7 @@ def register_gradients(library: torch.library.Library, name: str, implementation
             return tuple(results[n] for n in given)
 
         # torch.autograd.grad would take an input that another is made from for the source of both.
-        _, pull_back = torch.func.vjp(gradients, *(args[n] for n in needed))
+        pull_back = torch.func.vjp(gradients, *(args[n] for n in needed))[1]
         found = dict(zip(needed, pull_back(tuple(grads[n] for n in given)), strict=True))
         return tuple(found.get(n) for n in range(len(args)))
 

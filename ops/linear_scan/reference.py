@@ -95,7 +95,8 @@ def backward(
     args = prepare(a, b, cu_seqlens, initial_state)
     before, _, _ = walk(args)
     decay, douts = args.a.unbind(1), dout.to(args.b.dtype).unbind(1)
-    db, dinitial = [], [args.initial_state[:0]]
+    dinitial = [args.initial_state[:0]]
+    db: list[Tensor] = []
     for rows, tokens in args.stretches:
         arriving = torch.zeros_like(args.initial_state[rows])
         if dfinal_state is not None:
