@@ -1,5 +1,9 @@
 """Which implementation of an op runs: decided at run time, so that compiled graphs follow ``packc.config.kernels``."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 
 from packc import config
@@ -7,6 +11,23 @@ from packc.ops import cpu_library
 from packc.ops.triton_presence import interpreted, missing, present_or_warn
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _OfThread(threading.local):
+    reference_only = False
+
+
+_of_thread = _OfThread()
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """On this thread, every op runs its reference, whatever is configured: torch differentiates that."""
+    before, _of_thread.reference_only = _of_thread.reference_only, True
+    try:
+        yield
+    finally:
+        _of_thread.reference_only = before
 
 
 def choose(op: str, x: torch.Tensor) -> str:
@@ -49,6 +70,8 @@ def _check_cpu(op: str, x: torch.Tensor) -> None:
 
 def wanted_kernels() -> str:
     """``packc.config.kernels``, checked."""
+    if _of_thread.reference_only:
+        return "reference"
     if config.kernels not in ("auto", "reference", "cpu", "triton"):
         raise ValueError(f'packc.config.kernels must be "auto", "reference", "cpu" or "triton", not {config.kernels!r}')
     return config.kernels

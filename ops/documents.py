@@ -4,6 +4,8 @@ Without ``cu_seqlens`` a document is a batch row. With ``cu_seqlens = [0, ..., L
 ``cu_seqlens[n] : cu_seqlens[n + 1]``; it may be empty. Tokens are counted through all rows, ``0 .. B * L``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -55,3 +57,8 @@ def check_offsets(starts: Tensor, L: int) -> None:
 def of_token(starts: Tensor, tokens: int) -> Tensor:
     """The document of every token: int64 ``(tokens,)``."""
     return torch.searchsorted(starts, torch.arange(tokens, device=starts.device), right=True) - 1
+
+
+def along_tokens(of_tokens: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``(B, ...)`` of every token as ``(B, L, ...)``; no tokens of ``like`` if there are none."""
+    return torch.stack(tuple(of_tokens), 1) if of_tokens else like.new_empty((like.shape[0], 0, *like.shape[2:]))

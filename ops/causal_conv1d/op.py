@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import dispatch, documents
+from packc.ops import derivatives, dispatch, documents
 from packc.ops.causal_conv1d import cpu, reference
 
 _library = torch.library.Library("packc", "FRAGMENT")
@@ -132,4 +132,5 @@ def _differentiate(ctx: Any, dout: Tensor, dfinal_state: Tensor) -> tuple[Tensor
     )
 
 
-torch.library.register_autograd("packc::causal_conv1d", _differentiate, setup_context=_setup_context, lib=_library)
+derivatives.register(_library, "causal_conv1d", _forward, _setup_context, _differentiate)
+derivatives.register_gradients(_library, "causal_conv1d_bwd", _backward)

@@ -21,7 +21,6 @@ class _Layout(NamedTuple):
     tokens: Tensor  # (B * L,)
     history: Tensor  # (N * (W - 1),)
     final: Tensor  # (N * (W - 1),)
-    size: int
 
 
 def _layout(x: Tensor, cu_seqlens: Tensor | None, W: int) -> _Layout:
@@ -33,16 +32,16 @@ def _layout(x: Tensor, cu_seqlens: Tensor | None, W: int) -> _Layout:
         tokens=token + (documents.of_token(starts, tokens) + 1) * (W - 1),
         history=(before[:-1, None] + row).flatten(),
         final=(before[1:, None] - (W - 1) + row).flatten(),
-        size=tokens + N * (W - 1),
     )
 
 
 def _rows(layout: _Layout, x: Tensor, initial_state: Tensor | None) -> Tensor:
-    rows = x.new_zeros(layout.size, x.shape[2])
-    rows[layout.tokens] = rearrange(x, "b l d -> (b l) d")
-    if initial_state is not None:
-        rows[layout.history] = rearrange(initial_state, "n d w -> (n w) d").to(x.dtype)
-    return rows
+    tokens = rearrange(x, "b l d -> (b l) d")
+    if initial_state is None:
+        history = x.new_zeros(len(layout.history), x.shape[2])
+    else:
+        history = rearrange(initial_state, "n d w -> (n w) d").to(x.dtype)
+    return torch.cat([tokens, history])[torch.cat([layout.tokens, layout.history]).argsort()]
 
 
 def _preactivation(layout: _Layout, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,15 +92,15 @@ def causal_conv1d_bwd(
         pre = _preactivation(layout, rows, wide_weight, wide_bias)
         s = torch.sigmoid(pre)
         dpre = dpre * s * (1 + pre * (1 - s))
-    drows = torch.zeros_like(rows)
-    dweight = torch.empty_like(wide_weight)
+    drows, dweights = torch.zeros_like(rows), []
     for k in range(W):
         tap = layout.tokens - (W - 1) + k
-        dweight[:, k] = (dpre * rows[tap]).sum(0)
-        drows[tap] += dpre * wide_weight[:, k]  # every row once, so the order of the sum is fixed
+        dweights.append((dpre * rows[tap]).sum(0))
+        drows = drows.index_add(0, tap, dpre * wide_weight[:, k])  # every row once, so the order of the sum is fixed
+    dweight = torch.stack(dweights, 1)
     if dfinal_state is not None:
         # Documents' last rows do not overlap either.
-        drows[layout.final] += rearrange(dfinal_state.to(drows.dtype), "n d w -> (n w) d")
+        drows = drows.index_add(0, layout.final, rearrange(dfinal_state.to(drows.dtype), "n d w -> (n w) d"))
     dx = rearrange(drows[layout.tokens], "(b l) d -> b l d", b=B, d=D).to(x.dtype)
     dbias = drows.new_empty(0) if bias is None else dpre.sum(0).to(bias.dtype)
     dinitial_state = drows.new_empty(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import documents
+from packc.ops import derivatives, documents
 from packc.ops.gated_delta_rule import kernels
 from packc.ops.linear_attention.reference import CHUNK, chunk_states_shape, state_dtype
 
@@ -146,4 +146,5 @@ def _autograd(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Non
     return dq, dk, dv, dg, dbeta, None, None, None if initial_state is None else dinitial_state, None
 
 
-torch.library.register_autograd("packc::gated_delta_rule", _autograd, setup_context=_setup_context, lib=_lib)
+derivatives.register(_lib, "gated_delta_rule", kernels.forward, _setup_context, _autograd)
+derivatives.register_gradients(_lib, "gated_delta_rule_bwd", _backward)

@@ -22,7 +22,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.linear_attention.reference import CHUNK, chunk_states_shape, state_dtype
+from packc.ops.linear_attention.reference import CHUNK, chunk_states, state_dtype
 
 
 class Gradients(NamedTuple):
@@ -34,14 +34,19 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-class Arguments(NamedTuple):
-    """In the dtype of the states, all of H heads."""
+class Tokens(NamedTuple):
+    """In the dtype of the states, all of H heads; for one token without L."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor  # (B, L, H, K or 1, 1)
     beta: Tensor  # (B, L, H, 1)
+
+
+class Arguments(NamedTuple):
+    all: Tokens
+    one: list[Tokens]
     initial_state: Tensor
     stretches: list[tuple[slice, range]]  # documents that are walked together, and their tokens
 
@@ -71,15 +76,16 @@ def prepare(
         state = v.new_zeros((documents.count(cu_seqlens, v), heads, k.shape[3], v.shape[3]), dtype=dtype)
     else:
         state = initial_state.to(dtype)
-    return Arguments(
+    tokens = Tokens(
         q=_per_head(q, heads).to(dtype),
         k=_per_head(k, heads).to(dtype),
         v=v.to(dtype),
         decay=(g if g.ndim == 4 else g[..., None]).to(dtype).exp()[..., None],
         beta=beta[..., None].to(dtype),
-        initial_state=state,
-        stretches=stretches,
     )
+    # Taken apart at once: a slice for every token would be summed, in a derivative, as often as there are tokens.
+    one = [Tokens(*token) for token in zip(*(x.unbind(1) for x in tokens), strict=True)]
+    return Arguments(tokens, one, state, stretches)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -101,9 +107,10 @@ def _read_transposed(state: Tensor, v: Tensor) -> Tensor:
 def walk(args: Arguments, rows: slice, tokens: range) -> Iterator[tuple[int, Step]]:
     state = args.initial_state[rows]
     for t in tokens:
-        kept = args.decay[:, t] * state
-        error = args.v[:, t] - _read(kept, args.k[:, t])
-        state = kept + _outer(args.k[:, t], args.beta[:, t] * error)
+        token = args.one[t]
+        kept = token.decay * state
+        error = token.v - _read(kept, token.k)
+        state = kept + _outer(token.k, token.beta * error)
         yield t, Step(kept, error, state)
 
 
@@ -120,18 +127,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, final_state, chunk_states)``."""
     args = prepare(q, k, v, g, beta, cu_seqlens, initial_state)
-    outs, finals = [args.v[:, :0]], [args.initial_state[:0]]
-    kept = args.initial_state.new_zeros(chunk_states_shape(k, v))
+    outs, finals, chunk_starts = [], [args.initial_state[:0]], {}
     for rows, tokens in args.stretches:
         state = args.initial_state[rows]
         for t, step in walk(args, rows, tokens):
             if t > tokens.start and (t - tokens.start) % CHUNK == 0:
-                kept[:, t // CHUNK - 1, ..., : v.shape[3]] = state
+                chunk_starts[t // CHUNK - 1] = state
             state = step.state
-            outs.append(scale * _read(state, args.q[:, t]).unsqueeze(1))
+            outs.append(scale * _read(state, args.one[t].q))
         finals.append(state)
-    final = torch.cat(finals) if output_final_state else args.initial_state[:0].clone()
-    return torch.cat(outs, 1).to(v.dtype), final.contiguous(), kept.flatten()
+    out, final = documents.along_tokens(outs, args.all.v), torch.cat(finals if output_final_state else finals[:1])
+    return out.to(v.dtype), final, chunk_states(chunk_starts, k, args.all.v)
 
 
 def backward(
@@ -148,26 +154,30 @@ def backward(
 ) -> Gradients:
     """Written out, since an op's kernel runs below autograd."""
     args = prepare(q, k, v, g, beta, cu_seqlens, initial_state)
-    dout = dout.to(args.v.dtype)
-    dq, dk, dv = torch.zeros_like(args.q), torch.zeros_like(args.k), torch.zeros_like(args.v)
-    dg, dbeta = torch.zeros_like(args.decay), torch.zeros_like(args.beta)
-    dinitial = torch.zeros_like(args.initial_state)
+    douts, dinitial = dout.to(args.all.v.dtype).unbind(1), [args.initial_state[:0]]
+    grads: list[Tokens] = []
     for rows, tokens in args.stretches:
         dS = torch.zeros_like(args.initial_state[rows])
         if dfinal_state is not None:
             dS = dfinal_state[rows].to(dS.dtype)
+        backwards = []
         for t, step in reversed(list(walk(args, rows, tokens))):
-            dS = dS + scale * _outer(args.q[:, t], dout[:, t])
-            dq[:, t] = scale * _read_transposed(step.state, dout[:, t])
-            dcorrection = _read(dS, args.k[:, t])
-            derror = args.beta[:, t] * dcorrection
-            dbeta[:, t] = (dcorrection * step.error).sum(-1, keepdim=True)
-            dv[:, t] = derror
-            dk[:, t] = _read_transposed(dS, args.beta[:, t] * step.error) - _read_transposed(step.kept, derror)
-            dkept = dS - _outer(args.k[:, t], derror)
-            dg[:, t] = (dkept * step.kept).sum_to_size(dg[:, t].shape)
-            dS = args.decay[:, t] * dkept
-        dinitial[rows] = dS
+            token, dout_t = args.one[t], douts[t]
+            dS = dS + scale * _outer(token.q, dout_t)
+            dq = scale * _read_transposed(step.state, dout_t)
+            dcorrection = _read(dS, token.k)
+            derror = token.beta * dcorrection
+            dbeta = (dcorrection * step.error).sum(-1, keepdim=True)
+            dk = _read_transposed(dS, token.beta * step.error) - _read_transposed(step.kept, derror)
+            dkept = dS - _outer(token.k, derror)
+            dg = (dkept * step.kept).sum_to_size(token.decay.shape)
+            dS = token.decay * dkept
+            backwards.append(Tokens(dq, dk, derror, dg, dbeta))
+        grads += reversed(backwards)
+        dinitial.append(dS)
+    dq, dk, dv, dg, dbeta = (
+        documents.along_tokens([grad[n] for grad in grads], like) for n, like in enumerate(args.all)
+    )
     groups = q.shape[2]
     return Gradients(
         q=reduce(dq, "b l (g r) k -> b l g k", "sum", g=groups).to(q.dtype),
@@ -175,5 +185,5 @@ def backward(
         v=dv.to(v.dtype),
         g=dg.reshape(g.shape).to(g.dtype),
         beta=dbeta.reshape(beta.shape).to(beta.dtype),
-        initial_state=None if initial_state is None else dinitial.to(initial_state.dtype),
+        initial_state=None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import documents
+from packc.ops import derivatives, documents
 from packc.ops.linear_attention import kernels, reference
 
 _lib = torch.library.Library("packc", "FRAGMENT")
@@ -176,4 +176,5 @@ def _autograd(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Non
     )
 
 
-torch.library.register_autograd("packc::linear_attention", _autograd, setup_context=_setup_context, lib=_lib)
+derivatives.register(_lib, "linear_attention", _forward, _setup_context, _autograd)
+derivatives.register_gradients(_lib, "linear_attention_bwd", _backward)

@@ -13,11 +13,12 @@ own. With ``value_major`` states are ``(documents, H, V, K)`` outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import reduce, repeat
 from torch import Tensor
 
@@ -39,14 +40,21 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-class Arguments(NamedTuple):
-    """In the dtype of the states, all of H heads; states ``(documents, H, K, V)``."""
+class Tokens(NamedTuple):
+    """In the dtype of the states, all of H heads: ``(B, L, H, ...)``, or without L for one token."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor
     step: Tensor
+
+
+class Arguments(NamedTuple):
+    """States ``(documents, H, K, V)``."""
+
+    all: Tokens
+    one: list[Tokens]
     initial_state: Tensor
     stretches: list[tuple[slice, range]]  # documents that are walked together, and their tokens
 
@@ -77,15 +85,16 @@ def prepare(
         state = v.new_zeros((documents.count(cu_seqlens, v), heads, k.shape[3], v.shape[3]), dtype=dtype)
     else:
         state = (initial_state.mT if value_major else initial_state).to(dtype)
-    return Arguments(
+    tokens = Tokens(
         q=_per_head(q, heads).to(dtype),
         k=_per_head(k, heads).to(dtype),
         v=v.to(dtype),
         decay=ones if g is None else g.to(dtype).exp(),
         step=ones if step is None else step.to(dtype),
-        initial_state=state,
-        stretches=stretches,
     )
+    # Taken apart at once: a slice for every token would be summed, in a derivative, as often as there are tokens.
+    one = [Tokens(*token) for token in zip(*(x.unbind(1) for x in tokens), strict=True)]
+    return Arguments(tokens, one, state, stretches)
 
 
 def chunk_states_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -98,6 +107,15 @@ def chunk_states_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return (rows, (tokens + CHUNK - 1) // CHUNK, heads, k.shape[3], (V + 15) // 16 * 16)
 
 
+def chunk_states(kept: Mapping[int, Tensor], k: Tensor, v: Tensor) -> Tensor:
+    """Those ``kept`` at their places of ``chunk_states_shape``, flattened; not differentiable."""
+    rows, slots, *state = chunk_states_shape(k, v)
+    zeros = v.new_zeros((rows, *state))
+    padding = state[-1] - v.shape[3]
+    padded = [F.pad(kept[n].detach(), (0, padding)) if n in kept else zeros for n in range(slots)]
+    return documents.along_tokens(padded, zeros.unsqueeze(1)).flatten()
+
+
 def _per_head(x: Tensor, heads: int) -> Tensor:
     return repeat(x, "b l g k -> b l (g r) k", r=heads // max(x.shape[2], 1))
 
@@ -106,8 +124,9 @@ def walk(args: Arguments, rows: slice, tokens: range) -> Iterator[tuple[int, Ten
     """(t, the state that enters token t, the state that leaves it)."""
     state = args.initial_state[rows]
     for t in tokens:
-        kv = torch.einsum("b h k, b h v -> b h k v", args.k[:, t], args.step[:, t, :, None] * args.v[:, t])
-        before, state = state, args.decay[:, t, :, None, None] * state + kv
+        token = args.one[t]
+        kv = torch.einsum("b h k, b h v -> b h k v", token.k, token.step[..., None] * token.v)
+        before, state = state, token.decay[..., None, None] * state + kv
         yield t, before, state
 
 
@@ -127,20 +146,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, final_state, chunk_states)``."""
     args = prepare(q, k, v, g, step, cu_seqlens, initial_state, value_major)
-    outs, finals = [args.v[:, :0]], [args.initial_state[:0]]
-    kept = args.initial_state.new_zeros(chunk_states_shape(k, v))
+    outs, finals, kept = [], [args.initial_state[:0]], {}
     for rows, tokens in args.stretches:
         state = args.initial_state[rows]
         for t, before, state in walk(args, rows, tokens):
             if t > tokens.start and (t - tokens.start) % CHUNK == 0:
-                kept[:, t // CHUNK - 1, ..., : v.shape[3]] = before
-            outs.append(scale * torch.einsum("b h k, b h k v -> b h v", args.q[:, t], state).unsqueeze(1))
+                kept[t // CHUNK - 1] = before
+            outs.append(scale * torch.einsum("b h k, b h k v -> b h v", args.one[t].q, state))
         finals.append(state)
-    out = torch.cat(outs, 1)
+    out = documents.along_tokens(outs, args.all.v)
     if skip is not None:
-        out = out + skip.to(out.dtype) * args.v
-    final = torch.cat(finals) if output_final_state else args.initial_state[:0].clone()
-    return out.to(v.dtype) if round_out else out, (final.mT if value_major else final).contiguous(), kept.flatten()
+        out = out + skip.to(out.dtype) * args.all.v
+    final = torch.cat(finals if output_final_state else finals[:1])
+    out = out.to(v.dtype) if round_out else out
+    return out, (final.mT if value_major else final).contiguous(), chunk_states(kept, k, args.all.v)
 
 
 def backward(
@@ -159,27 +178,32 @@ def backward(
 ) -> Gradients:
     """Written out, since an op's kernel runs below autograd."""
     args = prepare(q, k, v, g, step, cu_seqlens, initial_state, value_major)
-    dout = dout.to(args.v.dtype)
-    dq, dk, dv = torch.zeros_like(args.q), torch.zeros_like(args.k), torch.zeros_like(args.v)
-    dg, dstep = torch.zeros_like(args.decay), torch.zeros_like(args.step)
-    dinitial = torch.zeros_like(args.initial_state)
+    dout = dout.to(args.all.v.dtype)
+    douts, dinitial = dout.unbind(1), [args.initial_state[:0]]
+    grads: list[Tokens] = []
     for rows, tokens in args.stretches:
         dS = torch.zeros_like(args.initial_state[rows])
         if dfinal_state is not None:
             dS = (dfinal_state.mT if value_major else dfinal_state)[rows].to(dS.dtype)
+        backwards = []
         for t, before, state in reversed(list(walk(args, rows, tokens))):
-            step_t = args.step[:, t, :, None]
-            dS = dS + scale * torch.einsum("b h k, b h v -> b h k v", args.q[:, t], dout[:, t])
-            dq[:, t] = scale * torch.einsum("b h k v, b h v -> b h k", state, dout[:, t])
-            dk[:, t] = torch.einsum("b h k v, b h v -> b h k", dS, step_t * args.v[:, t])
-            dstepped = torch.einsum("b h k v, b h k -> b h v", dS, args.k[:, t])
-            dv[:, t] = step_t * dstepped
-            dstep[:, t] = (dstepped * args.v[:, t]).sum(-1)
-            dS = args.decay[:, t, :, None, None] * dS
-            dg[:, t] = (dS * before).sum((-2, -1))
-        dinitial[rows] = dS
+            token, dout_t = args.one[t], douts[t]
+            step_t = token.step[..., None]
+            dS = dS + scale * torch.einsum("b h k, b h v -> b h k v", token.q, dout_t)
+            dq = scale * torch.einsum("b h k v, b h v -> b h k", state, dout_t)
+            dk = torch.einsum("b h k v, b h v -> b h k", dS, step_t * token.v)
+            dstepped = torch.einsum("b h k v, b h k -> b h v", dS, token.k)
+            dS = token.decay[..., None, None] * dS
+            dg, dstep = (dS * before).sum((-2, -1)), (dstepped * token.v).sum(-1)
+            backwards.append(Tokens(dq, dk, step_t * dstepped, dg, dstep))
+        grads += reversed(backwards)
+        dinitial.append(dS)
+    dq, dk, dv, dg, dstep = (
+        documents.along_tokens([grad[n] for grad in grads], like) for n, like in enumerate(args.all)
+    )
     if skip is not None:
-        dv += skip.to(dv.dtype) * dout
+        dv = dv + skip.to(dv.dtype) * dout
+    dstate = torch.cat(dinitial)
     groups = q.shape[2]
     return Gradients(
         q=reduce(dq, "b l (g r) k -> b l g k", "sum", g=groups).to(q.dtype),
@@ -187,8 +211,8 @@ def backward(
         v=dv.to(v.dtype),
         g=None if g is None else dg.to(g.dtype),
         step=None if step is None else dstep.to(step.dtype),
-        skip=None if skip is None else (dout * args.v).sum((0, 1)).to(skip.dtype),
+        skip=None if skip is None else (dout * args.all.v).sum((0, 1)).to(skip.dtype),
         initial_state=None
         if initial_state is None
-        else (dinitial.mT if value_major else dinitial).to(initial_state.dtype).contiguous(),
+        else (dstate.mT if value_major else dstate).to(initial_state.dtype).contiguous(),
     )

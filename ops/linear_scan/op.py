@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import documents
+from packc.ops import derivatives, documents
 from packc.ops.linear_scan import kernels, reference
 
 _lib = torch.library.Library("packc", "FRAGMENT")
@@ -101,4 +101,5 @@ def _autograd(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Non
     return da, db, None, None if initial_state is None else dinitial_state, None
 
 
-torch.library.register_autograd("packc::linear_scan", _autograd, setup_context=_setup_context, lib=_lib)
+derivatives.register(_lib, "linear_scan", kernels.forward, _setup_context, _autograd)
+derivatives.register_gradients(_lib, "linear_scan_bwd", kernels.backward)

@@ -58,15 +58,18 @@ def prepare(a: Tensor, b: Tensor, cu_seqlens: Tensor | None, initial_state: Tens
     return Arguments(a.to(dtype), b.to(dtype), initial_state.to(dtype), stretches)
 
 
-def walk(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def walk(args: Arguments) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The states that enter every token, those that leave it, and those that leave the documents."""
-    before, after = torch.empty_like(args.b), torch.empty_like(args.b)
-    final = args.initial_state.clone(memory_format=torch.contiguous_format)
+    before, after, finals = [], [], [args.initial_state[:0]]
+    a, b = args.a.unbind(1), args.b.unbind(1)
     for rows, tokens in args.stretches:
+        h = args.initial_state[rows]
         for t in tokens:
-            before[:, t] = final[rows]
-            final[rows] = after[:, t] = args.a[:, t] * final[rows] + args.b[:, t]
-    return before, after, final
+            before.append(h)
+            h = a[t] * h + b[t]
+            after.append(h)
+        finals.append(h)
+    return before, after, torch.cat(finals)
 
 
 def forward(
@@ -74,9 +77,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, final_state, chunk_states)``."""
     args = prepare(a, b, cu_seqlens, initial_state)
-    _, after, final = walk(args)
+    _, states, final = walk(args)
+    after = documents.along_tokens(states, args.b)
     kept = after[:, CHUNK - 1 :: CHUNK].reshape(-1)
-    return _contiguous(after, b.dtype), final if output_final_state else final[:0], kept.clone()
+    return after.to(b.dtype), final if output_final_state else final[:0], kept.clone()
 
 
 def backward(
@@ -90,21 +94,22 @@ def backward(
     """Written out, since an op's kernel runs below autograd. The states are walked again and all kept."""
     args = prepare(a, b, cu_seqlens, initial_state)
     before, _, _ = walk(args)
-    da, db, arriving = torch.empty_like(args.a), torch.empty_like(args.b), torch.zeros_like(args.initial_state)
-    if dfinal_state is not None:
-        arriving.copy_(dfinal_state)
+    decay, douts = args.a.unbind(1), dout.to(args.b.dtype).unbind(1)
+    dinitial = [args.initial_state[:0]]
+    db: list[Tensor] = []
     for rows, tokens in args.stretches:
+        arriving = torch.zeros_like(args.initial_state[rows])
+        if dfinal_state is not None:
+            arriving = dfinal_state[rows].to(arriving.dtype)
+        dh = []
         for t in reversed(tokens):
-            dh = dout[:, t].to(db.dtype) + arriving[rows]
-            db[:, t] = dh
-            da[:, t] = dh * before[:, t]
-            arriving[rows] = args.a[:, t] * dh
+            dh.append(douts[t] + arriving)
+            arriving = decay[t] * dh[-1]
+        db += reversed(dh)
+        dinitial.append(arriving)
+    da = [dh * h for dh, h in zip(db, before, strict=True)]
     return Gradients(
-        _contiguous(da, a.dtype),
-        _contiguous(db, b.dtype),
-        None if initial_state is None else _contiguous(arriving, initial_state.dtype),
+        documents.along_tokens(da, args.a).to(a.dtype),
+        documents.along_tokens(db, args.b).to(b.dtype),
+        None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )
-
-
-def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).contiguous()

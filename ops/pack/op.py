@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from packc.ops import dispatch
+from packc.ops import derivatives, dispatch
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define("pack(Tensor x, Tensor index) -> Tensor")
@@ -106,5 +106,5 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.packc.pack.default(grad, index), None, None, None
 
 
-torch.library.register_autograd("packc::pack", _pack_backward, setup_context=_pack_setup, lib=_lib)
-torch.library.register_autograd("packc::unpack", _unpack_backward, setup_context=_unpack_setup, lib=_lib)
+derivatives.register(_lib, "pack", _pack, _pack_setup, _pack_backward)
+derivatives.register(_lib, "unpack", _unpack, _unpack_setup, _unpack_backward)

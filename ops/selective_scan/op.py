@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import dispatch, documents
+from packc.ops import derivatives, dispatch, documents
 from packc.ops.selective_scan import cpu, reference
 
 _lib = torch.library.Library("packc", "FRAGMENT")
@@ -234,4 +234,5 @@ def _autograd(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Non
     )
 
 
-torch.library.register_autograd("packc::selective_scan", _autograd, setup_context=_setup_context, lib=_lib)
+derivatives.register(_lib, "selective_scan", _forward, _setup_context, _autograd)
+derivatives.register_gradients(_lib, "selective_scan_bwd", _backward)

@@ -33,17 +33,26 @@ class Stretch(NamedTuple):
     tokens: range
 
 
+class Token(NamedTuple):
+    """Of all rows."""
+
+    u: Tensor  # (B, D)
+    delta: Tensor  # (B, D)
+    B: Tensor  # (B, G, N)
+    C: Tensor  # (B, G, N)
+
+
 class Arguments(NamedTuple):
     """In the dtype of the states, delta as it enters the recurrence, B and C with their axis of groups."""
 
     u: Tensor
     raw_delta: Tensor
-    delta: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
     D: Tensor | None
     z: Tensor | None
+    tokens: list[Token]
     stretches: list[Stretch]
     initial_state: Tensor
 
@@ -75,15 +84,18 @@ def prepare(
     else:
         starts = documents.offsets(cu_seqlens, u).tolist()
         stretches = [Stretch(slice(n, n + 1), range(start, end)) for n, (start, end) in enumerate(pairwise(starts))]
+    u, B, C = u.to(dtype), *((x if x.ndim == 4 else x.unsqueeze(2)).to(dtype) for x in (B, C))
+    delta = F.softplus(raw_delta) if delta_softplus else raw_delta
     return Arguments(
-        u=u.to(dtype),
+        u=u,
         raw_delta=raw_delta,
-        delta=F.softplus(raw_delta) if delta_softplus else raw_delta,
         A=A.to(dtype),
-        B=(B if B.ndim == 4 else B.unsqueeze(2)).to(dtype),
-        C=(C if C.ndim == 4 else C.unsqueeze(2)).to(dtype),
+        B=B,
+        C=C,
         D=None if D is None else D.to(dtype),
         z=None if z is None else z.to(dtype),
+        # Taken apart at once: a slice for every token would be summed, in a derivative, as often as there are tokens.
+        tokens=[Token(*token) for token in zip(*(x.unbind(1) for x in (u, delta, B, C)), strict=True)],
         stretches=stretches,
         initial_state=initial_state.to(dtype),
     )
@@ -102,9 +114,10 @@ def walk(args: Arguments, stretch: Stretch) -> Iterator[tuple[int, Tensor, Tenso
     """(t, the state that enters token t, the state that leaves it) for the tokens of a stretch."""
     h = args.initial_state[stretch.states]
     for t in stretch.tokens:
-        decay = torch.exp(args.delta[:, t, :, None] * args.A)
-        x = args.delta[:, t] * args.u[:, t]
-        entering, h = h, decay * h + x[..., None] * per_channel(args.B[:, t], x.shape[-1])
+        token = args.tokens[t]
+        decay = torch.exp(token.delta[..., None] * args.A)
+        x = token.delta * token.u
+        entering, h = h, decay * h + x[..., None] * per_channel(token.B, x.shape[-1])
         yield t, entering, h
 
 
@@ -124,22 +137,22 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, final_state, chunk_states)``; differentiable by autograd too, all but the last."""
     args = prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state)
-    outs, finals, kept = [args.u[:, :0]], [], [args.initial_state.new_zeros((u.shape[0], 0, A.shape[1], A.shape[0]))]
+    outs, finals, kept = [], [args.initial_state[:0]], [args.initial_state.new_zeros((u.shape[0], 0, *A.shape[::-1]))]
     for stretch in args.stretches:
         h = args.initial_state[stretch.states]
         for t, entering, h in walk(args, stretch):
             if t % CHUNK == 0:
                 kept.append(rearrange(entering.detach(), "b d n -> b 1 n d"))
-            C_t = per_channel(args.C[:, t], u.shape[2])
-            outs.append(torch.einsum("b d n, b d n -> b d", h, C_t).unsqueeze(1))
+            C_t = per_channel(args.tokens[t].C, u.shape[2])
+            outs.append(torch.einsum("b d n, b d n -> b d", h, C_t))
         finals.append(h)
-    y = torch.cat(outs, 1)
+    y = documents.along_tokens(outs, args.u)
     if args.D is not None:
         y = y + args.D * args.u
     if args.z is not None:
         y = y * F.silu(args.z)
-    final = torch.cat(finals) if output_final_state else args.initial_state.new_zeros((0, *A.shape))
-    return y.to(u.dtype).contiguous(), final.contiguous(), torch.cat(kept, 1).flatten()
+    final = torch.cat(finals if output_final_state else finals[:1])
+    return y.to(u.dtype).contiguous(), final, torch.cat(kept, 1).flatten()
 
 
 class Gradients(NamedTuple):
@@ -174,31 +187,35 @@ def backward(
     """Written out, since an op's kernel runs below autograd. The states are walked again and all kept."""
     args = prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state)
     dout = dout.to(args.u.dtype)
-    gate = torch.ones_like(args.u) if args.z is None else F.silu(args.z)
-    dy = dout * gate
-    y = args.u * (0 if args.D is None else args.D)
-    du = dy * (0 if args.D is None else args.D)
-    ddelta, dA = torch.zeros_like(args.u), torch.zeros_like(args.A)
-    dB, dC = torch.zeros_like(args.B), torch.zeros_like(args.C)
-    dinitial = torch.zeros_like(args.initial_state)
+    dy = dout if args.z is None else dout * F.silu(args.z)
+    dys = dy.unbind(1)
+    D_or_0 = 0 if args.D is None else args.D
+    dA, dinitial = torch.zeros_like(args.A), [args.initial_state[:0]]
+    of_tokens: list[tuple[Tensor, ...]] = []  # C . h, and gradients of u, delta, B and C
     channels, groups = u.shape[2], args.B.shape[2]
     for stretch in args.stretches:
         rows = args.initial_state[stretch.states]
         dh = torch.zeros_like(rows) if dfinal_state is None else dfinal_state[stretch.states].to(rows.dtype)
+        backwards = []
         for t, before, h in reversed(list(walk(args, stretch))):
-            delta_t, u_t = args.delta[:, t, :, None], args.u[:, t, :, None]
-            B_t, C_t = per_channel(args.B[:, t], channels), per_channel(args.C[:, t], channels)
-            y[:, t] += (h * C_t).sum(-1)
-            dh = dh + dy[:, t, :, None] * C_t
-            dC[:, t] = per_group(dy[:, t, :, None] * h, groups)
-            dB[:, t] = per_group(dh * delta_t * u_t, groups)
+            token, dy_t = args.tokens[t], dys[t][..., None]
+            delta_t, u_t = token.delta[..., None], token.u[..., None]
+            B_t, C_t = per_channel(token.B, channels), per_channel(token.C, channels)
+            dh = dh + dy_t * C_t
+            dB_t, dC_t = per_group(dh * delta_t * u_t, groups), per_group(dy_t * h, groups)
             dx = (dh * B_t).sum(-1)
             dh = dh * torch.exp(delta_t * args.A)
             dexponent = dh * before
-            dA += (dexponent * delta_t).sum(0)
-            ddelta[:, t] = (dexponent * args.A).sum(-1) + dx * args.u[:, t]
-            du[:, t] += dx * args.delta[:, t]
-        dinitial[stretch.states] = dh
+            dA = dA + (dexponent * delta_t).sum(0)
+            ddelta_t = (dexponent * args.A).sum(-1) + dx * token.u
+            backwards.append(((h * C_t).sum(-1), dx * token.delta, ddelta_t, dB_t, dC_t))
+        of_tokens += reversed(backwards)
+        dinitial.append(dh)
+    likes = (args.u, args.u, args.u, args.B, args.C)
+    y, du, ddelta, dB, dC = (
+        documents.along_tokens([of_token[n] for of_token in of_tokens], like) for n, like in enumerate(likes)
+    )
+    y, du = y + args.u * D_or_0, du + dy * D_or_0
     if delta_softplus:
         ddelta = ddelta * torch.sigmoid(args.raw_delta)
     return Gradients(
@@ -210,7 +227,7 @@ def backward(
         D=None if D is None else (dy * args.u).sum((0, 1)).to(D.dtype),
         z=None if z is None or args.z is None else (dout * y * silu_slope(args.z)).to(z.dtype),
         delta_bias=None if delta_bias is None else ddelta.sum((0, 1)).to(delta_bias.dtype),
-        initial_state=None if initial_state is None else dinitial.to(initial_state.dtype),
+        initial_state=None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import documents
+from packc.ops import derivatives, documents
 from packc.ops.linear_attention import kernels, reference
 from packc.ops.linear_attention.op import backward_flops, forward_flops
 from packc.ops.selective_scan.reference import silu_slope
@@ -210,4 +210,5 @@ def _autograd(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Non
     )
 
 
-torch.library.register_autograd("packc::ssd", _autograd, setup_context=_setup_context, lib=_lib)
+derivatives.register(_lib, "ssd", _forward, _setup_context, _autograd)
+derivatives.register_gradients(_lib, "ssd_bwd", _backward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import dispatch
+from packc.ops import derivatives, dispatch
 from packc.ops.varlen_attention import cpu, cuda, reference
 from packc.ops.varlen_attention.document_mask import MaskMod
 
@@ -134,7 +134,8 @@ def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     return (*grads, None, None, None, None)
 
 
-torch.library.register_autograd("packc::varlen_attention", _differentiate, setup_context=_setup_context, lib=_library)
+derivatives.register(_library, "varlen_attention", _forward, _setup_context, _differentiate)
+derivatives.register_gradients(_library, "varlen_attention_bwd", _backward)
 
 
 @torch.compiler.disable(reason="varlen_attention: mask_mod is a Python function, which no op can take")

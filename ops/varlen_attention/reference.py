@@ -17,14 +17,14 @@ from packc.ops.varlen_attention.document_mask import MaskMod
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    _, T, H, _ = q.shape
-    out, logsumexp = q.new_empty(1, T, H, v.shape[3]), q.new_empty(H, T, dtype=_wide_dtype(q))
+    H = q.shape[2]
+    outs, logsumexps = [q.new_empty(0, H, v.shape[3])], [q.new_empty(H, 0, dtype=_wide_dtype(q))]
     for span in _spans(cu_seqlens, q):
         wide_q, wide_k, wide_v = (_heads(tensor, span, H) for tensor in (q, k, v))
         scores = _scores(wide_q, wide_k, scale, _visible(wide_q.shape[1], causal, window, q.device))
-        out[0, span] = rearrange(scores.softmax(-1) @ wide_v, "h t v -> t h v").to(q.dtype)
-        logsumexp[:, span] = scores.logsumexp(-1)
-    return out, logsumexp
+        outs.append(rearrange(scores.softmax(-1) @ wide_v, "h t v -> t h v").to(q.dtype))
+        logsumexps.append(scores.logsumexp(-1))
+    return torch.cat(outs)[None], torch.cat(logsumexps, 1)
 
 
 def varlen_attention_bwd(
@@ -40,18 +40,18 @@ def varlen_attention_bwd(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     H, K, H_kv = q.shape[2], q.shape[3], k.shape[2]
-    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+    dqs, dks, dvs = ([tensor[0, :0]] for tensor in (q, k, v))
     for span in _spans(cu_seqlens, q):
         wide_q, wide_k, wide_v, wide_dout = (_heads(tensor, span, H) for tensor in (q, k, v, dout))
         scores = _scores(wide_q, wide_k, scale, _visible(wide_q.shape[1], causal, window, q.device))
-        p = (scores - logsumexp[:, span, None]).exp()
+        # From neither ``logsumexp`` nor ``out``: a derivative would take them for constants, and ``out`` is rounded.
+        p = scores.softmax(-1)
         dp = wide_dout @ wide_v.mT
-        # Not from ``out``, which is rounded: sum_v dout * out is this sum.
         dscores = p * (dp - (p * dp).sum(-1, keepdim=True)) * (K**-0.5 if scale is None else scale)
-        dq[0, span] = rearrange(dscores @ wide_k, "h t k -> t h k").to(q.dtype)
-        for grad, of_heads in ((dk, dscores.mT @ wide_q), (dv, p.mT @ wide_dout)):
-            grad[0, span] = reduce(of_heads, "(g h) t d -> t g d", "sum", g=H_kv).to(grad.dtype)
-    return dq, dk, dv
+        dqs.append(rearrange(dscores @ wide_k, "h t k -> t h k").to(q.dtype))
+        for grads, of_heads in ((dks, dscores.mT @ wide_q), (dvs, p.mT @ wide_dout)):
+            grads.append(reduce(of_heads, "(g h) t d -> t g d", "sum", g=H_kv).to(q.dtype))
+    return torch.cat(dqs)[None], torch.cat(dks)[None], torch.cat(dvs)[None]
 
 
 def masked(

@@ -1,0 +1,120 @@
+"""Derivatives of the ops: of any order, in reverse and in forward mode, and under ``torch.func``.
+
+An op's kernels know its value and, as the ``_bwd`` op, its gradients. Everything beyond is torch's own derivative of
+the op's reference, which is plain torch: there to any order, at the reference's cost. One kernel an op, at the
+dispatcher's key ``Autograd``, chooses:
+
+- no derivative asked for: the op itself;
+- a tangent on an input (forward mode): the reference, in place of the op;
+- an input that requires grad: the op, as a node of autograd's graph. That of an op is followed backwards by its
+  ``_bwd`` op, that of a ``_bwd`` op through its reference.
+
+The formulas that ``torch.library.register_autograd`` takes would do for the last alone: it drops tangents without a
+word, and is refused by ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from packc.ops import dispatch
+from packc.private_torch import private_torch
+
+with private_torch():
+    # What lets a node be made inside the dispatcher while a transform of torch.func is at work.
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+
+    # Whether anything is asked for, without asking every tensor.
+    _any_requires_grad = torch._C._any_requires_grad
+    _below_autograd = torch._C._AutoDispatchBelowAutograd
+    _under_a_transform = torch._C._are_functorch_transforms_active
+    _set_forward_mode = forward_ad._set_fwd_grad_enabled
+    forward_ad._current_level  # noqa: B018  (-1 while there is no dual level)
+
+Implementation = Callable[..., Any]
+"""What an op runs on CPU and CUDA: by its reference, wherever ``dispatch.reference_only`` says so."""
+
+
+def register(
+    library: torch.library.Library,
+    name: str,
+    implementation: Implementation,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> None:
+    """The derivatives of ``packc::name``, from formulas as ``torch.library.register_autograd`` takes them."""
+    op = getattr(torch.ops.packc, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        results = below(*args)
+        setup_context(ctx, args, results)
+        return results
+
+    def forward_of_a_transform(ctx: Any, *args: Any) -> Any:
+        # What a node switches off inside is for autograd's kernels; those of the transforms around this one go on.
+        with torch.enable_grad(), _set_forward_mode(True):
+            return forward(ctx, *args)
+
+    def below(*args: Any) -> Any:
+        with _below_autograd():
+            return op(*args)
+
+    nodes: list[Any] = [
+        type(f"packc_{name}", (_SingleLevelFunction,), {"forward": staticmethod(f), "backward": staticmethod(backward)})
+        for f in (forward, forward_of_a_transform)
+    ]
+    node, node_of_a_transform = nodes
+
+    def differentiable(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            with dispatch.reference_only():
+                return implementation(*args)
+        if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            return below(*args)
+        if not _under_a_transform():
+            return node.apply(*args)
+        with enable_single_level_autograd_function():
+            return node_of_a_transform.apply(*args)
+
+    library.impl(name, differentiable, "Autograd")
+
+
+def register_gradients(library: torch.library.Library, name: str, implementation: Implementation) -> None:
+    """The derivatives of ``packc::name``, a ``_bwd`` op: those of its reference."""
+
+    def setup_context(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+        ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        args = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        needed = [n for n, is_needed in enumerate(ctx.needs_input_grad) if is_needed]
+        given = [n for n, grad in enumerate(grads) if grad is not None]
+
+        if not given:
+            return (None,) * len(args)
+
+        def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+            for n, x in zip(needed, inputs, strict=True):
+                args[n] = x
+            with dispatch.reference_only():
+                results = implementation(*args)
+            return tuple(results[n] for n in given)
+
+        # torch.autograd.grad would take an input that another is made from for the source of both.
+        pull_back = torch.func.vjp(gradients, *(args[n] for n in needed))[1]
+        found = dict(zip(needed, pull_back(tuple(grads[n] for n in given)), strict=True))
+        return tuple(found.get(n) for n in range(len(args)))
+
+    register(library, name, implementation, setup_context, backward)
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
