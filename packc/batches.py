@@ -57,6 +57,8 @@ def pack_batch(
         keep_right: the same for padding after them.
     """
     batch, length = mask.shape
+    if mask.numel() == 0:
+        return Packing(*_index([(0, length)] * batch, length, mask.device), 0, 0, batch)
     facts = _facts(mask, labels, inside, positions).tolist()  # the one host sync
     spans, reasons = [], dict[str, None]()
     whole_rows = 0
@@ -141,7 +143,8 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _index(spans: list[tuple[int, int]], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.tensor([(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)])
+    runs = [(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)]
+    rows = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
     lengths = rows[:, 1]
     cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
