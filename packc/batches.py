@@ -50,7 +50,7 @@ def pack_batch(
     Args:
         mask: (B, L), nonzero at tokens.
         labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
-        inside: further masks (B, L) that should mark tokens only where ``mask`` does.
+        inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
         positions: the call's ``position_ids``; a row in which they start again stays whole.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
@@ -114,7 +114,7 @@ def _facts(
         live |= (values != ignore_index).reshape(mask.shape)
     beyond = torch.zeros_like(real[:, 0])
     for other in inside:
-        beyond |= ((other != 0) & ~real).any(1)
+        beyond |= ((other.reshape(real.shape) != 0) & ~real).any(1)
     first, end, count = _extent(real)
     first_label, end_label, _ = _extent(live)
     columns = [

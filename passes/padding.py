@@ -60,6 +60,7 @@ _KEEPS_ZERO = {
 _MULTIPLIES = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.matmul.default, aten.bmm.default}
 _ADDS = {aten.add.Tensor, aten.sub.Tensor}
 _IS_ZERO = {aten.eq.Scalar}
+_TRUE_AT_ONE = ((aten.ne.Scalar, 0), (aten.gt.Scalar, 0), (aten.eq.Scalar, 1))
 _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 
 
@@ -81,6 +82,40 @@ def zero_at_padding(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
         elif _is_zero(node, zero, one):
             zero.add(node)
     return zero
+
+
+def zero_at_tokens(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
+    """Values that are zero wherever ``mask`` is one: a mask that sets these to zero marks padding, not tokens."""
+    zero: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if (
+            node.op == "call_function"
+            and _has_token_axes(node)
+            and (_is_opposite(node, mask) or _is_zero(node, zero, set()))
+        ):
+            zero.add(node)
+    return zero
+
+
+def _is_opposite(node: fx.Node, mask: fx.Node) -> bool:
+    """The negation of a mask, or a value that is filled with zeros where it is one."""
+    args = cast("tuple[Any, ...]", node.args)
+    if node.target is aten.rsub.Scalar:
+        return args[1] == 1 and _is_mask_itself(args[0], mask)
+    if node.target is aten.masked_fill.Scalar:
+        return args[2] == 0 and _is_true_at_tokens(args[1], mask)
+    if node.target is aten.where.ScalarSelf:
+        return args[1] == 0 and _is_true_at_tokens(args[0], mask)
+    return _is_negation(node, set(), mask)
+
+
+def _is_true_at_tokens(node: object, mask: fx.Node) -> bool:
+    while isinstance(node, fx.Node) and node is not mask:
+        compared = (node.target, node.args[1]) if len(node.args) > 1 else None
+        if node.target not in _KEEPS_ZERO and compared not in _TRUE_AT_ONE:
+            return False
+        node = cast("Any", node.args[0])
+    return node is mask
 
 
 def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
