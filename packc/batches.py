@@ -52,13 +52,15 @@ def pack_batch(
     Args:
         mask: (B, L), nonzero at tokens.
         labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
-        inside: further masks (B, L) that should mark tokens only where ``mask`` does.
+        inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
         positions: the call's ``position_ids``; a row in which they start again stays whole.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
     batch, length = mask.shape
+    if mask.numel() == 0:
+        return Packing(*_index([(0, length)] * batch, length, mask.device), 0, 0, batch)
     facts = _facts(mask, labels, inside, positions).tolist()  # the one host sync
     spans, reasons = [], dict[str, None]()
     whole_rows = 0
@@ -126,7 +128,7 @@ def _facts(
         live |= (values != ignore_index).reshape(mask.shape)
     beyond = torch.zeros_like(real[:, 0])
     for other in inside:
-        beyond |= ((other != 0) & ~real).any(1)
+        beyond |= ((other.reshape(real.shape) != 0) & ~real).any(1)
     first, end, count = _extent(real)
     first_label, end_label, _ = _extent(live)
     columns = [
@@ -155,7 +157,8 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _index(spans: list[tuple[int, int]], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.tensor([(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)])
+    runs = [(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)]
+    rows = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
     lengths = rows[:, 1]
     cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])

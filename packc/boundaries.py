@@ -45,6 +45,7 @@ def start_again(positions: Tensor, real: Tensor | None = None) -> Tensor:
 
     Args:
         positions: ``(B, L)``, ``(1, L)`` or ``(L,)``; of ``(axes, B, L)``, several a token, the first axis counts.
+            Others, coordinates of each token, say nothing of documents.
         real: ``(B, L)``, true at tokens; None: everywhere.
     """
     if positions.ndim > 2:
@@ -52,6 +53,8 @@ def start_again(positions: Tensor, real: Tensor | None = None) -> Tensor:
         falls = step < 0  # the patches of one image share a position
     else:
         falls = torch.atleast_2d(positions).diff(dim=-1) <= 0
+    if real is not None and (falls.ndim != 2 or len(falls) not in (1, len(real))):
+        return falls.new_zeros(1)
     if real is not None and real.shape[-1] == positions.shape[-1]:
         falls = falls & real[:, 1:] & real[:, :-1]
     return falls.any(-1)

@@ -51,6 +51,21 @@ def is_tensor(arg: Any) -> bool:
     return isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)
 
 
+def is_made_of_integers(node: fx.Node) -> bool:
+    """Whether everything that a value is made from is an input of integers or truths."""
+    seen, queue = set[fx.Node](), [node]
+    while queue:
+        each = queue.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        value = each.meta.get("val")
+        if each.op == "placeholder" and isinstance(value, Tensor) and value.dtype.is_floating_point:
+            return False
+        queue.extend(each.all_input_nodes)
+    return node.op != "get_attr"
+
+
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are known to be equal; False when it would take a guard to find out."""
     return statically_known_true(a == b)

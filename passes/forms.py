@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import covers_tokens, show
+from packc.passes.axes import covers_tokens, is_made_of_integers, show
 from packc.passes.module_names import module_path
 from packc.passes.reasons import NotPackable
 from packc.passes.rules import PackedForm
@@ -116,6 +116,10 @@ def _demand(gm: fx.GraphModule, forms: Forms) -> None:
 
 
 def _want_as_output(value: fx.Node, forms: Forms) -> None:
+    if value not in forms.packed_only and is_made_of_integers(value):
+        # A mask or ids: as cheap in stock's own form, which what comes after a graph break may read at padding too.
+        forms.padded.add(value)
+        return
     has_packed = packed_form(value) is not None or (_is_item(value) and not reads_as_is(value))
     (forms.packed if has_packed else forms.padded).add(value)
 

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from packc.passes.axes import same_size
+from packc.passes.padding import zero_at_tokens
 from packc.passes.sources import argument_path, is_argument, is_called
 
 # In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else, and even of these
@@ -88,23 +89,30 @@ def confirm_mask(gm: fx.GraphModule, mask: fx.Node, *, zero: set[fx.Node], name:
     """Refuse a mask that may be something else: only its use tells a padding mask from its opposite, or from the
     positions that count in a loss.
 
-    Needs the layouts of :func:`packc.passes.layout.layout`. ``attention_mask`` at the end of a name, and ``name``, are
-    trusted.
+    Needs the layouts of :func:`packc.passes.layout.layout`. The names ``attention_mask`` and ``name`` are trusted,
+    unless a mixer reads what they set to zero where they are one.
 
     Raises:
-        NoMask: no mixer reads a value of ``zero``, the values that are zero wherever this mask is.
+        NoMask: no mixer reads a value of ``zero``, the values that are zero wherever this mask is; or one reads the
+            opposite.
     """
     own = argument_path(mask)
-    if own.endswith(_TRUSTED) or (name is not None and is_called(mask, name)):
+    opposite = zero_at_tokens(gm, mask) - zero
+    if any(value in opposite for value in _read_by_mixers(gm)):
+        raise NoMask(f"a mixer reads a value that is set to zero where {own!r} is one: it marks padding, not tokens")
+    if own.split(".")[-1] == _TRUSTED or (name is not None and is_called(mask, name)):
         return
-    for node in gm.graph.nodes:
-        form = node.meta.get("packed_form")
-        if form is not None and form.keep_left_unless_zero is not None and form.keep_left_unless_zero[0] in zero:
-            return
+    if any(value in zero for value in _read_by_mixers(gm)):
+        return
     raise NoMask(
         f"no mixer reads a value that {own!r} sets to zero, so it may not be a padding mask; "
         f'if it is one, say so: options={{"packc.mask": {own!r}}}'
     )
+
+
+def _read_by_mixers(gm: fx.GraphModule) -> list[fx.Node]:
+    forms = (node.meta.get("packed_form") for node in gm.graph.nodes)
+    return [form.keep_left_unless_zero[0] for form in forms if form is not None and form.keep_left_unless_zero]
 
 
 def _is_added(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ Packing leaves padding out; wherever an op would have read it, these values are 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -60,6 +61,15 @@ _KEEPS_ZERO = {
 _MULTIPLIES = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.matmul.default, aten.bmm.default}
 _ADDS = {aten.add.Tensor, aten.sub.Tensor}
 _IS_ZERO = {aten.eq.Scalar}
+_TRUE_AT_ONE = ((aten.ne.Scalar, 0), (aten.gt.Scalar, 0), (aten.eq.Scalar, 1))
+_FALSE_AT_ZERO: dict[Any, Callable[[Any], bool]] = {
+    aten.ne.Scalar: lambda bound: bound == 0,
+    aten.eq.Scalar: lambda bound: bound != 0,
+    aten.gt.Scalar: lambda bound: bound >= 0,
+    aten.ge.Scalar: lambda bound: bound > 0,
+}
+_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+_FILLED = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
 _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 
 
@@ -83,6 +93,40 @@ def zero_at_padding(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
     return zero
 
 
+def zero_at_tokens(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
+    """Values that are zero wherever ``mask`` is one: a mask that sets these to zero marks padding, not tokens."""
+    zero: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if (
+            node.op == "call_function"
+            and _has_token_axes(node)
+            and (_is_opposite(node, mask) or _is_zero(node, zero, set()))
+        ):
+            zero.add(node)
+    return zero
+
+
+def _is_opposite(node: fx.Node, mask: fx.Node) -> bool:
+    """The negation of a mask, or a value that is filled with zeros where it is one."""
+    args = cast("tuple[Any, ...]", node.args)
+    if node.target is aten.rsub.Scalar:
+        return args[1] == 1 and _is_mask_itself(args[0], mask)
+    if node.target is aten.masked_fill.Scalar:
+        return args[2] == 0 and _is_true_at_tokens(args[1], mask)
+    if node.target is aten.where.ScalarSelf:
+        return args[1] == 0 and _is_true_at_tokens(args[0], mask)
+    return _is_negation(node, set(), mask)
+
+
+def _is_true_at_tokens(node: object, mask: fx.Node) -> bool:
+    while isinstance(node, fx.Node) and node is not mask:
+        compared = (node.target, node.args[1]) if len(node.args) > 1 else None
+        if node.target not in _KEEPS_ZERO and compared not in _TRUE_AT_ONE:
+            return False
+        node = cast("Any", node.args[0])
+    return node is mask
+
+
 def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
     target, args = node.target, cast("tuple[Any, ...]", node.args)
     if target in _KEEPS_ZERO:
@@ -100,10 +144,48 @@ def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
     if target is aten.where.ScalarOther:
         return args[0] in zero and args[2] == 0
     if target is aten.where.self:
-        return args[0] in zero and args[2] in zero
-    if target is aten.ne.Scalar or target is aten.gt.Scalar:
-        return args[0] in zero and args[1] == 0
+        return args[0] in zero and (args[2] in zero or _is_constant_zero(args[2]))
+    if target in _FALSE_AT_ZERO:
+        return args[0] in zero and _FALSE_AT_ZERO[target](args[1])
     return False
+
+
+def _is_constant_zero(node: object) -> bool:
+    """Made as zeros, and since then only rearranged."""
+    while isinstance(node, fx.Node) and node.target in _KEEPS_ZERO:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target in _ZEROS:
+        return True
+    return node.target in _FILLED and node.args[_FILLED[node.target]] == 0
+
+
+def is_masked(value: fx.Node) -> fx.Node | None:
+    """What sets parts of a value to zero by being true or false; None if nothing is seen to."""
+    node: Any = value
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        args = cast("tuple[Any, ...]", node.args)
+        if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            return args[1]
+        if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            return args[0]
+        if node.target is aten.mul.Tensor:
+            truth = next((arg for arg in args[:2] if isinstance(arg, fx.Node) and _is_truth(arg)), None)
+            if truth is not None:
+                return truth
+        elif node.target not in _KEEPS_ZERO:
+            return None
+        node = args[0]
+    return None
+
+
+def _is_truth(node: Any) -> bool:
+    while isinstance(node, fx.Node) and node.op == "call_function" and value_of(node).dtype != torch.bool:
+        if node.target not in _KEEPS_ZERO:
+            return False
+        node = node.args[0]
+    return isinstance(node, fx.Node) and value_of(node).dtype == torch.bool
 
 
 def _is_negation(node: fx.Node, one: set[fx.Node], mask: fx.Node) -> bool:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from packc.passes.axes import same_size
 from packc.passes.module_names import module_path
-from packc.passes.padding import zero_at_padding
+from packc.passes.padding import is_masked, zero_at_padding, zero_at_tokens
 from packc.passes.reasons import NotPackable
 from packc.passes.rules import PackedForm
 from packc.passes.sources import argument_path
@@ -87,23 +88,38 @@ def other_masks(gm: fx.GraphModule, mask: fx.Node, zero: set[fx.Node]) -> list[f
     does not. Packing by one mask is exact as long as no other marks tokens outside of it.
 
     Needs the layouts of :func:`packc.passes.layout.layout`.
+
+    Raises:
+        NotPackable: one marks padding, not tokens; or is made in the graph, and no batch can be asked about it.
     """
-    found = []
+    found, known = [], set(zero)
     for node in gm.graph.find_nodes(op="placeholder"):
-        if node is mask or "layout" not in node.meta or node.meta["val"].ndim != 2:
+        if node is mask or "layout" not in node.meta or not _is_per_token(node.meta["val"]):
             continue
-        if node.meta["val"].is_floating_point() and "mask" not in argument_path(node):
-            continue  # a weight of each token
+        opposite = zero_at_tokens(gm, node) - zero
+        if any(value in opposite for value in _read_values(gm)):
+            raise NotPackable(
+                f"{argument_path(node)} sets to zero what it marks, so tokens are not those of {argument_path(mask)}"
+            )
         own = zero_at_padding(gm, node) - zero
         if any(value in own for value in _read_values(gm)):
             found.append(node)
+            known |= own
+    for value in _read_values(gm, mixers_only=True):
+        if value not in known and (by := is_masked(value)) is not None:
+            raise NotPackable(f"{by.name} is a mask of its own, which {argument_path(mask)} knows nothing of")
     return found
 
 
-def _read_values(gm: fx.GraphModule) -> Iterable[fx.Node]:
+def _is_per_token(value: torch.Tensor) -> bool:
+    """``(B, L)``, or ``(B, L, 1)`` as masks are multiplied on."""
+    return all(same_size(size, 1) for size in value.shape[2:])
+
+
+def _read_values(gm: fx.GraphModule, *, mixers_only: bool = False) -> Iterable[fx.Node]:
     for node in gm.graph.nodes:
         form: PackedForm | None = node.meta.get("packed_form")
         if form is not None and form.keep_left_unless_zero is not None:
             yield form.keep_left_unless_zero[0]
-        elif node.op == "output":
+        elif node.op == "output" and not mixers_only:
             yield from (value for value in node.all_input_nodes if isinstance(value.meta.get("val"), torch.Tensor))

@@ -72,3 +72,16 @@ def test_masks_of_any_dtype(dtype):
     packing = pack_batch(masks(["0110", "1000"]).to(dtype))
     assert packing.index.tolist() == [1, 2, 4]
     assert (packing.index.dtype, packing.cu_seqlens.dtype) == (torch.int64, torch.int32)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_a_batch_of_nothing(shape):
+    packing = pack_batch(torch.ones(shape))
+    assert packing.index.tolist() == []
+    assert packing.cu_seqlens.tolist() == [0] * (shape[0] + 1)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 4, 2), (6, 4), (2, 3, 2, 4)])
+def test_positions_that_are_no_row_of_numbers_say_nothing(shape):
+    packing = pack_batch(masks(["1111", "1100", "1000"]), positions=torch.zeros(shape))
+    assert packing.whole_rows == 0

@@ -9,6 +9,7 @@ The only file that looks into the frame that Dynamo traces.
 from __future__ import annotations
 
 import weakref
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,15 +41,18 @@ def keep_as_input(name: str) -> None:
         return
     _kept[id(output)] = output
     with private_torch():
-        from torch._dynamo.source import DictGetItemSource, LocalSource
+        from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
         from torch._dynamo.variables.base import VariableTracker
         from torch._dynamo.variables.builder import wrap_fx_proxy
 
         frame = output.root_tx.f_locals
     given: list[tuple[Any, Any]] = [(LocalSource(name, is_input=True), frame.get(name))]
     for holder, value in frame.items():
+        inside = LocalSource(holder, is_input=True)
+        if isinstance(value, UserDict):  # a tokenizer's batch
+            inside, value = AttrSource(inside, "data"), value.data
         if type(value) is dict:
-            given.append((DictGetItemSource(LocalSource(holder, is_input=True), name), value.get(name)))
+            given.append((DictGetItemSource(inside, name), value.get(name)))
     for source, value in given:
         if isinstance(value, torch.Tensor):
             tracked = VariableTracker.build(output.root_tx, value, source).realize()

@@ -59,6 +59,8 @@ def embedding(op: Op) -> PackedForm:
     weight, indices = op.args[:2]
     op.only_labelled(indices)
     layout = op.layout(indices)
+    if len(op.args) > 3 and op.args[3]:
+        raise NotTokenwise("scales gradients by how often an index occurs, in padding too (scale_grad_by_freq)")
     if not is_tensor(weight) or not covers_tokens(layout):
         raise NotTokenwise("indices have no token axes")
     return PackedForm((*layout, OTHER), {indices: layout})

@@ -53,8 +53,8 @@ def sum_or_mean(op: Op) -> PackedForm:
         raise NotTokenwise(f"reduces the {gone[0].value} axis of {show(layout)}")
     form = PackedForm(None, {x: layout}, zero_at_padding=[x])
     if op.target in (aten.mean.default, aten.mean.dim):
-        if dims != list(range(len(layout))):
-            raise NotTokenwise("takes the mean over tokens but not over features")
+        if dims != list(range(len(layout))) or _keepdim(op):
+            raise NotTokenwise("takes the mean over tokens and leaves an axis")
         form.target, form.args, form.kwargs = aten.sum.default, (x,), {"dtype": op.node.kwargs.get("dtype")}
         form.scale_by_padded_numel = x
     return form

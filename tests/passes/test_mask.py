@@ -46,6 +46,13 @@ def test_not_a_mask_that_is_one_at_padding(function):
     assert not taken(function, X, MASK)
 
 
+def test_not_an_attention_mask_that_is_one_at_padding():
+    padding = MASK == 0
+    assert not taken(lambda x, attention_mask: mix(x.masked_fill(attention_mask[..., None], 0.0)), X, padding)
+    assert not taken(lambda x, attention_mask: mix(x * ~attention_mask[..., None]), X, padding)
+    assert not taken(lambda x, attention_mask: mix(x * (1 - attention_mask)[..., None]), X, padding.float())
+
+
 def test_not_a_mask_of_what_counts_in_the_loss():
     assert not taken(lambda x, mask: (mix(x).square().mean(-1) * mask).sum() / mask.sum(), X, MASK)
 

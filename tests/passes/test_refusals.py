@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import RecordingBackend, masks
+from torch import nn
 from torch.nn import functional as F
 
 import packc
@@ -98,3 +99,29 @@ def test_masked_pooling_is_a_boundary_and_not_a_fallback():
     backend = RecordingBackend("eager")
     torch.testing.assert_close(torch.compile(pooled, backend=backend)(x, mask), pooled(x, mask))
     assert not backend.reasons
+
+
+def test_a_mean_that_keeps_its_axes_keeps_its_shape():
+    def function(x, attention_mask):
+        return (mix(x) * attention_mask[..., None]).mean((0, 1, 2), keepdim=True)
+
+    def mix(x):
+        return packc.ops.causal_conv1d(x, TAPS)
+
+    x, mask = torch.randn(3, 4, H), masks(["1111", "1100", "1000"])
+    torch._dynamo.reset()
+    got = torch.compile(function, backend="packc", options={"packc.inner": "aot_eager"})(x, mask)
+    torch.testing.assert_close(got, function(x, mask))
+
+
+def test_gradients_scaled_by_how_often_an_id_occurs_count_padding_too():
+    table = nn.Embedding(3, H, scale_grad_by_freq=True)
+
+    def function(ids, attention_mask):
+        return (packc.ops.causal_conv1d(table(ids), TAPS) * attention_mask[..., None]).sum()
+
+    ids, mask = torch.tensor([[0, 1, 1, 0], [2, 2, 1, 0]]), masks(["1111", "1100"])
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend="packc", options={"packc.inner": "aot_eager"})
+    got, want = (torch.autograd.grad(each(ids, mask), table.weight)[0] for each in (fast, function))
+    torch.testing.assert_close(got, want)

@@ -102,6 +102,18 @@ def test_two_masks_on_one_input_lose_nobodys_tokens():
     assert (report.tokens, report.fallback) == (15, None)
 
 
+def test_a_second_mask_of_another_form_loses_nobodys_tokens():
+    def three_axes(x, attention_mask, other):
+        return mix(x * attention_mask[..., None]), mix(x * other)
+
+    def one_at_padding(x, attention_mask, other):
+        return mix(x * attention_mask[..., None]), mix(x.masked_fill(other[..., None], 0.0))
+
+    x, mask, other = values(), masks(RIGHT), masks(OTHER)
+    assert_right(three_axes, (x, mask, other[..., None]), (mask, other))
+    assert_right(one_at_padding, (x, mask, other == 0), (mask, other))
+
+
 def test_a_second_mask_on_an_output_loses_nobodys_tokens():
     def function(x, attention_mask, other_mask):
         y = x * attention_mask[..., None]
