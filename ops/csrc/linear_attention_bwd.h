@@ -141,7 +141,8 @@ class ChunkBackward {
     }
     multiply_into_triangle(length, V_, Left{do_, wide_V_}, vt_, kChunk, dscores_, kChunk);
 
-    float in_row[kChunk] = {}, in_column[kChunk] = {}, of_entering[kChunk] = {}, to_leaving[kChunk] = {};
+    float of_entering[kChunk] = {}, to_leaving[kChunk] = {};
+    double in_row[kChunk] = {}, in_column[kChunk] = {};
     weigh(decays, in_row, in_column);
     float through = 0;
     const float* state = entering(chunk, h);
@@ -170,23 +171,25 @@ class ChunkBackward {
 
     if (gradients_.dg) {
       // Sums from either side, never a whole less a part: strong decays make the parts as small as they like.
-      float before[kChunk] = {}, within = 0;
+      // In double: what rows and columns have in common cancels, all the more in a sum over tokens.
+      double before[kChunk] = {}, within = 0;
       for (int64_t t = 1; t < length; ++t)
         before[t] = before[t - 1] + to_leaving[t - 1];
       for (int64_t t = length - 1; t >= 0; --t) {
         within += in_row[t] - in_column[t] + of_entering[t];
-        gradients_.dg.at(chunk, h, t) = within + before[t] + through;
+        gradients_.dg.at(chunk, h, t) = static_cast<float>(within + before[t] + through);
       }
     }
   }
 
   // From q k^T and do v^T: P q k^T in weights_, P do v^T added to the group's, and sums of what each pair owes to its
   // decay.
-  void weigh(const Decays& decays, float* in_row, float* in_column) {
+  void weigh(const Decays& decays, double* in_row, double* in_column) {
     decays.between(decays_);
     const Vec zero(0.f), scale(p_.scale);
+    float column[kChunk] = {}, column_rest[kChunk] = {};
     for (int64_t i = 0; i < decays.length; ++i) {
-      Vec of_row = zero;
+      Vec of_row = zero, of_row_rest = zero;
       // As far as the products read.
       for (int64_t j = 0; j < (i / kColumns + 1) * kColumns; j += kVec) {
         const int64_t at = i * kChunk + j;
@@ -203,11 +206,28 @@ class ChunkBackward {
           pairs[i - j] = 0;
           owed = Vec::loadu(pairs);
         }
-        of_row = of_row + owed;
-        (Vec::loadu(in_column + j) + owed).store(in_column + j);
+        add(owed, of_row, of_row_rest);
+        Vec of_column = Vec::loadu(column + j), of_column_rest = Vec::loadu(column_rest + j);
+        add(owed, of_column, of_column_rest);
+        of_column.store(column + j);
+        of_column_rest.store(column_rest + j);
       }
-      in_row[i] = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, of_row);
+      float sums[kVec], rests[kVec];
+      of_row.store(sums);
+      of_row_rest.store(rests);
+      for (int64_t lane = 0; lane < kVec; ++lane)
+        in_row[i] += static_cast<double>(sums[lane]) + rests[lane];
     }
+    for (int64_t j = 0; j < decays.length; ++j)
+      in_column[j] = static_cast<double>(column[j]) + column_rest[j];
+  }
+
+  // sum += x, what rounding takes away kept in rest (Knuth's two-sum).
+  static void add(const Vec& x, Vec& sum, Vec& rest) {
+    const Vec before = sum;
+    sum = before + x;
+    const Vec added = sum - before;
+    rest = rest + ((before - (sum - added)) + (x - added));
   }
 
   // From the gradient of step * v in dv_.
