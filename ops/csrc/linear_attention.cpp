@@ -1,9 +1,11 @@
 // packc_cpu::linear_attention and its backward: the chunked kernel behind linear attention and SSD.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "linear_attention_bwd.h"
+#include "sigmoid.h"
 
 namespace packc {
 namespace {
@@ -133,6 +135,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   return {dq, dk, dv, dg, dstep, skip ? dskip.sum(0).slice(1, 0, p.V()).contiguous() : none(false, {}), dinitial};
 }
 
+// Contiguous fp32. ATen's own rounds the last elements of a thread's share in another way than the rest, so that a
+// token's result would depend on where it lies.
+Tensor silu_everywhere_alike(const Tensor& x) {
+  Tensor out = at::empty_like(x);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t n = x.numel();
+  at::parallel_for(0, (n + kVec - 1) / kVec, 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * kVec; at < std::min(end * kVec, n); at += kVec) {
+      const int64_t count = std::min<int64_t>(kVec, n - at);
+      silu(Vec::loadu(from + at, count)).store(to + at, count);
+    }
+  });
+  return out;
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
@@ -146,6 +164,7 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
       "Tensor? g, Tensor? step, Tensor? skip, float scale, Tensor? cu_seqlens, Tensor? initial_state, bool value_major) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       &linear_attention_bwd);
+  library.def("silu(Tensor x) -> Tensor", &silu_everywhere_alike);
 }
 
 } // namespace packc

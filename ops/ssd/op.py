@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from packc.ops import derivatives, documents
+from packc.ops import derivatives, dispatch, documents
 from packc.ops.linear_attention import kernels, reference
 from packc.ops.linear_attention.op import backward_flops, forward_flops
 from packc.ops.selective_scan.reference import silu_slope
@@ -61,7 +61,12 @@ def _forward(
         value_major=True,
         round_out=z is None,
     )
-    return out if z is None else (out * F.silu(z.to(out.dtype))).to(x.dtype), final_state, chunk_states
+    return out if z is None else (out * _silu(z.to(out.dtype))).to(x.dtype), final_state, chunk_states
+
+
+def _silu(x: Tensor) -> Tensor:
+    alike = dispatch.choose("linear_attention", x) == "cpu"
+    return torch.ops.packc_cpu.silu(x.contiguous()) if alike else F.silu(x)
 
 
 def _forward_fake(
@@ -106,7 +111,7 @@ def _backward(
         y, _, _ = kernels.forward(*attention, cu_seqlens, initial_state, False, value_major=True, round_out=False)
         gate, dout = z.to(y.dtype), dout.to(y.dtype)
         dz = (dout * y * silu_slope(gate)).to(z.dtype)
-        dout = dout * F.silu(gate)
+        dout = dout * _silu(gate)
     grads = kernels.backward(dout, dfinal_state, chunk_states, *attention, cu_seqlens, initial_state, value_major=True)
     assert grads.g is not None
     assert grads.step is not None
