@@ -68,7 +68,7 @@ def _edges(
     z,
     delta_bias,
     document,
-    carry,  # (rows, segments, N, D), zero
+    carry,  # (rows, segments, N, D)
     total,  # (rows, segments, D)
     L,
     padded,
@@ -115,7 +115,7 @@ def _edges(
         dys = gated_gradients(dout_at, z_at, token, d, end, L, dout_t, z_t, BLOCK_T)
         of = documents_of(document, token, L, PACKED, BLOCK_T)
         for n in range(states):
-            m = tl.load(carry + n * channels + d, in_d, 0.0)
+            m = tl.load(carry + n * channels + d, among(d, end, i > 0), 0.0)
             rate = tl.load(A + n * channels + d, in_d, 0.0)
             at_n = tl.cast(n, tl.int64) * padded + token
             for r in tl.static_range(BLOCK_T - 1, -1, -1):
@@ -203,10 +203,10 @@ def _walk_back(
     du,
     ddelta,
     dz,
-    dA,  # (rows, segments, N, D), zero
+    dA,  # (rows, segments, N, D)
     dB,  # (blocks, rows, N, padded), as dC
     dC,
-    dD,  # (rows, segments, D), zero, as ddelta_bias
+    dD,  # (rows, segments, D), as ddelta_bias
     ddelta_bias,
     dinitial_state,  # of packed documents
     rows,
@@ -286,6 +286,7 @@ def _walk_back(
             xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
             dys = gated_gradients(dout_at, z_at, token, d, end, L, dout_t, z_t, BLOCK_T)
             of = documents_of(document, token, L, PACKED, BLOCK_T)
+            in_sums = among(d, end, i + j > 0)  # nothing yet in front of the first tile
             h_source = tile_states + tile * states_of
             if tile == 0:
                 h_source = entering
@@ -296,7 +297,7 @@ def _walk_back(
                 h = tl.load(h_source + n * channels + d, in_d, 0.0)
                 m = tl.load(m_source + n * channels + d, in_d, 0.0)
                 rate = tl.load(A + n * channels + d, in_d, 0.0)
-                dA_n = tl.load(dA + n * channels + d, in_d, 0.0)
+                dA_n = tl.load(dA + n * channels + d, in_sums, 0.0)
                 at_n = tl.cast(n, tl.int64) * padded + token
                 decays, hs, decayed, new_ys, new_dxs, new_dtimes = (), (), (), (), (), ()
                 for r in tl.static_range(BLOCK_T):
@@ -353,9 +354,9 @@ def _walk_back(
                     dz_r = dout_r * (ys[r] + skip * u_r) * silu_slope(z_r)
                     store_token(dz_at + r * channels, dz_r, d, end, in_t)
             if D is not None:
-                tl.store(dD + d, tl.load(dD + d, in_d, 0.0) + sum_dD, in_d)
+                tl.store(dD + d, tl.load(dD + d, in_sums, 0.0) + sum_dD, in_d)
             if delta_bias is not None:
-                tl.store(ddelta_bias + d, tl.load(ddelta_bias + d, in_d, 0.0) + sum_dbias, in_d)
+                tl.store(ddelta_bias + d, tl.load(ddelta_bias + d, in_sums, 0.0) + sum_dbias, in_d)
 
 
 def backward(
@@ -385,7 +386,7 @@ def backward(
     dinitial = None if initial_state is None else states_of_empty_documents(u, A, cu_seqlens, dfinal_state)
 
     def partial_sums(*shape: int) -> Tensor:
-        return u.new_zeros((p.rows, p.segments, *shape), dtype=torch.float32)
+        return u.new_empty((p.rows, p.segments, *shape), dtype=torch.float32)
 
     arriving, dA = partial_sums(p.states, p.channels), partial_sums(p.states, p.channels)
     dD = None if D is None else partial_sums(p.channels)

@@ -70,7 +70,7 @@ def _walk(
     out,  # (rows, L, D)
     final_state,
     chunk_states,  # (rows, chunks, N, D)
-    carry,  # (rows, segments, N, D), zero: states between tiles, in the end behind each segment
+    carry,  # (rows, segments, N, D): states between tiles, in the end behind each segment
     total,  # (rows, segments, D)
     L,
     padded,
@@ -120,17 +120,19 @@ def _walk(
         xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
         of = documents_of(document, token, L, PACKED, BLOCK_T)
         entering, leaving = carry, carry
+        in_entering = in_d
         if OUTPUT:
             if token % CHUNK == 0:
                 entering = chunk_states + (token // CHUNK).to(tl.int64) * states_of
             if ((token + BLOCK_T) % CHUNK == 0) & (token + BLOCK_T < stop):
                 leaving = chunk_states + ((token + BLOCK_T) // CHUNK).to(tl.int64) * states_of
         else:
+            in_entering = among(d, end, i > 0)
             for r in tl.static_range(BLOCK_T):
                 time += dts[r]
         ys = zeros(BLOCK_T, BLOCK_D)
         for n in range(states):
-            h = tl.load(entering + n * channels + d, in_d, 0.0)
+            h = tl.load(entering + n * channels + d, in_entering, 0.0)
             rate = tl.load(A + n * channels + d, in_d, 0.0)
             at_n = tl.cast(n, tl.int64) * padded + token
             new = ()
@@ -262,7 +264,7 @@ def forward(
         }
         operands = {"u": u, "delta": delta, "A": p.A, "B": p.B} | p.sizes | strides(u=u, delta=delta, z=z) | options
         grid = (p.rows * p.segments * p.blocks,)
-        carry = torch.zeros((p.rows, p.segments, p.states, p.channels), dtype=torch.float32, device=u.device)
+        carry = u.new_empty((p.rows, p.segments, p.states, p.channels), dtype=torch.float32)
         if p.segments > 1:
             total = carry.new_empty((p.rows, p.segments, p.channels))
             nothing = dict.fromkeys(("C", "D", "z", "out", "chunk_states"))
