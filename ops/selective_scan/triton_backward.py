@@ -29,7 +29,7 @@ from packc.ops.selective_scan.triton_forward import (
     states_of_empty_documents,
 )
 from packc.ops.selective_scan.triton_segments import pass_states
-from packc.ops.selective_scan.triton_tokens import gated_gradients, place, step_sizes
+from packc.ops.selective_scan.triton_tokens import clear_states, gated_gradients, place, step_sizes
 from packc.ops.tritonsrc.activations import silu_slope
 from packc.ops.tritonsrc.launch import autotuned, launch
 from packc.ops.tritonsrc.tokens import (
@@ -98,6 +98,7 @@ def _edges(
     d = channels_of(first, unit, WIDE, BLOCK_D)
     in_d = d < end
     carry += (row * segments + at) * states * channels
+    clear_states(carry, d, in_d, channels, states, BLOCK_D)
     C += (row * groups + group) * states * padded
     begin = at * segment
     tiles = tl.cdiv(tl.minimum(segment, L - begin), BLOCK_T)
@@ -115,7 +116,7 @@ def _edges(
         dys = gated_gradients(dout_at, z_at, token, d, end, L, dout_t, z_t, BLOCK_T)
         of = documents_of(document, token, L, PACKED, BLOCK_T)
         for n in range(states):
-            m = tl.load(carry + n * channels + d, among(d, end, i > 0), 0.0)
+            m = tl.load(carry + n * channels + d, in_d, 0.0)
             rate = tl.load(A + n * channels + d, in_d, 0.0)
             at_n = tl.cast(n, tl.int64) * padded + token
             for r in tl.static_range(BLOCK_T - 1, -1, -1):
@@ -251,10 +252,13 @@ def _walk_back(
     carry += segment_of * states_of
     tile_states += segment_of * TILES * states_of
     dA += segment_of * states_of
+    clear_states(dA, d, in_d, channels, states, BLOCK_D)
     if D is not None:
         dD += segment_of * channels
+        tl.store(dD + d, tl.zeros([BLOCK_D], tl.float32), in_d)
     if delta_bias is not None:
         ddelta_bias += segment_of * channels
+        tl.store(ddelta_bias + d, tl.zeros([BLOCK_D], tl.float32), in_d)
     B += (row * groups + group) * states * padded
     C += (row * groups + group) * states * padded
     dB += (block * rows + row) * states * padded
@@ -286,7 +290,6 @@ def _walk_back(
             xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
             dys = gated_gradients(dout_at, z_at, token, d, end, L, dout_t, z_t, BLOCK_T)
             of = documents_of(document, token, L, PACKED, BLOCK_T)
-            in_sums = among(d, end, i + j > 0)  # nothing yet in front of the first tile
             h_source = tile_states + tile * states_of
             if tile == 0:
                 h_source = entering
@@ -297,7 +300,7 @@ def _walk_back(
                 h = tl.load(h_source + n * channels + d, in_d, 0.0)
                 m = tl.load(m_source + n * channels + d, in_d, 0.0)
                 rate = tl.load(A + n * channels + d, in_d, 0.0)
-                dA_n = tl.load(dA + n * channels + d, in_sums, 0.0)
+                dA_n = tl.load(dA + n * channels + d, in_d, 0.0)
                 at_n = tl.cast(n, tl.int64) * padded + token
                 decays, hs, decayed, new_ys, new_dxs, new_dtimes = (), (), (), (), (), ()
                 for r in tl.static_range(BLOCK_T):
@@ -354,9 +357,9 @@ def _walk_back(
                     dz_r = dout_r * (ys[r] + skip * u_r) * silu_slope(z_r)
                     store_token(dz_at + r * channels, dz_r, d, end, in_t)
             if D is not None:
-                tl.store(dD + d, tl.load(dD + d, in_sums, 0.0) + sum_dD, in_d)
+                tl.store(dD + d, tl.load(dD + d, in_d, 0.0) + sum_dD, in_d)
             if delta_bias is not None:
-                tl.store(ddelta_bias + d, tl.load(ddelta_bias + d, in_sums, 0.0) + sum_dbias, in_d)
+                tl.store(ddelta_bias + d, tl.load(ddelta_bias + d, in_d, 0.0) + sum_dbias, in_d)
 
 
 def backward(

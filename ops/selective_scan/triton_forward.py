@@ -18,7 +18,7 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.selective_scan.triton_segments import pass_states
-from packc.ops.selective_scan.triton_tokens import place, step_sizes
+from packc.ops.selective_scan.triton_tokens import clear_states, place, step_sizes
 from packc.ops.tritonsrc.activations import silu
 from packc.ops.tritonsrc.documents import document_of_token
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -111,6 +111,8 @@ def _walk(
         C += (row * groups + group) * states * padded
         chunk_states += row * chunks * states_of
         skip = load_channels(D, d, in_d, BLOCK_D)
+    else:
+        clear_states(carry, d, in_d, channels, states, BLOCK_D)
     time = tl.zeros([BLOCK_D], tl.float32)
     for i in range(tl.cdiv(stop - begin, BLOCK_T)):
         token = begin + i * BLOCK_T
@@ -120,19 +122,17 @@ def _walk(
         xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
         of = documents_of(document, token, L, PACKED, BLOCK_T)
         entering, leaving = carry, carry
-        in_entering = in_d
         if OUTPUT:
             if token % CHUNK == 0:
                 entering = chunk_states + (token // CHUNK).to(tl.int64) * states_of
             if ((token + BLOCK_T) % CHUNK == 0) & (token + BLOCK_T < stop):
                 leaving = chunk_states + ((token + BLOCK_T) // CHUNK).to(tl.int64) * states_of
         else:
-            in_entering = among(d, end, i > 0)
             for r in tl.static_range(BLOCK_T):
                 time += dts[r]
         ys = zeros(BLOCK_T, BLOCK_D)
         for n in range(states):
-            h = tl.load(entering + n * channels + d, in_entering, 0.0)
+            h = tl.load(entering + n * channels + d, in_d, 0.0)
             rate = tl.load(A + n * channels + d, in_d, 0.0)
             at_n = tl.cast(n, tl.int64) * padded + token
             new = ()
