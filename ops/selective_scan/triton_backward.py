@@ -252,13 +252,13 @@ def _walk_back(
     carry += segment_of * states_of
     tile_states += segment_of * TILES * states_of
     dA += segment_of * states_of
-    clear_states(dA, d, in_d, channels, states, BLOCK_D)
     if D is not None:
         dD += segment_of * channels
         tl.store(dD + d, tl.zeros([BLOCK_D], tl.float32), in_d)
     if delta_bias is not None:
         ddelta_bias += segment_of * channels
         tl.store(ddelta_bias + d, tl.zeros([BLOCK_D], tl.float32), in_d)
+    clear_states(dA, d, in_d, channels, states, BLOCK_D)
     B += (row * groups + group) * states * padded
     C += (row * groups + group) * states * padded
     dB += (block * rows + row) * states * padded
