@@ -19,9 +19,11 @@ def forward(
     choice = _choose(a, b, initial_state)
     if choice == "reference":
         return reference.forward(a, b, cu_seqlens, initial_state, output_final_state)
-    run: Any = torch.ops.packc_cpu.linear_scan
+    run: Any
     if choice == "triton":
         from packc.ops.linear_scan.triton_forward import forward as run
+    else:
+        run = torch.ops.packc_cpu.linear_scan
     out, final_state, chunk_states = run(_tokens(a), _tokens(b), cu_seqlens, _states(initial_state), output_final_state)
     return out.view(b.shape), final_state.view(final_state.shape[0], *b.shape[2:]), chunk_states
 
@@ -40,9 +42,11 @@ def backward(
     if choice == "reference":
         da, db, dinitial = reference.backward(dout, dfinal_state, a, b, cu_seqlens, initial_state)
         return da, db, b.new_empty(0) if dinitial is None else dinitial
-    run: Any = torch.ops.packc_cpu.linear_scan_bwd
+    run: Any
     if choice == "triton":
         from packc.ops.linear_scan.triton_backward import backward as run
+    else:
+        run = torch.ops.packc_cpu.linear_scan_bwd
     da, db, dinitial = run(
         _tokens(dout), _states(dfinal_state), chunk_states, _tokens(a), _tokens(b), cu_seqlens, _states(initial_state)
     )

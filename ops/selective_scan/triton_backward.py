@@ -29,7 +29,7 @@ from packc.ops.selective_scan.triton_forward import (
     states_of_empty_documents,
 )
 from packc.ops.selective_scan.triton_segments import pass_states
-from packc.ops.selective_scan.triton_tokens import gated_gradients, place, step_sizes
+from packc.ops.selective_scan.triton_tokens import clear_states, gated_gradients, place, step_sizes
 from packc.ops.tritonsrc.activations import silu_slope
 from packc.ops.tritonsrc.launch import autotuned, launch
 from packc.ops.tritonsrc.tokens import (
@@ -68,7 +68,7 @@ def _edges(
     z,
     delta_bias,
     document,
-    carry,  # (rows, segments, N, D), zero
+    carry,  # (rows, segments, N, D)
     total,  # (rows, segments, D)
     L,
     padded,
@@ -98,6 +98,7 @@ def _edges(
     d = channels_of(first, unit, WIDE, BLOCK_D)
     in_d = d < end
     carry += (row * segments + at) * states * channels
+    clear_states(carry, d, in_d, channels, states, BLOCK_D)
     C += (row * groups + group) * states * padded
     begin = at * segment
     tiles = tl.cdiv(tl.minimum(segment, L - begin), BLOCK_T)
@@ -203,10 +204,10 @@ def _walk_back(
     du,
     ddelta,
     dz,
-    dA,  # (rows, segments, N, D), zero
+    dA,  # (rows, segments, N, D)
     dB,  # (blocks, rows, N, padded), as dC
     dC,
-    dD,  # (rows, segments, D), zero, as ddelta_bias
+    dD,  # (rows, segments, D), as ddelta_bias
     ddelta_bias,
     dinitial_state,  # of packed documents
     rows,
@@ -253,8 +254,11 @@ def _walk_back(
     dA += segment_of * states_of
     if D is not None:
         dD += segment_of * channels
+        tl.store(dD + d, tl.zeros([BLOCK_D], tl.float32), in_d)
     if delta_bias is not None:
         ddelta_bias += segment_of * channels
+        tl.store(ddelta_bias + d, tl.zeros([BLOCK_D], tl.float32), in_d)
+    clear_states(dA, d, in_d, channels, states, BLOCK_D)
     B += (row * groups + group) * states * padded
     C += (row * groups + group) * states * padded
     dB += (block * rows + row) * states * padded
@@ -385,7 +389,7 @@ def backward(
     dinitial = None if initial_state is None else states_of_empty_documents(u, A, cu_seqlens, dfinal_state)
 
     def partial_sums(*shape: int) -> Tensor:
-        return u.new_zeros((p.rows, p.segments, *shape), dtype=torch.float32)
+        return u.new_empty((p.rows, p.segments, *shape), dtype=torch.float32)
 
     arriving, dA = partial_sums(p.states, p.channels), partial_sums(p.states, p.channels)
     dD = None if D is None else partial_sums(p.channels)

@@ -18,7 +18,7 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.selective_scan.triton_segments import pass_states
-from packc.ops.selective_scan.triton_tokens import place, step_sizes
+from packc.ops.selective_scan.triton_tokens import clear_states, place, step_sizes
 from packc.ops.tritonsrc.activations import silu
 from packc.ops.tritonsrc.documents import document_of_token
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -70,7 +70,7 @@ def _walk(
     out,  # (rows, L, D)
     final_state,
     chunk_states,  # (rows, chunks, N, D)
-    carry,  # (rows, segments, N, D), zero: states between tiles, in the end behind each segment
+    carry,  # (rows, segments, N, D): states between tiles, in the end behind each segment
     total,  # (rows, segments, D)
     L,
     padded,
@@ -111,6 +111,8 @@ def _walk(
         C += (row * groups + group) * states * padded
         chunk_states += row * chunks * states_of
         skip = load_channels(D, d, in_d, BLOCK_D)
+    else:
+        clear_states(carry, d, in_d, channels, states, BLOCK_D)
     time = tl.zeros([BLOCK_D], tl.float32)
     for i in range(tl.cdiv(stop - begin, BLOCK_T)):
         token = begin + i * BLOCK_T
@@ -262,7 +264,7 @@ def forward(
         }
         operands = {"u": u, "delta": delta, "A": p.A, "B": p.B} | p.sizes | strides(u=u, delta=delta, z=z) | options
         grid = (p.rows * p.segments * p.blocks,)
-        carry = torch.zeros((p.rows, p.segments, p.states, p.channels), dtype=torch.float32, device=u.device)
+        carry = u.new_empty((p.rows, p.segments, p.states, p.channels), dtype=torch.float32)
         if p.segments > 1:
             total = carry.new_empty((p.rows, p.segments, p.channels))
             nothing = dict.fromkeys(("C", "D", "z", "out", "chunk_states"))

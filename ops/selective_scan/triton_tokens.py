@@ -23,6 +23,16 @@ def place(channels, groups, segments, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def clear_states(at, d, in_d, channels, states, BLOCK_D: tl.constexpr):
+    """Zeros to add to: not torch's, as a tuner launches a kernel again and again. A mask of the first tile would take
+    registers all along."""
+    for n in range(states):
+        tl.store(at + n * channels + d, tl.zeros([BLOCK_D], tl.float32), in_d)
+    # The first tile reads what is stored here.
+    tl.debug_barrier()
+
+
+@triton.jit
 def step_sizes(raw, bias, token, L, SOFTPLUS: tl.constexpr, BLOCK_T: tl.constexpr):
     """delta as it enters the recurrence; zero behind the row's end, which leaves a state as it is."""
     steps = ()

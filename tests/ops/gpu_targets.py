@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from gpu_launches import CALLS
+from launches import instead_of_launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,18 +60,9 @@ class Resources(NamedTuple):
 
 def recorded(run) -> list[Launch]:
     """The launches that ``run()`` would make."""
-    from packc.ops.tritonsrc import launch as module
-
     launches: list[Launch] = []
-    real = module.launch
-    users = [m for m in sys.modules.values() if getattr(m, "launch", None) is real]
-    for user in users:
-        user.launch = lambda kernel, grid, **arguments: launches.append(Launch(kernel, arguments))
-    try:
+    with instead_of_launch(lambda _, kernel, grid, **arguments: launches.append(Launch(kernel, arguments))):
         run()
-    finally:
-        for user in users:
-            user.launch = real
     return launches
 
 

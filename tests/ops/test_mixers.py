@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from implementations import implementation
 from mixers import MIXERS, assert_close, exactly, in_dtype, only, positions, run
 from selective_scan_data import offsets, relative_error
 
@@ -115,6 +116,12 @@ def test_gradcheck(mixer):
         )
 
     assert torch.autograd.gradcheck(call, (state, *inputs.values()), fast_mode=True)
+
+
+def test_triton_needs_nothing_of_the_cpp_kernels(mixer, monkeypatch):
+    monkeypatch.setattr(torch.ops, "packc_cpu", None)
+    with implementation("triton"):
+        run(mixer, mixer.make(1, 1))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

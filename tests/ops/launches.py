@@ -1,0 +1,25 @@
+"""Standing in the way of every launch: all of them go through one function."""
+
+import contextlib
+import sys
+
+
+@contextlib.contextmanager
+def instead_of_launch(replacement):
+    """``replacement(launch, kernel, grid, **arguments)`` is called for every ``launch(kernel, grid, **arguments)``."""
+    from packc.ops.tritonsrc.launch import launch
+
+    def replaced(kernel, grid, **arguments):
+        replacement(launch, kernel, grid, **arguments)
+
+    _replace(launch, replaced)
+    try:
+        yield
+    finally:
+        _replace(replaced, launch)  # also where it was imported in between
+
+
+def _replace(function, other):
+    for module in list(sys.modules.values()):
+        if getattr(module, "launch", None) is function:
+            module.launch = other
