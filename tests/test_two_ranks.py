@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import BOTH, RIGHT, PlainLM, batch_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from two_ranks import on_two_ranks
+from two_ranks import WORLD, on_two_ranks
 
 import packc
+from packc.batches import pack_batch
 
 ROWS = [RIGHT, BOTH]
 BUCKET_MB = 0.0005
@@ -33,10 +38,10 @@ def batches():
     return [batch_of(rows) for rows in ROWS]
 
 
-def expected_gradients(model):
+def expected_gradients(model, batches):
     """Of the mean over ranks of each rank's loss."""
-    for batch in batches():
-        (model(*batch.values())[0] / len(ROWS)).backward()
+    for batch in batches:
+        (model(*batch.values())[0] / len(batches)).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -48,7 +53,7 @@ def assert_same_gradients(got, expected):
 
 def ddp_gradients(rank, combine, dynamic):
     dist._DEFAULT_FIRST_BUCKET_BYTES = 500
-    warnings.filterwarnings("ignore" if dynamic else "error", message=".*in one piece")
+    warnings.filterwarnings("error", message=".*in one piece")
     model = PlainLM()
     how = {"dynamic": dynamic, "options": {"packc.inner": "aot_eager", "packc.strict": True}}
     compiled = combine(model, **how)
@@ -73,4 +78,66 @@ def ddp_gradients(rank, combine, dynamic):
 def test_ddp_averages_the_gradients_of_packed_ranks(tmp_path, combine, dynamic):
     got = on_two_ranks(ddp_gradients, tmp_path, combine, dynamic)
     torch.manual_seed(0)
-    assert_same_gradients(got, expected_gradients(PlainLM()))
+    assert_same_gradients(got, expected_gradients(PlainLM(), batches()))
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(hidden), nn.Linear(hidden, hidden)
+        self.taps = nn.Parameter(torch.randn(hidden, 4) / 2)
+
+    def forward(self, h, mask):
+        return h + self.mlp(packc.ops.causal_conv1d(self.norm(h) * mask[..., None], self.taps, activation="silu"))
+
+
+class LMOfBlocks(nn.Module):
+    def __init__(self, vocab: int = 32, hidden: int = 8) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(vocab, hidden), nn.Linear(hidden, vocab)
+        self.blocks = nn.ModuleList(Block(hidden) for _ in range(2))
+
+    def forward(self, ids, mask, labels):
+        h = self.tokens(ids)
+        for block in self.blocks:
+            h = block(h, mask)
+        logits = self.head(h)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits
+
+
+def fsdp_gradients(rank, compile_blocks):
+    model = LMOfBlocks()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    packings = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noting(*args, **kwargs):
+            packings.append(pack_batch(*args, **kwargs))
+            return packings[-1]
+
+        patch.setattr(packc.packed_call, "pack_batch", noting)
+        how = {"backend": packc.backend, "options": {"packc.inner": "aot_eager"}}
+        if compile_blocks:
+            for block in model.blocks:
+                block.compile(**how)
+        compiled = model if compile_blocks else torch.compile(model, **how)
+        compiled(*right_padded()[rank].values())[0].backward()
+    assert len(packings) == len(model.blocks)
+    assert all(packing.tokens < packing.padded_tokens for packing in packings)
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def right_padded():
+    torch.manual_seed(1)
+    return [batch_of(rows) for rows in (RIGHT, ["11111111", "11111100", "11111110"])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_each_block_packs_under_fsdp(tmp_path, compile_blocks):
+    got = on_two_ranks(fsdp_gradients, tmp_path, compile_blocks)
+    torch.manual_seed(0)
+    assert_same_gradients(got, expected_gradients(LMOfBlocks(), right_padded()))
