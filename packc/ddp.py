@@ -50,7 +50,8 @@ def install() -> None:
     """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did."""
     if _moved() is not None:
         return
-    from torch._dynamo.backends.distributed import DDPOptimizer
+    with private_torch():
+        from torch._dynamo.backends.distributed import DDPOptimizer
 
     compile_pieces = DDPOptimizer.compile_fn
 
@@ -72,7 +73,8 @@ def install() -> None:
 def _moved() -> str | None:
     """Why DDPOptimizer is not the one we know; None if it is."""
     try:
-        from torch._dynamo.backends.distributed import DDPOptimizer
+        with private_torch():
+            from torch._dynamo.backends.distributed import DDPOptimizer
 
         constructor, compile_fn = (inspect.signature(f).parameters for f in (DDPOptimizer, DDPOptimizer.compile_fn))
     except (ImportError, AttributeError, TypeError) as error:
