@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
 from packc.boundaries import ignored_boundaries, positions_input
-from packc.ddp import in_buckets
+from packc.ddp import in_buckets, refuse_pieces
 from packc.inner_backend import inner_backend
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
@@ -93,6 +93,7 @@ def compile_graph(
     if ignored is not None:
         say_once(ignored, set())
     try:
+        refuse_pieces()
         packed, index = pack_graph(gm, example_inputs)
     except (NoMask, NotPackable) as reason:
         if config.strict:

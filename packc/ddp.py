@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.parallel import DistributedDataParallel
 
 from packc.frontends.tracing_backend import is_packc_backend
 from packc.passes.normalize import carry_over_from_dynamo, fakify
+from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch
 
 with private_torch():
@@ -46,10 +48,10 @@ _active: contextvars.ContextVar[Any] = contextvars.ContextVar("packc_ddp_optimiz
 @functools.cache
 def install() -> None:
     """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did."""
-    if (moved := _moved()) is not None:
-        log.info("%s", moved)
+    if _moved() is not None:
         return
-    from torch._dynamo.backends.distributed import DDPOptimizer
+    with private_torch():
+        from torch._dynamo.backends.distributed import DDPOptimizer
 
     compile_pieces = DDPOptimizer.compile_fn
 
@@ -71,7 +73,8 @@ def install() -> None:
 def _moved() -> str | None:
     """Why DDPOptimizer is not the one we know; None if it is."""
     try:
-        from torch._dynamo.backends.distributed import DDPOptimizer
+        with private_torch():
+            from torch._dynamo.backends.distributed import DDPOptimizer
 
         constructor, compile_fn = (inspect.signature(f).parameters for f in (DDPOptimizer, DDPOptimizer.compile_fn))
     except (ImportError, AttributeError, TypeError) as error:
@@ -85,6 +88,28 @@ def _moved() -> str | None:
     return (
         f"the DDPOptimizer of torch {torch.__version__} has other parameters: {list(constructor)}, {list(compile_fn)}"
     )
+
+
+def refuse_pieces() -> None:
+    """A DDPOptimizer that we do not know cuts before we pack, and what a piece sets to zero the next one may read.
+
+    Raises:
+        NotPackable: the graph being compiled is such a piece; the first one is warned of.
+    """
+    moved = _moved()
+    if moved is None or torch._dynamo.config.optimize_ddp not in (True, "ddp_optimizer"):
+        return
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # how Dynamo finds out
+    if active is None or active() is None:
+        return
+    reason = f"{moved}; set torch._dynamo.config.optimize_ddp = False to pack under DistributedDataParallel"
+    _warn_once(f"packc leaves a DistributedDataParallel model unpacked: {reason}")
+    raise NotPackable(reason)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def in_buckets(compile_inner: Backend) -> Backend:
@@ -102,16 +127,20 @@ def in_buckets(compile_inner: Backend) -> Backend:
         except RestartAnalysis:
             raise  # no failure: Dynamo asked to trace the frame anew
         except Exception as error:
-            warnings.warn(
-                "a DistributedDataParallel graph is compiled in one piece, so its gradients are reduced after "
-                f"its backward and not during it: {error!r}",
-                stacklevel=2,
-            )
-            context = TracingContext.try_get()
-            if context is not None:
-                context.ddp_optimizer_ctx = None
-                context.fakify_first_call = False
-            return compile_inner(gm, inputs)
+            log.info("a packed graph could not be cut", exc_info=True)
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        context = TracingContext.try_get()
+        if context is not None:
+            context.ddp_optimizer_ctx = None
+            context.fakify_first_call = False
+        # Whose fault it was shows here: an error of the inner backend's own comes again, and is nobody's fall-back.
+        compiled = compile_inner(gm, inputs)
+        warnings.warn(
+            "a DistributedDataParallel graph is compiled in one piece, so its gradients are reduced after its backward "
+            f"and not during it; cut where DDP's buckets end, a piece did not compile: {reason}",
+            stacklevel=2,
+        )
+        return compiled
 
     return compile_pieces
 
@@ -158,7 +187,29 @@ def _as_from_dynamo(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModu
     mode = detect_fake_mode(fakes)
     with mode or contextlib.nullcontext(), torch.no_grad():
         _NotingValues(result).run(*fakes)
+    _write_numbers(result)
     return result, fakes, sizes
+
+
+def _write_numbers(gm: fx.GraphModule) -> None:
+    """A value that turned out to be one number is written where it is read: AOTAutograd takes none from a piece."""
+    for node in gm.graph.nodes:
+        number = _number(node.meta.get(_VALUE))
+        if number is None or node.op == "output":
+            continue
+        for user in list(node.users):
+            user.args, user.kwargs = fx.map_arg(
+                (user.args, user.kwargs), lambda each, node=node, number=number: number if each is node else each
+            )
+        if node.op != "placeholder":
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (torch.SymInt, torch.SymFloat)) and value.node.expr.is_number:
+        return int(value) if isinstance(value, torch.SymInt) else float(value)
+    return value if isinstance(value, (int, float)) else None
 
 
 class _NotingValues(fx.Interpreter):

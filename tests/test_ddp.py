@@ -46,8 +46,7 @@ def test_packs_whole_and_cuts_what_it_packed(combine, dynamic):
     eager = copy.deepcopy(model)
     counters.clear()
     with warnings.catch_warnings():
-        # Graphs with symbolic sizes may be left in one piece.
-        warnings.filterwarnings("ignore" if dynamic else "error", message=".*in one piece")
+        warnings.filterwarnings("error", message=".*in one piece")
         compiled = combine(model, dynamic=dynamic, options=OPTIONS)
         for rows in (RIGHT, BOTH):
             batch = batch_of(rows)
@@ -59,7 +58,7 @@ def test_packs_whole_and_cuts_what_it_packed(combine, dynamic):
             torch.testing.assert_close(loss, expected)
             for got, want in zip(model.parameters(), eager.parameters(), strict=True):
                 torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-5)
-    assert dynamic or counters["aot_autograd"]["ok"] > 1
+    assert counters["aot_autograd"]["ok"] > 2
     assert torch._dynamo.config.optimize_ddp is setting
 
 
@@ -74,3 +73,45 @@ def test_other_backends_get_their_pieces():
     model = PlainLM()
     torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.0005), backend=other)(*batch_of(RIGHT).values())
     assert len(pieces) > 1
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_unknown_optimizer_leaves_the_model_unpacked_and_says_so(monkeypatch):
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    monkeypatch.setattr(packc.ddp, "_moved", lambda: "it moved")
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", DDPOptimizer.compile_fn.__wrapped__)
+    model, batch = PlainLM(), batch_of(BOTH).values()
+    compiled = compiled_outside(model, options={"packc.inner": "aot_eager"})
+    with pytest.warns(UserWarning, match="unpacked: it moved; set torch._dynamo.config.optimize_ddp = False"):
+        loss = compiled(*batch)[0]
+    torch.testing.assert_close(loss, model(*batch)[0])
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        torch._dynamo.reset()
+        loss = compiled_outside(model, options=OPTIONS)(*batch)[0]  # packs, under strict
+    torch.testing.assert_close(loss, model(*batch)[0])
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("whole_compiles", [True, False])
+def test_one_piece_where_pieces_fail_and_the_error_where_the_whole_does_too(monkeypatch, whole_compiles):
+    calls = []
+
+    def inner(gm, inputs):
+        calls.append(len(gm.graph.nodes))
+        if whole_compiles and len(calls) > 1:
+            return gm
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(packc.compiler, "inner_backend", lambda mode, options: inner)
+    model, batch = PlainLM(), batch_of(RIGHT).values()
+    compiled = compiled_outside(model)
+    if whole_compiles:
+        with pytest.warns(UserWarning, match="a piece did not compile: RuntimeError.*out of registers"):
+            torch.testing.assert_close(compiled(*batch)[0], model(*batch)[0])
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*in one piece")
+            with pytest.raises(Exception, match="out of registers"):
+                compiled(*batch)
+    assert len(calls) == 2
