@@ -18,18 +18,18 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx
 
+from packc.compilation import compilation_under_way
+from packc.fake_tensors import detect_fake_mode
+from packc.frontends.import_hook import on_import
 from packc.frontends.tracing_backend import is_packc_backend
 from packc.passes.normalize import carry_over_from_dynamo, fakify
 from packc.private_torch import private_torch
-
-with private_torch():
-    from torch._dynamo.exc import RestartAnalysis
-    from torch._guards import TracingContext, detect_fake_mode
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ aten = torch.ops.aten
 
 Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
+_MODULE = "torch._dynamo.backends.distributed"
 _VALUE = "example_value"  # where Dynamo notes the fake value of a node
 
 # The DDPOptimizer that handed over the graph which is being compiled.
@@ -45,13 +46,19 @@ _active: contextvars.ContextVar[Any] = contextvars.ContextVar("packc_ddp_optimiz
 
 @functools.cache
 def install() -> None:
-    """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did."""
-    if (moved := _moved()) is not None:
-        log.info("%s", moved)
-        return
-    from torch._dynamo.backends.distributed import DDPOptimizer
+    """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did.
 
-    compile_pieces = DDPOptimizer.compile_fn
+    Dynamo imports its optimizer when it first meets DDP; nothing is imported for it before.
+    """
+    on_import({_MODULE: _hand_over_whole_graphs})
+
+
+def _hand_over_whole_graphs(module: ModuleType) -> None:
+    optimizer = getattr(module, "DDPOptimizer", None)
+    if (reason := _unknown(optimizer)) is not None:
+        log.info("a DistributedDataParallel model is packed in the pieces that DDP makes of it: %s", reason)
+        return
+    compile_pieces = optimizer.compile_fn
 
     @functools.wraps(compile_pieces)
     def compile_fn(self: Any, gm: fx.GraphModule, example_inputs: list[Any], **configs: Any) -> Any:
@@ -64,27 +71,23 @@ def install() -> None:
         finally:
             _active.reset(token)
 
-    DDPOptimizer.compile_fn = compile_fn
+    optimizer.compile_fn = compile_fn
 
 
-@functools.cache
-def _moved() -> str | None:
-    """Why DDPOptimizer is not the one we know; None if it is."""
+def _unknown(optimizer: Any) -> str | None:
+    """Why this DDPOptimizer is not the one we know; None if it is."""
+    version = torch.__version__
     try:
-        from torch._dynamo.backends.distributed import DDPOptimizer
-
-        constructor, compile_fn = (inspect.signature(f).parameters for f in (DDPOptimizer, DDPOptimizer.compile_fn))
-    except (ImportError, AttributeError, TypeError) as error:
-        return f"torch {torch.__version__} has no DDPOptimizer that packc knows: {error!r}"
-    if {"bucket_bytes_cap", "backend_compile_fn", "first_bucket_cap"} <= set(constructor) and list(compile_fn)[:3] == [
+        constructor, compile_fn = (list(inspect.signature(f).parameters) for f in (optimizer, optimizer.compile_fn))
+    except (AttributeError, TypeError) as error:
+        return f"torch {version} has no DDPOptimizer that packc knows: {error!r}"
+    if {"bucket_bytes_cap", "backend_compile_fn", "first_bucket_cap"} <= set(constructor) and compile_fn[:3] == [
         "self",
         "gm",
         "example_inputs",
     ]:
         return None
-    return (
-        f"the DDPOptimizer of torch {torch.__version__} has other parameters: {list(constructor)}, {list(compile_fn)}"
-    )
+    return f"the DDPOptimizer of torch {version} has other parameters: {constructor}, {compile_fn}"
 
 
 def in_buckets(compile_inner: Backend) -> Backend:
@@ -95,6 +98,9 @@ def in_buckets(compile_inner: Backend) -> Backend:
     optimizer = _active.get()
     if optimizer is None or not torch.is_grad_enabled():
         return compile_inner
+
+    with private_torch():
+        from torch._dynamo.exc import RestartAnalysis  # here, as Dynamo is there when it compiles
 
     def compile_pieces(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         try:
@@ -107,7 +113,7 @@ def in_buckets(compile_inner: Backend) -> Backend:
                 f"its backward and not during it: {error!r}",
                 stacklevel=2,
             )
-            context = TracingContext.try_get()
+            context = compilation_under_way()
             if context is not None:
                 context.ddp_optimizer_ctx = None
                 context.fakify_first_call = False

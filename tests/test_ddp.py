@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import packc
+from packc import ddp
 
 OPTIONS = {"packc.inner": "aot_eager", "packc.strict": True}
 
@@ -74,3 +76,16 @@ def test_other_backends_get_their_pieces():
     model = PlainLM()
     torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.0005), backend=other)(*batch_of(RIGHT).values())
     assert len(pieces) > 1
+
+
+def test_an_optimizer_that_packc_does_not_know_is_left_alone(caplog):
+    class OfAnotherTorch:
+        def compile_fn(self, graph):
+            return graph
+
+    before = OfAnotherTorch.compile_fn
+    with caplog.at_level("INFO", "packc.ddp"):
+        ddp._hand_over_whole_graphs(SimpleNamespace(DDPOptimizer=OfAnotherTorch))
+        ddp._hand_over_whole_graphs(SimpleNamespace())
+    assert OfAnotherTorch.compile_fn is before
+    assert [record.message.count("DDPOptimizer") for record in caplog.records] == [1, 1]
