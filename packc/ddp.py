@@ -5,7 +5,7 @@ that gradients are reduced while the backward still runs, and has every piece co
 have the mask and none could be packed end to end. For packc's backend the order is the other way round: the optimizer
 hands over the whole graph and cuts what packc made of it.
 
-The only file that touches DDPOptimizer, which is private. Checked on torch 2.13.
+The only file that touches DDPOptimizer, which is private.
 """
 
 from __future__ import annotations
