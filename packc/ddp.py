@@ -54,7 +54,7 @@ def install() -> None:
 
 
 def _hand_over_whole_graphs(module: ModuleType) -> None:
-    optimizer = getattr(module, "DDPOptimizer", None)
+    optimizer: Any = getattr(module, "DDPOptimizer", None)
     if (reason := _unknown(optimizer)) is not None:
         log.info("a DistributedDataParallel model is packed in the pieces that DDP makes of it: %s", reason)
         return
