@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packc.boundaries import NOT_TAKEN, start_again
-from packc.fake_inputs import fake_mode_of
+from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"

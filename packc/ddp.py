@@ -5,7 +5,7 @@ that gradients are reduced while the backward still runs, and has every piece co
 have the mask and none could be packed end to end. For packc's backend the order is the other way round: the optimizer
 hands over the whole graph and cuts what packc made of it.
 
-The only file that touches DDPOptimizer, which is private. Checked on torch 2.13.
+The only file that touches DDPOptimizer, which is private.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ import contextlib
 import contextvars
 import copy
 import functools
+import importlib
 import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
+from packc.compilation import compilation_under_way
+from packc.fake_tensors import detect_fake_mode
+from packc.frontends.import_hook import on_import
 from packc.frontends.tracing_backend import is_packc_backend
 from packc.passes.normalize import carry_over_from_dynamo, fakify
 from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch
-
-with private_torch():
-    from torch._dynamo.exc import RestartAnalysis
-    from torch._guards import TracingContext, detect_fake_mode
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ aten = torch.ops.aten
 
 Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
+_MODULE = "torch._dynamo.backends.distributed"
 _VALUE = "example_value"  # where Dynamo notes the fake value of a node
 
 # The DDPOptimizer that handed over the graph which is being compiled.
@@ -47,13 +49,18 @@ _active: contextvars.ContextVar[Any] = contextvars.ContextVar("packc_ddp_optimiz
 
 @functools.cache
 def install() -> None:
-    """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did."""
-    if _moved() is not None:
-        return
-    with private_torch():
-        from torch._dynamo.backends.distributed import DDPOptimizer
+    """From now on DDPOptimizer hands packc's backend whole graphs. For other backends it does what it did.
 
-    compile_pieces = DDPOptimizer.compile_fn
+    Dynamo imports its optimizer when it first meets DDP; nothing is imported for it before.
+    """
+    on_import({_MODULE: _hand_over_whole_graphs})
+
+
+def _hand_over_whole_graphs(module: ModuleType) -> None:
+    optimizer: Any = getattr(module, "DDPOptimizer", None)
+    if _unknown(optimizer) is not None:
+        return
+    compile_pieces = optimizer.compile_fn
 
     @functools.wraps(compile_pieces)
     def compile_fn(self: Any, gm: fx.GraphModule, example_inputs: list[Any], **configs: Any) -> Any:
@@ -66,28 +73,30 @@ def install() -> None:
         finally:
             _active.reset(token)
 
-    DDPOptimizer.compile_fn = compile_fn
+    optimizer.compile_fn = compile_fn
 
 
-@functools.cache
-def _moved() -> str | None:
-    """Why DDPOptimizer is not the one we know; None if it is."""
+def _unknown(optimizer: Any) -> str | None:
+    """Why this DDPOptimizer is not the one we know; None if it is."""
+    version = torch.__version__
     try:
-        with private_torch():
-            from torch._dynamo.backends.distributed import DDPOptimizer
-
-        constructor, compile_fn = (inspect.signature(f).parameters for f in (DDPOptimizer, DDPOptimizer.compile_fn))
-    except (ImportError, AttributeError, TypeError) as error:
-        return f"torch {torch.__version__} has no DDPOptimizer that packc knows: {error!r}"
-    if {"bucket_bytes_cap", "backend_compile_fn", "first_bucket_cap"} <= set(constructor) and list(compile_fn)[:3] == [
+        constructor, compile_fn = (list(inspect.signature(f).parameters) for f in (optimizer, optimizer.compile_fn))
+    except (AttributeError, TypeError) as error:
+        return f"torch {version} has no DDPOptimizer that packc knows: {error!r}"
+    if {"bucket_bytes_cap", "backend_compile_fn", "first_bucket_cap"} <= set(constructor) and compile_fn[:3] == [
         "self",
         "gm",
         "example_inputs",
     ]:
         return None
-    return (
-        f"the DDPOptimizer of torch {torch.__version__} has other parameters: {list(constructor)}, {list(compile_fn)}"
-    )
+    return f"the DDPOptimizer of torch {version} has other parameters: {constructor}, {compile_fn}"
+
+
+@functools.cache
+def _moved() -> str | None:
+    with private_torch():
+        module = importlib.import_module(_MODULE)
+    return _unknown(getattr(module, "DDPOptimizer", None))
 
 
 def refuse_pieces() -> None:
@@ -96,11 +105,10 @@ def refuse_pieces() -> None:
     Raises:
         NotPackable: the graph being compiled is such a piece; the first one is warned of.
     """
-    moved = _moved()
-    if moved is None or torch._dynamo.config.optimize_ddp not in (True, "ddp_optimizer"):
+    if torch._dynamo.config.optimize_ddp not in (True, "ddp_optimizer"):
         return
     active = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # how Dynamo finds out
-    if active is None or active() is None:
+    if active is None or active() is None or (moved := _moved()) is None:
         return
     reason = f"{moved}; set torch._dynamo.config.optimize_ddp = False to pack under DistributedDataParallel"
     _warn_once(f"packc leaves a DistributedDataParallel model unpacked: {reason}")
@@ -121,6 +129,9 @@ def in_buckets(compile_inner: Backend) -> Backend:
     if optimizer is None or not torch.is_grad_enabled():
         return compile_inner
 
+    with private_torch():
+        from torch._dynamo.exc import RestartAnalysis  # here, as Dynamo is there when it compiles
+
     def compile_pieces(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         try:
             return _cut(optimizer, compile_inner, gm, inputs)
@@ -129,7 +140,7 @@ def in_buckets(compile_inner: Backend) -> Backend:
         except Exception as error:
             log.info("a packed graph could not be cut", exc_info=True)
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        context = TracingContext.try_get()
+        context = compilation_under_way()
         if context is not None:
             context.ddp_optimizer_ctx = None
             context.fakify_first_call = False

@@ -8,10 +8,7 @@ peak of a training step's tensors is the same (benchmarks/train.py's model, with
 
 from __future__ import annotations
 
-from packc.private_torch import private_torch
-
-with private_torch():
-    from torch._guards import TracingContext
+from packc.compilation import compilation_under_way
 
 
 def keep_saved_tensors() -> None:
@@ -21,7 +18,7 @@ def keep_saved_tensors() -> None:
     """
     # Not ``torch._functorch.config.donated_buffer=False``: read again when the
     # backward runs, it would have to hold for the whole process. Emptied in place: AOTAutograd holds the list twice.
-    context = TracingContext.try_get()
+    context = compilation_under_way()
     metadata = context.fw_metadata if context is not None else None
     if metadata is not None and metadata.bw_donated_idxs:
         metadata.bw_donated_idxs.clear()

@@ -13,7 +13,7 @@ from torch import fx
 from packc import config
 from packc.batches import Packing, pack_batch, unread_batch
 from packc.boundaries import NOT_TAKEN, start_again
-from packc.fake_inputs import has_values
+from packc.fake_tensors import has_values
 from packc.passes import Packed
 
 log = logging.getLogger(__name__)

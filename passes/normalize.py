@@ -16,14 +16,14 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from packc.compilation import TracingContext, compilation_under_way
+from packc.fake_tensors import FakeTensor, FakeTensorMode, detect_fake_mode
 from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch
 
 with private_torch():
-    from torch._guards import TracingContext, detect_fake_mode
     from torch._higher_order_ops.wrap import tag_activation_checkpoint
     from torch._ops import HigherOrderOperator
-    from torch._subclasses import FakeTensor, FakeTensorMode
 
 # What Inductor and AOTAutograd read from a graph that Dynamo made, besides its ``meta``.
 # Private (torch/_functorch/_aot_autograd/frontend_utils.py).
@@ -100,7 +100,7 @@ def fakify(gm: fx.GraphModule, example_inputs: list[Any]) -> list[Any]:
 
     Dynamo hands over real tensors and remembers for each which of its sizes it made symbolic.
     """
-    context = TracingContext.try_get()
+    context = compilation_under_way()
     mode = (context.fake_mode if context is not None else None) or detect_fake_mode(example_inputs)
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -3,7 +3,7 @@
 Next-token losses shift by dropping the last logits and the first labels. Cut along the sequence, logits of different
 rows no longer line up with the pack; the same loss over whole rows does:
 
-    cross_entropy(logits[:, :-1], labels[:, 1:])  ->  cross_entropy(logits, pad(labels[:, 1:], (0, 1), ignore_index))
+    cross_entropy(logits[:, :-1], labels[:, 1:])  ->  cross_entropy(logits, cat([labels[:, 1:], ignore_index], 1))
 
 Equal for reductions that skip ignored labels (mean and sum), in value and in gradient.
 """
@@ -100,7 +100,13 @@ def _padded_labels(gm: fx.GraphModule, loss: fx.Node, sliced: fx.Node, *, flat: 
     ignore_index = _argument(loss, _LOSSES[loss.target][1], -100)  # type: ignore[index]
     batch = _size(gm, value_of(sliced).shape[0], like=loss)
     rows = _call(gm, aten.reshape.default, (loss.args[1], [batch, -1]), like=loss)
-    labels = _call(gm, aten.constant_pad_nd.default, (rows, [front, back], ignore_index), like=loss)
+    # Not constant_pad_nd, whose result has the very length of the example on torch 2.11.
+    parts = [rows]
+    if front:
+        parts.insert(0, _call(gm, aten.new_full.default, (rows, [batch, front], ignore_index), like=loss))
+    if back:
+        parts.append(_call(gm, aten.new_full.default, (rows, [batch, back], ignore_index), like=loss))
+    labels = _call(gm, aten.cat.default, (parts, 1), like=loss)
     return _call(gm, aten.reshape.default, (labels, [-1]), like=loss) if flat else labels
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import packc
+from packc import ddp
 
 OPTIONS = {"packc.inner": "aot_eager", "packc.strict": True}
 
@@ -115,3 +117,14 @@ def test_one_piece_where_pieces_fail_and_the_error_where_the_whole_does_too(monk
             with pytest.raises(Exception, match="out of registers"):
                 compiled(*batch)
     assert len(calls) == 2
+
+
+def test_an_optimizer_that_packc_does_not_know_is_left_alone():
+    class OfAnotherTorch:
+        def compile_fn(self, graph):
+            return graph
+
+    before = OfAnotherTorch.compile_fn
+    ddp._hand_over_whole_graphs(SimpleNamespace(DDPOptimizer=OfAnotherTorch))
+    ddp._hand_over_whole_graphs(SimpleNamespace())
+    assert OfAnotherTorch.compile_fn is before

@@ -199,7 +199,8 @@ def test_with_a_fused_kernel_training_takes_the_unfused_path_under_packc_only(
 
     # As if mamba-ssm were installed: the wrapper of transformers then calls the package's function.
     monkeypatch.setattr(cells["implementation"], "cell_contents", fused)
-    monkeypatch.setattr(cells["is_new_implementation"], "cell_contents", True)
+    if "is_new_implementation" in cells:  # later than transformers 5.15
+        monkeypatch.setattr(cells["is_new_implementation"], "cell_contents", True)
     torch.compile(model, backend=packc_backend, fullgraph=True)(**inputs)
     assert not called(packc_backend, "erfinv")
     assert called(packc_backend, "packc.selective_scan")

@@ -95,7 +95,7 @@ def test_the_cache_after_a_compiled_prompt_is_that_of_eager(packc_backend):
             outputs.append((cache, forward(token, cache_params=cache, use_cache=True).logits))
     (expected_cache, expected), (cache, logits) = outputs
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    for layer in range(2):
-        state, expected_state = cache.get_recurrent_state(layer, 0), expected_cache.get_recurrent_state(layer, 0)
+    for layer, expected_layer in zip(cache.layers, expected_cache.layers, strict=True):
+        state, expected_state = layer.recurrent_states[0], expected_layer.recurrent_states[0]
         torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(cache.get_conv_state(layer, 0), expected_cache.get_conv_state(layer, 0))
+        torch.testing.assert_close(layer.conv_states[0], expected_layer.conv_states[0])

@@ -1,4 +1,7 @@
-"""Whether a compiled model is called with shapes only, as estimators of FLOPs and memory call it."""
+"""Tensors that have a shape and no values: what graphs are traced on, and what estimators of FLOPs and memory pass.
+
+The only file that takes fake tensors from torch, where they are private; others take them from here.
+"""
 
 from contextlib import AbstractContextManager
 
@@ -7,8 +10,10 @@ from torch import Tensor
 from packc.private_torch import private_torch
 
 with private_torch():
-    from torch._guards import active_fake_mode
-    from torch._subclasses import FakeTensor
+    from torch._guards import active_fake_mode, detect_fake_mode
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "detect_fake_mode", "fake_mode_of", "has_values"]
 
 
 def has_values(x: Tensor) -> bool:
