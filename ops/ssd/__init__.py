@@ -109,6 +109,8 @@ def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[fl
     if bias is not None:
         dt = dt + bias
     if softplus:
-        dt = F.softplus(dt)
+        # On CPU torch rounds the last elements of a tensor in another way than the rest, so that a token's step would
+        # depend on where it lies: not after fp64.
+        dt = F.softplus(dt.double()).to(dt.dtype) if dt.device.type == "cpu" else F.softplus(dt)
     lowest, highest = limit
     return dt.clamp(lowest, highest)

@@ -65,4 +65,6 @@ def assert_as_exact_as_plain_torch(leaves, cu_seqlens, **options):
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
         assert mine.is_contiguous()
-        assert error(mine, expected) <= 2 * error(theirs, expected) + 5e-7
+        # A gradient that is zero because fp32 terms of about 10 cancel is as far off as these are rounded.
+        slack = 5e-7 if mine.dtype == torch.float32 else 2e-6
+        assert error(mine, expected) <= 2 * error(theirs, expected) + slack
