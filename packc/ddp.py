@@ -208,13 +208,16 @@ def _write_numbers(gm: fx.GraphModule) -> None:
         number = _number(node.meta.get(_VALUE))
         if number is None or node.op == "output":
             continue
+        replace = functools.partial(_replaced, node, number)
         for user in list(node.users):
-            user.args, user.kwargs = fx.map_arg(
-                (user.args, user.kwargs), lambda each, node=node, number=number: number if each is node else each
-            )
+            user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), replace)
         if node.op != "placeholder":
             gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _replaced(node: fx.Node, number: Any, each: fx.Node) -> Any:
+    return number if each is node else each
 
 
 def _number(value: Any) -> Any:

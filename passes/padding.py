@@ -158,7 +158,7 @@ def _is_constant_zero(node: object) -> bool:
         return False
     if node.target in _ZEROS:
         return True
-    return node.target in _FILLED and node.args[_FILLED[node.target]] == 0
+    return node.target in _FILLED and bool(node.args[_FILLED[node.target]] == 0)
 
 
 def is_masked(value: fx.Node) -> fx.Node | None:

@@ -48,7 +48,7 @@ def keep_as_input(name: str) -> None:
         frame = output.root_tx.f_locals
     given: list[tuple[Any, Any]] = [(LocalSource(name, is_input=True), frame.get(name))]
     for holder, value in frame.items():
-        inside = LocalSource(holder, is_input=True)
+        inside: Any = LocalSource(holder, is_input=True)
         if isinstance(value, UserDict):  # a tokenizer's batch
             inside, value = AttrSource(inside, "data"), value.data
         if type(value) is dict:
