@@ -43,7 +43,7 @@ def pack_batch(
     *,
     inside: Sequence[Tensor] = (),
     outside: str | None = None,
-    positions: Tensor | None = None,
+    positions: Sequence[Tensor] = (),
     keep_left: str | None = None,
     keep_right: str | None = None,
 ) -> Packing:
@@ -54,7 +54,7 @@ def pack_batch(
         labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
         inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
-        positions: the call's ``position_ids``; a row in which they start again stays whole.
+        positions: the call's ``position_ids``; a row in which some start again stays whole.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
@@ -117,7 +117,7 @@ def _span(
 
 
 def _facts(
-    mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor], positions: Tensor | None
+    mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor], positions: Sequence[Tensor]
 ) -> Tensor:
     """(B, 9): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?,
     another mask's token beyond?, positions start again?"""
@@ -129,6 +129,9 @@ def _facts(
     beyond = torch.zeros_like(real[:, 0])
     for other in inside:
         beyond |= ((other.reshape(real.shape) != 0) & ~real).any(1)
+    again = torch.zeros_like(beyond)
+    for each in positions:
+        again |= start_again(each, real)
     first, end, count = _extent(real)
     first_label, end_label, _ = _extent(live)
     columns = [
@@ -140,7 +143,7 @@ def _facts(
         end_label,
         count > 0,
         beyond,
-        beyond.new_zeros(1).expand_as(beyond) if positions is None else start_again(positions, real).expand_as(beyond),
+        again,
     ]
     return torch.stack([column.to(torch.int64) for column in columns], 1)
 

@@ -31,13 +31,15 @@ def ignored_boundaries(gm: fx.GraphModule) -> str | None:
 NOT_TAKEN = "packc takes no document boundaries from it yet, and each row is one document to its ops"
 
 
-def positions_input(gm: fx.GraphModule) -> int | None:
-    """Which input of a Dynamo graph is the call's ``position_ids``."""
-    for number, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        value = node.meta.get("example_value")
-        if argument_path(node).split(".")[-1] == POSITIONS and isinstance(value, Tensor) and value.ndim:
-            return number
-    return None
+def positions_inputs(gm: fx.GraphModule) -> list[int]:
+    """Which inputs of a Dynamo graph are ``position_ids``: one, or one of each sequence."""
+    return [
+        number
+        for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+        if argument_path(node).split(".")[-1] == POSITIONS
+        and isinstance(value := node.meta.get("example_value"), Tensor)
+        and value.ndim
+    ]
 
 
 def start_again(positions: Tensor, real: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
-from packc.boundaries import ignored_boundaries, positions_input
+from packc.boundaries import ignored_boundaries, positions_inputs
 from packc.ddp import in_buckets, refuse_pieces
 from packc.inner_backend import inner_backend
 from packc.options import split_options
@@ -112,7 +112,7 @@ def compile_graph(
         raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
     graph = fx.GraphModule(packed, copy.deepcopy(packed.graph))  # the inner backend may write to its own
     compiled = compile_inner(packed, [*example_inputs, *index])
-    call = PackedCall(compiled, graph, requirements, strict=strict, positions=positions_input(gm))
+    call = PackedCall(compiled, graph, requirements, strict=strict, positions=positions_inputs(gm))
     return call, GraphReport.packed(requirements, call)
 
 
@@ -125,8 +125,8 @@ def _unpacked(
 ) -> tuple[Callable[..., Any], GraphReport]:
     """The graph as it was; its mixers are packc's ops all the same."""
     log.info("not packed: %s", reason)
-    compiled, positions = compile_inner(gm, example_inputs), positions_input(gm)
-    if positions is not None and any(map(is_mixer, gm.graph.nodes)):
+    compiled, positions = compile_inner(gm, example_inputs), positions_inputs(gm)
+    if positions and any(map(is_mixer, gm.graph.nodes)):
         compiled = UnpackedCall(compiled, positions)
     return compiled, GraphReport.unpacked(gm, reason, boundaries)
 

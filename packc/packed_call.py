@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class PackedCall:
         requirements: Packed,
         *,
         strict: bool | None,
-        positions: int | None = None,
+        positions: Sequence[int] = (),
     ) -> None:
         self.compiled = compiled
         self.graph = graph
@@ -61,7 +61,7 @@ class PackedCall:
             labels,
             inside=[inputs[each] for each in wanted.other_masks],
             outside=wanted.outside,
-            positions=None if self.positions is None else inputs[self.positions],
+            positions=[inputs[each] for each in self.positions],
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
         )
@@ -78,13 +78,13 @@ class PackedCall:
 class UnpackedCall:
     """A compiled graph that is not packed, whose every batch may hand over boundaries: these are not passed over."""
 
-    def __init__(self, compiled: Callable[..., Any], positions: int) -> None:
+    def __init__(self, compiled: Callable[..., Any], positions: Sequence[int]) -> None:
         self.compiled, self.positions = compiled, positions
         self._warned: set[str] = set()
 
     def __call__(self, *inputs: Any) -> Any:
-        positions = inputs[self.positions]
-        if not self._warned and has_values(positions) and bool(start_again(positions).any()):
+        given = [] if self._warned else [inputs[each] for each in self.positions]
+        if any(has_values(positions) and bool(start_again(positions).any()) for positions in given):
             say_once(f"position_ids start again within a row: {NOT_TAKEN}", self._warned)
         return self.compiled(*inputs)
 

@@ -90,3 +90,21 @@ def test_offsets_that_the_model_itself_reads_are_its_own_business():
     fast = torch.compile(by_hand, backend=packc.backend, options=DEBUG)
     assert not said(fast, x, cu_seqlens)
     torch.testing.assert_close(fast(x, cu_seqlens), by_hand(x, cu_seqlens))
+
+
+def test_positions_of_every_sequence_are_looked_at():
+    model = tiny_mamba()
+
+    def both(chosen, rejected):
+        return model(**chosen).logits, model(**rejected).logits
+
+    def batch(positions):
+        given = batch_of(RIGHT)
+        return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], "position_ids": positions}
+
+    plain = torch.arange(8).expand(3, -1).contiguous()
+    again = torch.cat([torch.arange(3), torch.arange(5)]).expand(3, -1).contiguous()
+    fast = torch.compile(both, backend=packc.backend, options=DEBUG)
+    assert not said(fast, batch(plain), batch(plain.clone()))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert said(fast, batch(plain), batch(again))
