@@ -1,5 +1,10 @@
 """Graphs of one code that run differently are not taken for one another in torch's caches."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from harness import RIGHT, RecordingBackend, batch_of, masks, tiny_mamba
 from torch._dynamo.utils import counters
@@ -48,6 +53,26 @@ def test_a_model_that_checkpoints_from_now_on_is_compiled_again_and_both_are_fou
         block.checkpointing = False
         assert convolutions_in_a_step(block) == 1
         assert counters["aot_autograd"]["autograd_cache_hit"] == 2
+
+
+def in_a_process_of_its_own(cache: Path, *, checkpointing: bool) -> tuple[int, int]:
+    """Convolutions in a step, and graphs found in the cache."""
+    script = (
+        "from test_cache_key import *; block = Block(); "
+        f"block.checkpointing = {checkpointing}; print(convolutions_in_a_step(block), "
+        "counters['aot_autograd']['autograd_cache_hit'])"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    count, hits = map(int, result.stdout.split()[-2:])
+    return count, hits
+
+
+def test_another_process_finds_the_graph_of_its_own_configuration(tmp_path):
+    assert in_a_process_of_its_own(tmp_path, checkpointing=False) == (1, 0)
+    assert in_a_process_of_its_own(tmp_path, checkpointing=True) == (2, 0)
+    assert in_a_process_of_its_own(tmp_path, checkpointing=True) == (2, 1)
 
 
 def key(model):
