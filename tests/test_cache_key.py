@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from harness import RIGHT, RecordingBackend, batch_of, masks, tiny_mamba
 from torch._dynamo.utils import counters
@@ -69,6 +70,7 @@ def in_a_process_of_its_own(cache: Path, *, checkpointing: bool) -> tuple[int, i
     return count, hits
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_graph_of_its_own_configuration(tmp_path):
     assert in_a_process_of_its_own(tmp_path, checkpointing=False) == (1, 0)
     assert in_a_process_of_its_own(tmp_path, checkpointing=True) == (2, 0)
