@@ -53,17 +53,19 @@ def is_tensor(arg: Any) -> bool:
 
 def is_made_of_integers(node: fx.Node) -> bool:
     """Whether everything that a value is made from is an input of integers or truths."""
+    values = [each.meta.get("val") for each in inputs_of(node)]
+    return node.op != "get_attr" and not any(isinstance(v, Tensor) and v.dtype.is_floating_point for v in values)
+
+
+def inputs_of(node: fx.Node) -> set[fx.Node]:
+    """The graph's inputs that a value is made from."""
     seen, queue = set[fx.Node](), [node]
     while queue:
         each = queue.pop()
-        if each in seen:
-            continue
-        seen.add(each)
-        value = each.meta.get("val")
-        if each.op == "placeholder" and isinstance(value, Tensor) and value.dtype.is_floating_point:
-            return False
-        queue.extend(each.all_input_nodes)
-    return node.op != "get_attr"
+        if each not in seen:
+            seen.add(each)
+            queue.extend(each.all_input_nodes)
+    return {each for each in seen if each.op == "placeholder"}
 
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:

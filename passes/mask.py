@@ -13,7 +13,6 @@ from packc.passes.sources import argument_path, is_argument, is_called
 # only the first always says which positions are tokens: see confirm_mask.
 _TRUSTED = "attention_mask"
 _NAMES = (_TRUSTED, "input_mask", "padding_mask", "pad_mask", "mask")
-_MULTIPLIES = {torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor}
 _ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 _FORWARDS = {
     torch.ops.aten.to.dtype,

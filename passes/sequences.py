@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from packc.passes.axes import same_size
+from packc.passes.axes import inputs_of, same_size
 from packc.passes.module_names import module_path
 from packc.passes.padding import is_masked, zero_at_padding, zero_at_tokens
 from packc.passes.reasons import NotPackable
@@ -106,7 +106,7 @@ def other_masks(gm: fx.GraphModule, mask: fx.Node, zero: set[fx.Node]) -> list[f
             found.append(node)
             known |= own
     for value in _read_values(gm, mixers_only=True):
-        if value not in known and (by := is_masked(value)) is not None:
+        if value not in known and (by := is_masked(value)) is not None and inputs_of(by) != {mask}:
             raise NotPackable(f"{by.name} is a mask of its own, which {argument_path(mask)} knows nothing of")
     return found
 

@@ -123,6 +123,27 @@ def test_a_second_mask_on_an_output_loses_nobodys_tokens():
     assert_right(function, (x, mask, other), (mask, other))
 
 
+def test_a_mask_that_fills_with_something_else_than_zero_is_still_the_mask():
+    def function(x, attention_mask):
+        return (mix(x.masked_fill(attention_mask[..., None] == 0, -1.0)),)
+
+    x, mask = values(), masks(RIGHT)
+    assert_right(function, (x, mask), (mask,))
+    torch._dynamo.reset()
+    assert packc.explain(function)(x, mask).tokens == 15
+
+
+def test_a_mask_made_of_lengths_is_a_mask_of_its_own():
+    def function(x, attention_mask, lengths):
+        own = torch.arange(8)[None] < lengths[:, None]
+        return mix(x * attention_mask[..., None]), mix(x * own[..., None])
+
+    x, mask, lengths = values(), masks(RIGHT), torch.tensor([2, 8, 6])
+    assert_right(function, (x, mask, lengths), (mask, masks(OTHER)))
+    torch._dynamo.reset()
+    assert "a mask of its own" in packc.explain(function)(x, mask, lengths).fallback
+
+
 def test_encoder_and_decoder_of_one_length():
     def function(x, attention_mask, y):
         encoded = mix(x * attention_mask[..., None])
