@@ -34,6 +34,8 @@ class Packing:
     whole_rows: int = 0
     reasons: tuple[str, ...] = ()
     """Why rows were not packed, each reason once."""
+    left_padded: int = 0
+    """Rows that begin at their first token, with padding before it."""
 
 
 @torch.no_grad()
@@ -44,6 +46,7 @@ def pack_batch(
     inside: Sequence[Tensor] = (),
     outside: str | None = None,
     positions: Sequence[Tensor] = (),
+    one_before: bool = False,
     keep_left: str | None = None,
     keep_right: str | None = None,
 ) -> Packing:
@@ -55,6 +58,7 @@ def pack_batch(
         inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
         positions: the call's ``position_ids``; a row in which some start again stays whole.
+        one_before: a left-padded row begins one position before its first token, whatever its labels.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
@@ -63,9 +67,11 @@ def pack_batch(
         return Packing(*_index([(0, length)] * batch, length, mask.device), 0, 0, batch)
     facts = _facts(mask, labels, inside, positions).tolist()  # the one host sync
     spans, reasons = [], dict[str, None]()
-    whole_rows = 0
-    for first, end, hole, other_values, first_label, end_label, before, beyond, again in facts:
-        start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, before)
+    whole_rows = left_padded = 0
+    for first, end, hole, other_values, first_label, end_label, not_empty, beyond, again in facts:
+        start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, not_empty)
+        if why is None and one_before and not_empty:
+            start = max(0, first - 1)
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
         if again:
@@ -77,12 +83,13 @@ def pack_batch(
         if why is not None:
             whole_rows += 1
             reasons[why] = None
+        left_padded += 0 < start == first
         spans.append((start, stop))
     if sum(stop - start for start, stop in spans) < 2:
         # The compiled graph is made for two tokens or more. Not a fallback: there is next to nothing to pack.
-        spans, whole_rows = [(0, length)] * batch, batch
+        spans, whole_rows, left_padded = [(0, length)] * batch, batch, 0
     index, cu_seqlens = _index(spans, length, mask.device)
-    return Packing(index, cu_seqlens, index.shape[0], batch * length, whole_rows, tuple(reasons))
+    return Packing(index, cu_seqlens, index.shape[0], batch * length, whole_rows, tuple(reasons), left_padded)
 
 
 def unread_batch(mask: Tensor) -> Packing:
@@ -98,7 +105,7 @@ def unread_batch(mask: Tensor) -> Packing:
 
 
 def _span(
-    first: int, end: int, length: int, hole: int, other_values: int, first_label: int, end_label: int, before: int
+    first: int, end: int, length: int, hole: int, other_values: int, first_label: int, end_label: int, not_empty: int
 ) -> tuple[int, int, str | None]:
     """``[start, stop)`` of one row, and why it is the whole row if it is for a reason."""
     if other_values:
@@ -110,7 +117,7 @@ def _span(
     if first_label < first:
         # The label of a left-padded row's first token lies, shifted, on the padding before it; stock counts it. The
         # state that predicts it has seen only zeros, so it may simply be the document's first.
-        if before and first_label == first - 1:
+        if not_empty and first_label == first - 1:
             return first - 1, end, None
         return 0, length, _LABEL
     return first, end, None

@@ -112,7 +112,14 @@ def compile_graph(
         raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
     graph = fx.GraphModule(packed, copy.deepcopy(packed.graph))  # the inner backend may write to its own
     compiled = compile_inner(packed, [*example_inputs, *index])
-    call = PackedCall(compiled, graph, requirements, strict=strict, positions=positions_inputs(gm))
+    call = PackedCall(
+        compiled,
+        graph,
+        requirements,
+        strict=strict,
+        positions=positions_inputs(gm),
+        loss_outside=config.loss_outside,
+    )
     return call, GraphReport.packed(requirements, call)
 
 

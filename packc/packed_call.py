@@ -23,6 +23,13 @@ class NotPacked(RuntimeError):
     """Under ``packc.strict``: a graph or a batch cannot be packed exactly. The message says why."""
 
 
+_LOSS_OUTSIDE = (
+    "packc returns zero before a left-padded row's first token. A loss of what the compiled graph returns in which that"
+    " token's label counts differs from stock's: set packc.loss_outside, pad on the right, or pass the labels to the"
+    " model. Where it does not count, all is well."
+)
+
+
 class PackedCall:
     """Packs each batch and runs the compiled graph on it.
 
@@ -40,10 +47,13 @@ class PackedCall:
         *,
         strict: bool | None,
         positions: Sequence[int] = (),
+        loss_outside: bool = False,
     ) -> None:
         self.compiled = compiled
         self.graph = graph
         self.positions = positions
+        self.loss_outside = loss_outside
+        self.labels_may_follow = requirements.returns_tokens and not requirements.labels
         self.requirements = requirements
         self.strict = strict
         self.last: Packing | None = None
@@ -62,17 +72,26 @@ class PackedCall:
             inside=[inputs[each] for each in wanted.other_masks],
             outside=wanted.outside,
             positions=[inputs[each] for each in self.positions],
+            one_before=self.loss_outside and self.labels_may_follow,
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
         )
         for reason in packing.reasons:
             self._say(reason, packing)
         self.last = packing
-        return self.compiled(*inputs, packing.index, packing.cu_seqlens)
+        outputs = self.compiled(*inputs, packing.index, packing.cu_seqlens)
+        if packing.left_padded and self.labels_may_follow and not self.loss_outside and _trains(outputs):
+            # Not under strict either: nothing says that there is such a loss.
+            say_once(_LOSS_OUTSIDE, self._warned, strict=False)
+        return outputs
 
     def _say(self, reason: str, packing: Packing) -> None:
         text = f"packc left {packing.whole_rows} of {len(packing.cu_seqlens) - 1} rows padded: {reason}"
         say_once(text, self._warned, key=reason, strict=self.strict)
+
+
+def _trains(outputs: Sequence[Any]) -> bool:
+    return any(isinstance(each, torch.Tensor) and each.requires_grad for each in outputs)
 
 
 class UnpackedCall:

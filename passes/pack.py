@@ -40,6 +40,8 @@ class Packed:
     """Why left padding stays in the pack; None: it is left out."""
     keep_right: str | None = None
     labels: list[IgnoredLabels] = field(default_factory=list)
+    returns_tokens: bool = False
+    """Whether some output has values of tokens, zero at padding."""
     mixers: list[tuple[str, str]] = field(default_factory=list)
     """(op, module path) of each packed mixer."""
     padded_mixers: list[Boundary] = field(default_factory=list)
@@ -99,6 +101,8 @@ def _requirements(gm: fx.GraphModule, forms: Forms, zero: set[fx.Node], mask: fx
         if form.keep_right is not None:
             result.keep_right = result.keep_right or f"{module_path(node) or 'the model'}: {form.keep_right}"
     result.labels = ignored_labels(gm, forms)
+    returned = gm.graph.output_node().all_input_nodes
+    result.returns_tokens = any(node in forms.packed and not reads_as_is(node) for node in returned)
     return result
 
 

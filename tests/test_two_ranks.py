@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import PlainLM
-from rank_work import LMOfBlocks, batches, ddp_gradients, fsdp_gradients, in_place, inside, outside, right_padded
+from rank_work import LMOfBlocks, batches, ddp_gradients, fsdp_gradients, in_place, inside, outside
 from two_ranks import on_two_ranks
 
 
@@ -43,4 +43,4 @@ def test_ddp_averages_the_gradients_of_packed_ranks(tmp_path, combine, dynamic):
 def test_each_block_packs_under_fsdp(tmp_path, compile_blocks):
     got = on_two_ranks(fsdp_gradients, tmp_path, compile_blocks)
     torch.manual_seed(0)
-    assert_same_gradients(got, expected_gradients(LMOfBlocks(), right_padded()))
+    assert_same_gradients(got, expected_gradients(LMOfBlocks(), batches()))

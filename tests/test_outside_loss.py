@@ -1,0 +1,106 @@
+"""A loss outside of the compiled graph reads the position before a left-padded row's first token, which is padding."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from harness import BOTH, LEFT, RIGHT, batch_of, tiny_mamba
+from rank_work import LMOfBlocks
+from torch import nn
+from torch.nn import functional as F
+
+WHOLE = {"packc.inner": "aot_eager", "packc.strict": True}
+EXACT = {**WHOLE, "packc.loss_outside": True}
+
+
+class Broken(nn.Module):
+    """Its loss comes after a graph break."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask, labels):
+        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        torch._dynamo.graph_break()
+        return next_token_loss(logits, labels)
+
+
+def next_token_loss(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def returned_logits(options):
+    model = tiny_mamba()
+    if options:
+        model.compile(backend="packc", options=options)
+    return model, lambda ids, mask, labels: next_token_loss(model(input_ids=ids, attention_mask=mask).logits, labels)
+
+
+def graph_break(options):
+    broken = Broken(tiny_mamba())
+    if options:  # the second graph has no mask, and nothing to pack
+        broken.compile(backend="packc", options={**options, "packc.strict": False})
+    return broken, broken
+
+
+def blocks_one_by_one(options):
+    torch.manual_seed(0)
+    model = LMOfBlocks()
+    for block in model.blocks if options else ():
+        block.compile(backend="packc", options=options)
+    return model, lambda *batch: model(*batch)[0]
+
+
+def step(build, options, rows):
+    torch.manual_seed(1)
+    batch = batch_of(rows)
+    model, loss_of = build(options)
+    loss = loss_of(*batch.values())
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@contextlib.contextmanager
+def nothing_said():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="packc")
+        yield
+
+
+WAYS = pytest.mark.parametrize("build", [returned_logits, graph_break, blocks_one_by_one])
+
+
+@WAYS
+@pytest.mark.parametrize("rows", [LEFT, BOTH])
+def test_with_the_option_loss_and_gradients_are_stocks(build, rows):
+    with nothing_said():
+        actual = step(build, EXACT, rows)
+    for name, value in step(build, None, rows).items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
+@WAYS
+def test_without_it_a_warning_names_the_remedies(build):
+    with pytest.warns(UserWarning, match="packc.loss_outside"):
+        step(build, WHOLE, LEFT)
+
+
+def test_nothing_is_said_where_no_such_label_can_count():
+    model, batch = tiny_mamba(), batch_of(LEFT)
+    compiled = torch.compile(model, backend="packc", options=WHOLE)
+    with nothing_said():
+        compiled(**batch).loss.backward()  # the graph has the labels
+        for rows in (LEFT, RIGHT):
+            batch = batch_of(rows)
+            del batch["labels"]
+            with torch.set_grad_enabled(rows is RIGHT):
+                compiled(**batch)
+
+
+def test_labels_in_the_graph_decide_alone_whatever_the_option():
+    model, batch = tiny_mamba(), batch_of(LEFT)
+    batch["labels"][:, :7] = -100
+    compiled = torch.compile(model, backend="packc", options=EXACT)
+    assert compiled(**batch).logits[batch["attention_mask"] == 0].eq(0).all()
