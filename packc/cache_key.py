@@ -17,7 +17,7 @@ from torch import fx
 
 from packc import ops, passes
 
-# What a node carries that AOTAutograd obeys; see passes/pack.py for what packed nodes carry.
+# What a node carries that AOTAutograd obeys; see passes/write.py for what packed nodes carry.
 _OBEYED_META = ("recompute", "ac_graph_id", "custom")
 
 

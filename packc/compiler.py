@@ -20,28 +20,15 @@ from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
 from packc.passes import (
     Boundary,
+    Graph,
     NoMask,
     NotPackable,
-    Packed,
     WrongMask,
-    boundaries_of,
-    check_mask,
-    confirm_mask,
     fakify,
-    find_masks,
-    functional,
     is_mixer,
-    layout,
-    normalize,
-    pack,
-    widen_losses,
-    zero_at_padding,
 )
-from packc.private_torch import private_torch
+from packc.pipeline import UnknownPass, packed_graph
 from packc.report import GraphReport
-
-with private_torch():
-    from torch._logging import trace_structured
 
 log = logging.getLogger(__name__)
 
@@ -101,17 +88,17 @@ def compile_graph(
         boundaries = reason.boundaries if isinstance(reason, NotPackable) else []
         return _unpacked(gm, example_inputs, compile_inner, str(reason), boundaries)
     except Exception as error:
-        if config.strict or isinstance(error, WrongMask):
+        if config.strict or isinstance(error, (WrongMask, UnknownPass)):
             raise
         # A mistake of ours must not stop anybody's training; it must not pass unseen either.
         log.exception("a pass failed")
         warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
         return _unpacked(gm, example_inputs, compile_inner, f"a pass failed: {error!r}")
-    requirements: Packed = packed.meta["packc"]
+    requirements = packed.requirements
     if config.strict and requirements.padded_mixers:
         raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
-    graph = fx.GraphModule(packed, copy.deepcopy(packed.graph))  # the inner backend may write to its own
-    compiled = compile_inner(packed, [*example_inputs, *index])
+    graph = fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
+    compiled = compile_inner(packed.gm, [*example_inputs, *index])
     call = PackedCall(
         compiled,
         graph,
@@ -138,40 +125,15 @@ def _unpacked(
     return compiled, GraphReport.unpacked(gm, reason, boundaries)
 
 
-def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:
+def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[Graph, tuple[Tensor, Tensor]]:
     """The packed form of a Dynamo graph, and fakes of its two further inputs, ``index`` and ``cu_seqlens``.
 
     Raises:
         NoMask, NotPackable: there is none; the message says why.
     """
-    fakes = fakify(gm, example_inputs)
-    _artifact("packc_before", gm)
-    normalized = normalize(gm, fake_inputs=fakes)
-    masks = find_masks(normalized, name=config.mask)
-    padded = widen_losses(functional(normalized))
-    reasons: list[NoMask | NotPackable] = []
-    for mask in masks:
-        try:
-            packed = _pack_by(padded, mask)
-        except (NoMask, NotPackable) as reason:
-            reasons.append(reason)
-            continue
-        _artifact("packc_after", packed)
-        log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.graph.nodes))
-        return packed, _index_fakes(mask.meta["val"])
-    raise reasons[0]
-
-
-def _pack_by(padded: fx.GraphModule, mask: fx.Node) -> fx.GraphModule:
-    """The packed form of a graph by one of its masks."""
-    check_mask(mask)
-    labelled = layout(padded, mask=mask)
-    zero = zero_at_padding(labelled, mask)
-    confirm_mask(labelled, mask, zero=zero, name=config.mask)
-    try:
-        return pack(labelled, mask=mask, zero=zero)
-    except NotPackable as reason:
-        raise NotPackable(str(reason), boundaries_of(labelled)) from None
+    packed = packed_graph(Graph(gm, fakify(gm, example_inputs)))
+    log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.gm.graph.nodes))
+    return packed, _index_fakes(packed.mask.meta["val"])
 
 
 def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,14 +150,3 @@ def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.empty(tokens, dtype=torch.int64, device=mask.device)
         cu_seqlens = torch.empty(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     return index, cu_seqlens
-
-
-def _artifact(name: str, gm: fx.GraphModule) -> None:
-    """The graph in the structured trace (tlparse), and in full under TORCH_LOGS="+packc"."""
-    if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s\n%s", name, gm.print_readable(print_output=False))
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True),
-    )

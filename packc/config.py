@@ -33,4 +33,7 @@ first token among them: where a graph has no labels, such a row begins one posit
 inner: str = Config(default="inductor", env_name_default="PACKC_INNER")
 """The backend that compiles the packed graph: "inductor", or "aot_eager" to debug without code generation."""
 
+skip_passes: str | None = Config(default=None, env_name_default="PACKC_SKIP_PASSES")
+"""Names of passes to leave out, to debug, with commas between them or as a list (packc/pipeline.py)."""
+
 install_config_module(sys.modules[__name__])

@@ -14,7 +14,7 @@ from packc import config
 from packc.batches import Packing, pack_batch, unread_batch
 from packc.boundaries import NOT_TAKEN, start_again
 from packc.fake_tensors import has_values
-from packc.passes import Packed
+from packc.passes import Requirements
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class PackedCall:
         self,
         compiled: Callable[..., Any],
         graph: fx.GraphModule,
-        requirements: Packed,
+        requirements: Requirements,
         *,
         strict: bool | None,
         positions: Sequence[int] = (),

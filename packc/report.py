@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from packc import config
-from packc.passes import Boundary, Packed, is_mixer, module_path
+from packc.passes import Boundary, Requirements, is_mixer, module_path
 
 if TYPE_CHECKING:
     from packc.packed_call import PackedCall
@@ -37,7 +37,7 @@ class GraphReport:
     call: PackedCall | None = None
 
     @classmethod
-    def packed(cls, requirements: Packed, call: PackedCall) -> GraphReport:
+    def packed(cls, requirements: Requirements, call: PackedCall) -> GraphReport:
         padded = requirements.padded_mixers
         counts = Counter(each.reason for each in padded)
         return cls(

@@ -1,29 +1,33 @@
-"""Graph passes: Dynamo graph -> normalised ATen -> with layouts -> packed.
+"""Graph passes: Dynamo graph -> normalised ATen -> read on tokens -> packed. :mod:`packc.pipeline` has their order.
 
-Each is a function ``(gm, *, ...) -> gm``.
+Each is a function of a :class:`~packc.passes.graph.Graph` that returns one.
 """
 
+from packc.passes.choose import choose
 from packc.passes.functional import functional
+from packc.passes.graph import Graph
 from packc.passes.layout import layout
-from packc.passes.mask import NoMask, WrongMask, check_mask, confirm_mask, find_masks
+from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks
 from packc.passes.module_names import module_path
 from packc.passes.normalize import fakify, normalize
-from packc.passes.pack import Packed, pack
-from packc.passes.padding import zero_at_padding
 from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.requirements import Requirements, requirements
 from packc.passes.sources import argument_path
 from packc.passes.unpacked import boundaries_of, is_mixer
 from packc.passes.widen_losses import widen_losses
+from packc.passes.write import write
+from packc.passes.zeros import zeros
 
 __all__ = [
     "Boundary",
+    "Graph",
     "NoMask",
     "NotPackable",
-    "Packed",
+    "Requirements",
     "WrongMask",
     "argument_path",
     "boundaries_of",
-    "check_mask",
+    "choose",
     "confirm_mask",
     "fakify",
     "find_masks",
@@ -32,7 +36,8 @@ __all__ = [
     "layout",
     "module_path",
     "normalize",
-    "pack",
+    "requirements",
     "widen_losses",
-    "zero_at_padding",
+    "write",
+    "zeros",
 ]

@@ -32,14 +32,28 @@ OTHER, BATCH, SEQ, TOKENS = Axis.OTHER, Axis.BATCH, Axis.SEQ, Axis.TOKENS
 Layout = tuple[Axis, ...]
 
 
-def covers_tokens(layout: Layout | None) -> TypeGuard[Layout]:
+class Whole(enum.Enum):
+    """What a value without token axes is made of; it is one value, in whatever form it was computed."""
+
+    SUM = "a sum over tokens"
+    PER_DOCUMENT = "one per document"
+    SAVED = "for the op's backward alone"
+
+
+Kind = Layout | Whole
+"""What a value is to the tokens. A value of neither kind, a weight, is the same everywhere."""
+
+
+def covers_tokens(kind: Kind | None) -> TypeGuard[Layout]:
     """Whether a value has one entry per (row, position), and so has a packed form."""
-    return layout is not None and (TOKENS in layout or (BATCH in layout and SEQ in layout))
+    return isinstance(kind, tuple) and (TOKENS in kind or (BATCH in kind and SEQ in kind))
 
 
-def show(layout: Layout | None) -> str:
+def show(kind: Kind | None) -> str:
     """``(B, L, .)``, for people."""
-    return "-" if layout is None else "(" + ", ".join(axis.value for axis in layout) + ")"
+    if isinstance(kind, tuple):
+        return "(" + ", ".join(axis.value for axis in kind) + ")"
+    return "-" if kind is None else kind.value
 
 
 def value_of(node: Any) -> Any:

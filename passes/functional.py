@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from packc.passes.graph import Graph, is_item
 
-def functional(gm: fx.GraphModule) -> fx.GraphModule:
+
+def functional(graph: Graph) -> Graph:
     """Replace in-place ops whose target was made in the graph and has no live alias; no-op elsewhere.
 
     The passes after this one may give a value two forms, padded and packed; a write would reach only one of them. What
     stays in place here (writes to inputs, to views) is refused there.
     """
+    gm = graph.gm
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         out_of_place = _functional_overload(node)
@@ -24,7 +25,7 @@ def functional(gm: fx.GraphModule) -> fx.GraphModule:
         node.target = out_of_place
         written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
     gm.recompile()
-    return gm
+    return graph
 
 
 def _functional_overload(node: fx.Node) -> OpOverload | None:
@@ -43,7 +44,7 @@ def _functional_overload(node: fx.Node) -> OpOverload | None:
 
 def _is_fresh(value: object) -> bool:
     """Made by an op that returns new memory."""
-    if isinstance(value, fx.Node) and value.target is operator.getitem:
+    if isinstance(value, fx.Node) and is_item(value):
         value = value.args[0]  # one result of several
     if not isinstance(value, fx.Node) or not isinstance(value.target, OpOverload):
         return False

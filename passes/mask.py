@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
+from packc import config
 from packc.passes.axes import same_size
-from packc.passes.padding import zero_at_tokens
+from packc.passes.graph import Graph
+from packc.passes.sequences import read_by_mixers
 from packc.passes.sources import argument_path, is_argument, is_called
+from packc.passes.zeros import zero_at_tokens
 
 # In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else, and even of these
 # only the first always says which positions are tokens: see confirm_mask.
@@ -32,26 +37,32 @@ class NoMask(Exception):
     """Nothing tells padding from tokens; the message says what was looked for."""
 
 
-def find_masks(gm: fx.GraphModule, *, name: str | None = None) -> list[fx.Node]:
-    """The placeholders that may be the padding mask, the likeliest first.
+def find_masks(graph: Graph) -> Graph:
+    """Find the inputs that may be the padding mask.
 
-    Args:
-        gm: a normalised graph.
-        name: the argument's path in a call of the model, or the end of one (``attention_mask``,
-            ``chosen.attention_mask``); None looks for two-dimensional inputs with a known name (``attention_mask``,
-            ``padding_mask``, ``mask``, ...) that are not added to scores, and leaves the rest to :func:`confirm_mask`.
+    ``packc.config.mask`` is an argument's path in a call of the model, or the end of one (``attention_mask``,
+    ``chosen.attention_mask``); without it, they are the two-dimensional inputs with a known name (``attention_mask``,
+    ``padding_mask``, ``mask``, ...) that are not added to scores, and the rest is left to :func:`confirm_mask`.
 
     Raises:
-        NoMask: there is none.
-        WrongMask: ``name`` was given and is not one two-dimensional input of this graph.
+        NoMask: there is none, or sequences have one position, and there is nothing along which to pack.
+        WrongMask: ``packc.config.mask`` is set and is not one two-dimensional input of this graph.
     """
-    arguments = [node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
-    if name is not None:
-        return [_named(name, arguments)]
+    arguments = [node for node in graph.placeholders if is_argument(node)]
+    if config.mask is not None:
+        return replace(graph, masks=_along_which_to_pack([_named(config.mask, arguments)]))
     found = [node for node in arguments if node.meta["val"].ndim == 2 and _rank(node) and not _is_added(node)]
     if not found:
         raise NoMask(f"no (B, L) padding mask among the inputs {_paths(arguments)}")
-    return sorted(found, key=_rank)
+    return replace(graph, masks=_along_which_to_pack(sorted(found, key=_rank)))
+
+
+def _along_which_to_pack(masks: list[fx.Node]) -> list[fx.Node]:
+    for mask in masks:
+        batch, length = mask.meta["val"].shape
+        if same_size(length, 1):
+            raise NoMask(f"the batch ({batch}, {length}) has one position per row")
+    return masks
 
 
 def _named(name: str, arguments: list[fx.Node]) -> fx.Node:
@@ -77,41 +88,28 @@ def _rank(node: fx.Node) -> int:
     return 1 + len(_NAMES) if name.endswith(f"_{_TRUSTED}") else 0
 
 
-def check_mask(mask: fx.Node) -> None:
-    """Refuse sequences of one token: there is nothing along which to pack."""
-    batch, length = mask.meta["val"].shape
-    if same_size(length, 1):
-        raise NoMask(f"the batch ({batch}, {length}) has one position per row")
-
-
-def confirm_mask(gm: fx.GraphModule, mask: fx.Node, *, zero: set[fx.Node], name: str | None = None) -> None:
+def confirm_mask(graph: Graph) -> Graph:
     """Refuse a mask that may be something else: only its use tells a padding mask from its opposite, or from the
     positions that count in a loss.
 
-    Needs the layouts of :func:`packc.passes.layout.layout`. The names ``attention_mask`` and ``name`` are trusted,
-    unless a mixer reads what they set to zero where they are one.
+    Needs the zeros of :func:`packc.passes.zeros.zeros`. The names ``attention_mask`` and ``packc.config.mask`` are
+    trusted, unless a mixer reads what they set to zero where they are one.
 
     Raises:
-        NoMask: no mixer reads a value of ``zero``, the values that are zero wherever this mask is; or one reads the
-            opposite.
+        NoMask: no mixer reads a value that is zero wherever this mask is; or one reads the opposite.
     """
-    own = argument_path(mask)
-    opposite = zero_at_tokens(gm, mask) - zero
-    if any(value in opposite for value in _read_by_mixers(gm)):
+    own, read = argument_path(graph.mask), read_by_mixers(graph)
+    opposite = zero_at_tokens(graph, graph.mask) - graph.zero
+    if any(value in opposite for value in read):
         raise NoMask(f"a mixer reads a value that is set to zero where {own!r} is one: it marks padding, not tokens")
-    if own.split(".")[-1] == _TRUSTED or (name is not None and is_called(mask, name)):
-        return
-    if any(value in zero for value in _read_by_mixers(gm)):
-        return
+    if own.split(".")[-1] == _TRUSTED or (config.mask is not None and is_called(graph.mask, config.mask)):
+        return graph
+    if any(value in graph.zero for value in read):
+        return graph
     raise NoMask(
         f"no mixer reads a value that {own!r} sets to zero, so it may not be a padding mask; "
         f'if it is one, say so: options={{"packc.mask": {own!r}}}'
     )
-
-
-def _read_by_mixers(gm: fx.GraphModule) -> list[fx.Node]:
-    forms = (node.meta.get("packed_form") for node in gm.graph.nodes)
-    return [form.keep_left_unless_zero[0] for form in forms if form is not None and form.keep_left_unless_zero]
 
 
 def _is_added(node: fx.Node) -> bool:

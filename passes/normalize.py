@@ -10,6 +10,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from packc.compilation import TracingContext, compilation_under_way
 from packc.fake_tensors import FakeTensor, FakeTensorMode, detect_fake_mode
+from packc.passes.graph import Graph
 from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch
 
@@ -31,29 +33,30 @@ _PLACEHOLDER_ATTRIBUTE = "_dynamo_source"
 _MODULE_ATTRIBUTE = "_param_name_to_source"
 
 
-def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
-    """Retrace ``gm`` on ``fake_inputs`` into a graph whose nodes are OpOverloads.
+def normalize(graph: Graph) -> Graph:
+    """Retrace a graph on its inputs into one whose nodes are OpOverloads.
 
     Placeholders keep their order, names and metadata; every node's ``meta["val"]`` is its fake value, and
     ``nn_module_stack`` and ``stack_trace`` are those of the node it came from. Bodies of checkpoints are inlined and
-    tagged for recomputation. ``gm`` itself is left as it was.
+    tagged for recomputation. The graph that came in is left as it was.
 
     Raises:
         NotPackable: the graph has another higher-order op, whose body would have to be rewritten too.
     """
+    gm = graph.gm
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator) and node.target is not tag_activation_checkpoint:
             raise NotPackable(f"{node.target}: the graph inside it is not packed")
-    mode = detect_fake_mode(fake_inputs)
+    mode = detect_fake_mode(graph.inputs)
     with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
-        normalized = make_fx(_InlineCheckpoints(gm).run, pre_dispatch=True)(*fake_inputs)
+        normalized = make_fx(_InlineCheckpoints(gm).run, pre_dispatch=True)(*graph.inputs)
     for old, new in zip(*(g.graph.find_nodes(op="placeholder") for g in (gm, normalized)), strict=True):
         new.meta = {**old.meta, **new.meta}
         new._rename(old.name)
         new.target = old.target
     carry_over_from_dynamo(gm, normalized)
     normalized.recompile()
-    return normalized
+    return replace(graph, gm=normalized)
 
 
 class _InlineCheckpoints(fx.Interpreter):

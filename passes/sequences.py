@@ -8,31 +8,27 @@ labels against logits). What never meets the mask is another sequence, or none, 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from packc.passes.axes import inputs_of, same_size
+from packc.passes.asks import KeepLeft
+from packc.passes.axes import inputs_of, is_tensor, same_size, value_of
+from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.module_names import module_path
-from packc.passes.padding import is_masked, zero_at_padding, zero_at_tokens
 from packc.passes.reasons import NotPackable
-from packc.passes.rules import PackedForm
 from packc.passes.sources import argument_path
-
-if TYPE_CHECKING:
-    from packc.passes.layout import Propagated
+from packc.passes.zeros import is_masked, zero_at_padding, zero_at_tokens
 
 
-def sequence_of(mask: fx.Node, inputs: Iterable[fx.Node], followed: Propagated, gm: fx.GraphModule) -> set[fx.Node]:
-    """The inputs of the mask's sequence, the mask among them.
+def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[fx.Node]:
+    """The inputs of the sequence of the graph's mask, the mask among them.
 
     Args:
-        mask: the padding mask.
+        graph: a graph with a mask.
         inputs: the inputs of its size.
-        followed: what becomes of their axes if every one of them is taken for tokens.
+        tokens: what becomes of their axes if every one of them is taken for tokens.
 
     Raises:
         NotPackable: two sequences, in each of which a mixer has looked along its own tokens, meet in an op. They may
@@ -40,14 +36,14 @@ def sequence_of(mask: fx.Node, inputs: Iterable[fx.Node], followed: Propagated, 
     """
     sequences = _Sequences(inputs)
     reached: dict[fx.Node, fx.Node] = {node: node for node in inputs}  # value -> one of the inputs it was made from
-    for node in gm.graph.nodes:
-        form = followed.forms.get(node)
-        read = form.operands if form is not None else node.args[:1] if node.target is operator.getitem else ()
+    for node in graph.gm.graph.nodes:
+        reading = tokens.readings.get(node)
+        read = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
         met = [reached[operand] for operand in read if operand in reached]
         if met:
             reached[node] = met[0]
-            sequences.meet(node, met, is_mixer=form is not None and form.is_mixer)
-    return sequences.containing(mask)
+            sequences.meet(node, met, is_mixer=reading is not None and reading.is_mixer)
+    return sequences.containing(graph.mask)
 
 
 class _Sequences:
@@ -83,43 +79,41 @@ class _Sequences:
         return found
 
 
-def other_masks(gm: fx.GraphModule, mask: fx.Node, zero: set[fx.Node]) -> list[fx.Node]:
-    """Further masks of the mask's sequence: inputs that set to zero what a mixer or the caller reads, where ``mask``
+def other_masks(graph: Graph) -> list[fx.Node]:
+    """Further masks of the mask's sequence: inputs that set to zero what a mixer or the caller reads, where the mask
     does not. Packing by one mask is exact as long as no other marks tokens outside of it.
 
-    Needs the layouts of :func:`packc.passes.layout.layout`.
+    Needs the zeros of :func:`packc.passes.zeros.zeros`.
 
     Raises:
         NotPackable: one marks padding, not tokens; or is made in the graph, and no batch can be asked about it.
     """
-    found, known = [], set(zero)
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if node is mask or "layout" not in node.meta or not _is_per_token(node.meta["val"]):
+    found, known, own_name = [], set(graph.zero), argument_path(graph.mask)
+    by_mixers = read_by_mixers(graph)
+    read = by_mixers + [each for each in graph.gm.graph.output_node().all_input_nodes if is_tensor(each)]
+    for node in graph.placeholders:
+        if node is graph.mask or node not in graph.tokens.kinds or not _is_per_token(value_of(node)):
             continue
-        opposite = zero_at_tokens(gm, node) - zero
-        if any(value in opposite for value in _read_values(gm)):
+        opposite = zero_at_tokens(graph, node) - graph.zero
+        if any(value in opposite for value in read):
             raise NotPackable(
-                f"{argument_path(node)} sets to zero what it marks, so tokens are not those of {argument_path(mask)}"
+                f"{argument_path(node)} sets to zero what it marks, so tokens are not those of {own_name}"
             )
-        own = zero_at_padding(gm, node) - zero
-        if any(value in own for value in _read_values(gm)):
+        own = zero_at_padding(graph, node) - graph.zero
+        if any(value in own for value in read):
             found.append(node)
             known |= own
-    for value in _read_values(gm, mixers_only=True):
-        if value not in known and (by := is_masked(value)) is not None and inputs_of(by) != {mask}:
-            raise NotPackable(f"{by.name} is a mask of its own, which {argument_path(mask)} knows nothing of")
+    for value in by_mixers:
+        if value not in known and (by := is_masked(value)) is not None and inputs_of(by) != {graph.mask}:
+            raise NotPackable(f"{by.name} is a mask of its own, which {own_name} knows nothing of")
     return found
+
+
+def read_by_mixers(graph: Graph) -> list[fx.Node]:
+    """What mixers read across tokens, which models mask at padding."""
+    return [ask.unless_zero for _, ask in graph.asks(KeepLeft) if ask.unless_zero is not None]
 
 
 def _is_per_token(value: torch.Tensor) -> bool:
     """``(B, L)``, or ``(B, L, 1)`` as masks are multiplied on."""
     return all(same_size(size, 1) for size in value.shape[2:])
-
-
-def _read_values(gm: fx.GraphModule, *, mixers_only: bool = False) -> Iterable[fx.Node]:
-    for node in gm.graph.nodes:
-        form: PackedForm | None = node.meta.get("packed_form")
-        if form is not None and form.keep_left_unless_zero is not None:
-            yield form.keep_left_unless_zero[0]
-        elif node.op == "output" and not mixers_only:
-            yield from (value for value in node.all_input_nodes if isinstance(value.meta.get("val"), torch.Tensor))

@@ -6,22 +6,23 @@ import torch
 from torch import fx
 
 from packc.passes.axes import covers_tokens
+from packc.passes.graph import Graph
 from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
-from packc.passes.sources import is_parameter
+from packc.passes.sources import argument_path, is_parameter
 
 _NO_MIXERS = {"pack", "unpack", "packing_index"}
 
 
-def boundaries_of(gm: fx.GraphModule) -> list[Boundary]:
+def boundaries_of(graph: Graph) -> list[Boundary]:
     """Every op without a packed form that reads what the model computes of tokens, along them for all that is known.
 
     What prepares labels or counts a mask's tokens is none: it reads integers, or the mask alone.
     """
-    found, computed = [], set[fx.Node]()
-    for node in gm.graph.nodes:
+    found, computed, tokens = [], set[fx.Node](), graph.tokens
+    for node in graph.gm.graph.nodes:
         if node.op == "placeholder":
-            layout = node.meta.get("layout")
+            layout = tokens.layout(node)
             features = layout is not None and len(layout) > 2 and node.meta["val"].is_floating_point()
             if features or is_parameter(node):
                 computed.add(node)
@@ -29,8 +30,8 @@ def boundaries_of(gm: fx.GraphModule) -> list[Boundary]:
         read = computed.intersection(node.all_input_nodes)
         if read and node.op == "call_function":
             computed.add(node)
-        reason = node.meta.get("unpacked_because")
-        if reason is not None and any(covers_tokens(value.meta.get("layout")) for value in read):
+        reason = tokens.refusals.get(node)
+        if reason is not None and any(covers_tokens(tokens.layout(value)) for value in read):
             found.append(Boundary(f"{node.target}", module_path(node), reason))
     return found
 
@@ -43,11 +44,11 @@ def is_mixer(node: fx.Node) -> bool:
     return namespace == "packc" and name not in _NO_MIXERS
 
 
-def padded_mixers(gm: fx.GraphModule, packed: set[fx.Node], mask: str) -> list[Boundary]:
+def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:
     """The mixers that are not among the nodes computed packed, each with the reason."""
-    elsewhere = f"works on values that never meet {mask}: another sequence, or none"
+    elsewhere = f"works on values that never meet {argument_path(graph.mask)}: another sequence, or none"
     return [
-        Boundary(f"{node.target}", module_path(node), node.meta.get("unpacked_because", elsewhere))
-        for node in gm.graph.nodes
+        Boundary(f"{node.target}", module_path(node), graph.tokens.refusals.get(node, elsewhere))
+        for node in graph.gm.graph.nodes
         if is_mixer(node) and node not in packed
     ]

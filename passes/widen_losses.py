@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from packc.passes.axes import same_size, value_of
+from packc.passes.graph import Graph
 
 aten = torch.ops.aten
 
@@ -24,9 +25,9 @@ _ELEMENTWISE = {aten.to.dtype, aten.contiguous.default, aten.clone.default, aten
 _FLATTENS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
-def widen_losses(gm: fx.GraphModule) -> fx.GraphModule:
+def widen_losses(graph: Graph) -> Graph:
     """Rewrite every loss whose logits ``(B, L, C)`` were sliced along L on the way; no-op elsewhere."""
-    changed = False
+    gm, changed = graph.gm, False
     for node in list(gm.graph.nodes):
         if node.target not in _LOSSES:
             continue
@@ -43,7 +44,7 @@ def widen_losses(gm: fx.GraphModule) -> fx.GraphModule:
     if changed:
         gm.graph.eliminate_dead_code()
         gm.recompile()
-    return gm
+    return graph
 
 
 def _argument(node: fx.Node, position: int, default: Any) -> Any:

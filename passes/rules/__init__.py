@@ -1,13 +1,10 @@
-"""One rule per ATen op: how the op reads on packed operands, or why it does not."""
+"""One rule per ATen op: how the op reads on tokens, or why it does not."""
 
 from packc.passes.rules import linear_algebra, losses, mixers, pointwise, reductions, views
-from packc.passes.rules.registry import RULES, NotTokenwise, PackedForm, Placeholder, rule_for
+from packc.passes.rules.registry import RULES, rule_for, zero_rule_for
 
 __all__ = [
     "RULES",
-    "NotTokenwise",
-    "PackedForm",
-    "Placeholder",
     "linear_algebra",
     "losses",
     "mixers",
@@ -15,4 +12,5 @@ __all__ = [
     "reductions",
     "rule_for",
     "views",
+    "zero_rule_for",
 ]

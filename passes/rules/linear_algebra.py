@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx
 
 from packc.passes.axes import OTHER, Axis, Layout, covers_tokens, same_size, show, value_of
-from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, register_rule
+from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.rules.registry import Op, either_is_zero, register_rule
 
 aten = torch.ops.aten
 
 
-@register_rule(aten.linear.default)
-def linear(op: Op) -> PackedForm:
+def _first_without_bias(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
+    return is_zero(args[0]) and (len(args) < 3 or args[2] is None)
+
+
+@register_rule(aten.linear.default, zero=_first_without_bias)
+def linear(op: Op) -> Reading:
     """x (..., D) @ weight (E, D)^T + bias (E,)."""
     x = op.args[0]
     op.only_labelled(x)
     layout = op.layout(x)
     if layout is None or layout[-1] is not OTHER:
         raise NotTokenwise(f"contracts the last axis of {show(layout)}")
-    return PackedForm(layout, {x: layout})
+    return Reading(layout, {x: layout})
 
 
-@register_rule(aten.mm.default, aten.matmul.default, aten.bmm.default)
-def matmul(op: Op) -> PackedForm:
+@register_rule(aten.mm.default, aten.matmul.default, aten.bmm.default, zero=either_is_zero)
+def matmul(op: Op) -> Reading:
     """a (..., M, K) @ b (..., K, N), leading axes broadcast: one is a weight, or both have the same tokens."""
     a, b = op.args[:2]
     la, lb = _layout_or_other(op, a), _layout_or_other(op, b)
@@ -34,20 +42,20 @@ def matmul(op: Op) -> PackedForm:
     if covers_tokens(la) and covers_tokens(lb):
         if la[:-2] != lb[:-2] or (la[-2], lb[-1]) != (OTHER, OTHER):
             raise NotTokenwise(f"multiplies tokens with tokens: {show(la)} @ {show(lb)}")
-        return PackedForm(la, {a: la, b: lb})
+        return Reading(la, {a: la, b: lb})
     tokens, weight = (a, b) if covers_tokens(la) else (b, a)
     shape = value_of(weight).shape
     if len(shape) > value_of(tokens).ndim or not all(same_size(size, 1) for size in shape[:-2]):
         raise NotTokenwise(f"operand {weight.name} {tuple(shape)} varies along leading axes")
-    return PackedForm((*la[:-1], OTHER) if tokens is a else (*lb[:-2], OTHER, lb[-1]), {tokens: op.layout(tokens)})  # type: ignore[dict-item]
+    return Reading((*la[:-1], OTHER) if tokens is a else (*lb[:-2], OTHER, lb[-1]), {tokens: op.layout(tokens)})  # type: ignore[dict-item]
 
 
-def _matmul_vector(op: Op, la: Layout, lb: Layout) -> PackedForm:
+def _matmul_vector(op: Op, la: Layout, lb: Layout) -> Reading:
     a, b = op.args[:2]
     if len(lb) == 1 and covers_tokens(la) and la[-1] is OTHER:
-        return PackedForm(la[:-1], {a: la})
+        return Reading(la[:-1], {a: la})
     if len(la) == 1 and covers_tokens(lb) and lb[-2] is OTHER:
-        return PackedForm((*lb[:-2], lb[-1]), {b: lb})
+        return Reading((*lb[:-2], lb[-1]), {b: lb})
     raise NotTokenwise(f"multiplies {show(la)} @ {show(lb)}")
 
 
@@ -56,7 +64,7 @@ def _layout_or_other(op: Op, operand: fx.Node) -> Layout:
 
 
 @register_rule(aten.addmm.default)
-def addmm(op: Op) -> PackedForm:
+def addmm(op: Op) -> Reading:
     """bias + x (tokens, D) @ weight (D, E)."""
     _, x, _ = op.args[:3]
     op.only_labelled(x)
@@ -66,11 +74,11 @@ def addmm(op: Op) -> PackedForm:
     bias = value_of(op.args[0])
     if bias.ndim == 2 and bias.shape[0] != 1:
         raise NotTokenwise("the added matrix varies from token to token")
-    return PackedForm(layout, {x: layout})
+    return Reading(layout, {x: layout})
 
 
 @register_rule(aten.einsum.default)
-def einsum(op: Op) -> PackedForm:
+def einsum(op: Op) -> Reading:
     """Every letter that names a token axis must survive, and name the same axis in all operands."""
     equation, operands = op.args[:2]
     if op.args[2] is not None or "..." in equation or "->" not in equation:
@@ -92,4 +100,4 @@ def einsum(op: Op) -> PackedForm:
             needs[operand] = spans
         elif any(kind is not OTHER for kind in spans):
             raise NotTokenwise(f"einsum {equation!r}: operand {operand.name} {show(op.layout(operand))}")
-    return PackedForm(tuple(kinds.get(letter, OTHER) for letter in output), needs)
+    return Reading(tuple(kinds.get(letter, OTHER) for letter in output), needs)

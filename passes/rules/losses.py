@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from packc.passes.axes import covers_tokens, show, value_of
-from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, register_rule
+from packc.passes.asks import IgnoredLabels
+from packc.passes.axes import Whole, covers_tokens, show, value_of
+from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.rules.registry import Op, register_rule
 
 aten = torch.ops.aten
 
@@ -13,9 +15,8 @@ _REDUCTION_NONE = 0  # torch.nn._reduction.get_enum("none")
 
 
 @register_rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default)
-def cross_entropy(op: Op) -> PackedForm:
+def cross_entropy(op: Op) -> Reading:
     """Logits (tokens, C) or (B, C, L) against class indices (tokens,) or (B, L)."""
-    names = [argument.name for argument in op.target._schema.arguments]
     logits, labels = op.args[:2]
     op.only_labelled(logits, labels)
     layout = op.layout(logits)
@@ -28,6 +29,6 @@ def cross_entropy(op: Op) -> PackedForm:
     if not covers_tokens(of_labels) or (covers_tokens(own) and own != of_labels):
         raise NotTokenwise(f"logits {show(layout)} against labels {show(own)}")
     needs = {logits: layout, labels: of_labels}
-    if op.args[names.index("reduction")] == _REDUCTION_NONE:
-        return PackedForm(of_labels, needs)
-    return PackedForm(None, needs, ignored_at_padding=(labels, op.args[names.index("ignore_index")]))
+    if op.argument("reduction") == _REDUCTION_NONE:
+        return Reading(of_labels, needs)
+    return Reading(Whole.SUM, needs, asks=[IgnoredLabels(labels, op.argument("ignore_index"))])

@@ -5,9 +5,46 @@ from __future__ import annotations
 import torch
 
 from packc.passes.axes import OTHER, covers_tokens, is_tensor, value_of
-from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, broadcast_layout, register_rule
+from packc.passes.reading import Call, NotTokenwise, Reading
+from packc.passes.rules.registry import (
+    Op,
+    both_are_zero,
+    broadcast_layout,
+    either_is_zero,
+    first_is_zero,
+    register_rule,
+    register_zero,
+)
 
 aten = torch.ops.aten
+
+
+# Ops tagged pointwise need no entry among the rules; that f(0) = 0 is nowhere but here.
+register_zero(
+    first_is_zero,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.neg.default,
+    aten.abs.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.tanh.default,
+    aten.sqrt.default,
+    aten.square.default,
+    aten.leaky_relu.default,
+    aten.div.Scalar,
+)
+register_zero(either_is_zero, aten.mul.Tensor, aten.mul.Scalar)
+register_zero(both_are_zero, aten.add.Tensor, aten.sub.Tensor)
+register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), aten.div.Tensor)
 
 
 @register_rule(
@@ -27,6 +64,8 @@ aten = torch.ops.aten
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
     aten.empty_like.default,
     aten.rand_like.default,
     aten.randn_like.default,
@@ -42,19 +81,19 @@ aten = torch.ops.aten
     aten.selu.default,
     aten.mish.default,
 )
-def pointwise(op: Op) -> PackedForm:
+def pointwise(op: Op) -> Reading:
     """Elementwise with broadcasting; draws of random ops are made for real tokens only."""
     operands = op.tensors()
     results = value_of(op.node)
     shape = (results[0] if isinstance(results, (tuple, list)) else results).shape
     layout, needs = broadcast_layout(op, operands, shape)
     if isinstance(results, (tuple, list)):
-        return PackedForm([layout] * len(results), needs)
-    return PackedForm(layout, needs)
+        return Reading([layout] * len(results), needs)
+    return Reading(layout, needs)
 
 
 @register_rule(aten.embedding.default)
-def embedding(op: Op) -> PackedForm:
+def embedding(op: Op) -> Reading:
     """Indices (...) -> (..., D): one row of the table per token."""
     weight, indices = op.args[:2]
     op.only_labelled(indices)
@@ -63,24 +102,24 @@ def embedding(op: Op) -> PackedForm:
         raise NotTokenwise("scales gradients by how often an index occurs, in padding too (scale_grad_by_freq)")
     if not is_tensor(weight) or not covers_tokens(layout):
         raise NotTokenwise("indices have no token axes")
-    return PackedForm((*layout, OTHER), {indices: layout})
+    return Reading((*layout, OTHER), {indices: layout})
 
 
 @register_rule(aten.one_hot.default)
-def one_hot(op: Op) -> PackedForm:
+def one_hot(op: Op) -> Reading:
     """Indices (...) -> (..., classes)."""
     (indices, classes) = op.args
     layout = op.layout(indices)
     if classes == -1:
         raise NotTokenwise("the number of classes depends on the values of all tokens")
-    return PackedForm((*layout, OTHER), {indices: layout})  # type: ignore[misc, dict-item]
+    return Reading((*layout, OTHER), {indices: layout})  # type: ignore[misc, dict-item]
 
 
-@register_rule(aten.type_as.default, aten.to.other)
-def cast_like(op: Op) -> PackedForm:
+@register_rule(aten.type_as.default, aten.to.other, zero=first_is_zero)
+def cast_like(op: Op) -> Reading:
     """Only the other tensor's dtype counts."""
     x, other = op.args[:2]
     layout = op.layout(x)
     if not covers_tokens(layout) or value_of(other).device != value_of(x).device:
         raise NotTokenwise("casts a value without token axes, or moves it to another device")
-    return PackedForm(layout, {x: layout}, args=(x, value_of(other).dtype), target=aten.to.dtype)
+    return Reading(layout, {x: layout}, [Call(aten.to.dtype, (x, value_of(other).dtype), {})])

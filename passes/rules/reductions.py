@@ -6,25 +6,24 @@ from typing import Any
 
 import torch
 
-from packc.passes.axes import OTHER, Axis, Layout, covers_tokens, show, value_of
-from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, register_rule
+from packc.passes.asks import ZeroAtPadding
+from packc.passes.axes import OTHER, Axis, Layout, Whole, covers_tokens, show, value_of
+from packc.passes.reading import RESULT, Call, NotTokenwise, PaddedNumel, Reading
+from packc.passes.rules.registry import Op, register_rule
 
 aten = torch.ops.aten
 
 
 def _dims(op: Op, rank: int) -> list[int]:
     """The reduced axes; every axis when none are named."""
-    names = [argument.name for argument in op.target._schema.arguments]
-    name = next((n for n in ("dim", "dims") if n in names), None)
-    given = op.args[names.index(name)] if name else None
+    given = op.argument("dim", op.argument("dims"))
     if given is None or given == []:
         return list(range(rank))
     return [op.dim(d, rank) for d in (given if isinstance(given, (list, tuple)) else [given])]
 
 
 def _keepdim(op: Op) -> bool:
-    names = [argument.name for argument in op.target._schema.arguments]
-    return bool(op.args[names.index("keepdim")]) if "keepdim" in names else False
+    return bool(op.argument("keepdim", default=False))
 
 
 def _reduced(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
@@ -39,7 +38,7 @@ def _reduced(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
     aten.sum.default,
     aten.sum.dim_IntList,
 )
-def sum_or_mean(op: Op) -> PackedForm:
+def sum_or_mean(op: Op) -> Reading:
     """Over features as it stands; over all tokens where padding is known to be zero."""
     x = op.args[0]
     layout = op.layout(x)
@@ -48,21 +47,26 @@ def sum_or_mean(op: Op) -> PackedForm:
     dims = _dims(op, len(layout))
     gone = [layout[d] for d in dims if layout[d] is not OTHER]
     if not gone:
-        return PackedForm(_reduced(layout, dims, _keepdim(op)), {x: layout})
+        return Reading(_reduced(layout, dims, _keepdim(op)), {x: layout})
     if Axis.TOKENS not in gone and len(gone) < 2:
         raise NotTokenwise(f"reduces the {gone[0].value} axis of {show(layout)}")
-    form = PackedForm(None, {x: layout}, zero_at_padding=[x])
+    reading = Reading(Whole.SUM, {x: layout}, asks=[ZeroAtPadding(x)])
     if op.target in (aten.mean.default, aten.mean.dim):
         if dims != list(range(len(layout))) or _keepdim(op):
             raise NotTokenwise("takes the mean over tokens and leaves an axis")
-        form.target, form.args, form.kwargs = aten.sum.default, (x,), {"dtype": op.node.kwargs.get("dtype")}
-        form.scale_by_padded_numel = x
-    return form
+        if not all(
+            isinstance(size, int) for kind, size in zip(layout, value_of(x).shape, strict=True) if kind is OTHER
+        ):
+            raise NotTokenwise("takes the mean over features of symbolic size")
+        total = Call(aten.sum.default, (x,), {"dtype": op.node.kwargs.get("dtype")})
+        reading.calls = [total, Call(aten.div.Scalar, (RESULT, PaddedNumel(x)), {})]
+    return reading
 
 
 @register_rule(
     aten.var.correction,
     aten.var_mean.correction,
+    aten.var_mean.dim,
     aten.var.dim,
     aten.std.correction,
     aten.std.dim,
@@ -79,7 +83,7 @@ def sum_or_mean(op: Op) -> PackedForm:
     aten.norm.ScalarOpt_dim,
     aten.linalg_vector_norm.default,
 )
-def reduction(op: Op) -> PackedForm:
+def reduction(op: Op) -> Reading:
     """Over features only."""
     x = op.args[0]
     layout = op.layout(x)
@@ -109,7 +113,7 @@ def reduction(op: Op) -> PackedForm:
     aten.pad.default,
     aten.constant_pad_nd.default,
 )
-def along_features(op: Op) -> PackedForm:
+def along_features(op: Op) -> Reading:
     """Works along given axes, which must be features; the others are untouched."""
     x = op.args[0]
     layout = op.layout(x)
@@ -125,14 +129,14 @@ def along_features(op: Op) -> PackedForm:
 
 
 @register_rule(aten.gather.default)
-def gather(op: Op) -> PackedForm:
+def gather(op: Op) -> Reading:
     """x.gather(dim, index) along features, x and index with the same tokens."""
     x, dim, index = op.args[:3]
     layout = op.layout(x)
     if not covers_tokens(layout) or layout is None or op.layout(index) != layout:
         raise NotTokenwise(f"gathers from {show(layout)} by {show(op.layout(index))}")
     op.refuse_token_axes([op.dim(dim, len(layout))], layout)
-    return PackedForm(layout, {x: layout, index: layout})
+    return Reading(layout, {x: layout, index: layout})
 
 
 @register_rule(
@@ -140,7 +144,7 @@ def gather(op: Op) -> PackedForm:
     aten.native_layer_norm.default,
     aten.rms_norm.default,
 )
-def normalization(op: Op) -> PackedForm:
+def normalization(op: Op) -> Reading:
     """Over the trailing ``normalized_shape`` axes."""
     x, normalized = op.args[:2]
     op.only_labelled(x)
@@ -150,11 +154,11 @@ def normalization(op: Op) -> PackedForm:
     op.refuse_token_axes(list(range(len(layout) - len(normalized), len(layout))), layout)
     if op.target is aten.native_layer_norm.default:
         statistics = _reduced(layout, list(range(len(layout) - len(normalized), len(layout))), keepdim=True)
-        return PackedForm([layout, statistics, statistics], {x: layout})
-    return PackedForm(layout, {x: layout})
+        return Reading([layout, statistics, statistics], {x: layout})
+    return Reading(layout, {x: layout})
 
 
-def _results(op: Op, out: Layout, x: Any, layout: Layout) -> PackedForm:
+def _results(op: Op, out: Layout, x: Any, layout: Layout) -> Reading:
     results = value_of(op.node)
     several = isinstance(results, (tuple, list))
-    return PackedForm([out] * len(results) if several else out, {x: layout})
+    return Reading([out] * len(results) if several else out, {x: layout})

@@ -1,10 +1,9 @@
-"""What a rule is: a function from a node of the padded graph to its packed form."""
+"""What a rule is: a function from a node of the padded graph to its reading."""
 
 from __future__ import annotations
 
-import enum
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,56 +11,18 @@ from torch import fx
 from torch._ops import OpOverload
 
 from packc.passes.axes import Axis, Layout, covers_tokens, is_tensor, same_size, show, value_of
-
-
-class NotTokenwise(Exception):
-    """The op looks across tokens, or at axes in a way that no rule covers. The message is for people."""
-
-
-class Placeholder(enum.Enum):
-    """Stands in the arguments of a packed form for a value that only the packed graph has."""
-
-    TOKENS = enum.auto()  # T, as a size
-    CU_SEQLENS = enum.auto()  # int32 (B + 1,)
-
-
-@dataclass
-class PackedForm:
-    """An op on packed operands: the same op, with arguments rewritten where they speak of B and L.
-
-    ``layouts`` is the layout of the result, or a tuple of them for an op with several; None for a result without
-    token axes (a loss, a document's final state), which is the same value in the padded graph.
-    """
-
-    layouts: Layout | None | list[Layout | None]
-    operands: dict[fx.Node, Layout] = field(default_factory=dict)
-    """Operands wanted in packed form, and which axis is which; the others are taken as they stand. An operand may have
-    size one along a token axis (a scale per row, a table of positions): it is gathered along the axes it does span."""
-    args: tuple[Any, ...] | None = None
-    kwargs: dict[str, Any] | None = None
-    target: OpOverload | None = None
-    is_mixer: bool = False
-    zero_at_padding: list[fx.Node] = field(default_factory=list)
-    """Exact only if these values are zero at padding in the padded graph (they are summed over tokens)."""
-    ignored_at_padding: tuple[fx.Node, int] | None = None
-    """(labels, ignore_index): exact only where every token left out carries this label; asked of each batch."""
-    keep_left_unless_zero: tuple[fx.Node, str] | None = None
-    """(value, reason): left padding must stay in the pack unless this value is zero there in the padded graph."""
-    keep_left: str | None = None
-    """Why left padding must stay in the pack: the op would notice that it is gone."""
-    keep_right: str | None = None
-    scale_by_padded_numel: fx.Node | None = None
-    """Divide the result by this value's size in the padded graph (a mean over tokens and padding alike)."""
+from packc.passes.graph import Tokens
+from packc.passes.reading import Call, NotTokenwise, Reading
 
 
 class Op:
     """A node of the padded graph, as rules ask about it."""
 
-    def __init__(self, node: fx.Node, layouts: dict[fx.Node, Any], batch: Any, length: Any) -> None:
+    def __init__(self, node: fx.Node, tokens: Tokens, batch: Any, length: Any) -> None:
         self.node = node
         self.batch, self.length = batch, length
         self.target: OpOverload = node.target  # type: ignore[assignment]
-        self._layouts = layouts
+        self.layout = tokens.layout
         self.args = self._positional()
 
     def _positional(self) -> tuple[Any, ...]:
@@ -71,8 +32,13 @@ class Op:
             given.append(self.node.kwargs.get(argument.name, argument.default_value))
         return tuple(given)
 
-    def with_args(self, **changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` with the named ones replaced."""
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the schema; ``default`` if the op has none of this name."""
+        names = [argument.name for argument in self.target._schema.arguments]
+        return self.args[names.index(name)] if name in names else default
+
+    def with_args(self, **changed: Any) -> Call:
+        """The op itself with the named arguments replaced."""
         args, kwargs = [], {}
         for argument, value in zip(self.target._schema.arguments, self.args, strict=True):
             value = changed.get(argument.name, value)
@@ -80,10 +46,7 @@ class Op:
                 kwargs[argument.name] = value
             else:
                 args.append(value)
-        return tuple(args), kwargs
-
-    def layout(self, arg: Any) -> Layout | None:
-        return self._layouts.get(arg) if isinstance(arg, fx.Node) else None
+        return Call(self.target, tuple(args), kwargs)
 
     def tensors(self) -> list[fx.Node]:
         """Every tensor operand, lists flattened, in order."""
@@ -108,18 +71,49 @@ class Op:
                 raise NotTokenwise(f"works along axis {dim} of {show(layout)}")
 
 
-Rule = Callable[[Op], PackedForm]
+Rule = Callable[[Op], Reading]
 RULES: dict[OpOverload, Rule] = {}
 
+ZeroRule = Callable[[tuple[Any, ...], Callable[[Any], bool]], bool]
+"""(arguments, which values are zero at padding) -> whether the op's result is zero there too."""
+_ZERO_RULES: dict[OpOverload, ZeroRule] = {}
 
-def register_rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
+
+def register_rule(*overloads: OpOverload, zero: ZeroRule | None = None) -> Callable[[Rule], Rule]:
+    """Make a function the rule of these ops; ``zero`` says when they give zero, where that is known."""
+
     def register(rule: Rule) -> Rule:
         for overload in overloads:
             assert overload not in RULES, f"two rules for {overload}"
             RULES[overload] = rule
         return rule
 
+    if zero is not None:
+        register_zero(zero, *overloads)
     return register
+
+
+def register_zero(rule: ZeroRule, *overloads: OpOverload) -> None:
+    for overload in overloads:
+        assert overload not in _ZERO_RULES, f"two zero rules for {overload}"
+        _ZERO_RULES[overload] = rule
+
+
+def zero_rule_for(target: Any) -> ZeroRule | None:
+    return first_is_zero if target is operator.getitem else _ZERO_RULES.get(target)
+
+
+def first_is_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
+    """f(0, ...) = 0, elementwise, or a pure rearrangement."""
+    return bool(args) and is_zero(args[0])
+
+
+def either_is_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
+    return any(map(is_zero, args[:2]))
+
+
+def both_are_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
+    return all(map(is_zero, args[:2]))
 
 
 def rule_for(target: Any) -> Rule | None:

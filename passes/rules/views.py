@@ -1,4 +1,4 @@
-"""Ops that rearrange axes. Sizes among their arguments are rewritten by axis: B -> 1, L -> T, B*L -> T."""
+"""Ops that rearrange axes. Sizes among their arguments are axes: a form says how large one is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, covers_tokens, same_size, show, value_of
-from packc.passes.rules.registry import NotTokenwise, Op, PackedForm, Placeholder, register_rule
+from packc.passes.reading import Call, NotTokenwise, Reading
+from packc.passes.rules.registry import Op, first_is_zero, register_rule
 
 aten = torch.ops.aten
 
@@ -21,8 +22,9 @@ def _input(op: Op) -> tuple[Any, Layout, Any]:
     return x, layout, value_of(x).shape
 
 
-def _packed_size(kind: Axis, size: Any) -> Any:
-    return {BATCH: 1, SEQ: Placeholder.TOKENS, TOKENS: Placeholder.TOKENS}.get(kind, size)
+def _size(kind: Axis, size: Any) -> Any:
+    """A size among arguments: of a token axis, the axis."""
+    return size if kind is OTHER else kind
 
 
 @register_rule(
@@ -34,9 +36,10 @@ def _packed_size(kind: Axis, size: Any) -> Any:
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    zero=first_is_zero,
 )
-def reshape(op: Op) -> PackedForm:
-    """Anything that keeps the row-major order of elements, as a reshape to explicit packed sizes."""
+def reshape(op: Op) -> Reading:
+    """Anything that keeps the row-major order of elements, as a reshape to explicit sizes."""
     x, layout, shape = _input(op)
     out_shape = value_of(op.node).shape
     out = reshaped_layout(layout, shape, out_shape, op.batch, op.length)
@@ -48,9 +51,9 @@ def reshape(op: Op) -> PackedForm:
             if written is None:
                 raise NotTokenwise(f"size {size} of axis {axis} is only implied")
             size = written[axis]
-        sizes.append(_packed_size(kind, size))
+        sizes.append(_size(kind, size))
     target = aten.reshape.default if written is None else op.target
-    return PackedForm(out, {x: layout}, args=(x, sizes), target=target)
+    return Reading(out, {x: layout}, [Call(target, (x, sizes), {})])
 
 
 def reshaped_layout(layout: Layout, shape: Any, out_shape: Any, batch: Any, length: Any) -> Layout:
@@ -115,30 +118,30 @@ def _regroup(kinds: Layout, sizes: Any, out_sizes: Any) -> list[Axis]:
     raise NotTokenwise(f"axes {show(kinds)} of {tuple(sizes)} are regrouped as {tuple(out_sizes)}")
 
 
-@register_rule(aten.transpose.int)
-def transpose(op: Op) -> PackedForm:
+@register_rule(aten.transpose.int, zero=first_is_zero)
+def transpose(op: Op) -> Reading:
     x, layout, _ = _input(op)
     a, b = (op.dim(d, len(layout)) for d in op.args[1:3])
     out = list(layout)
     out[a], out[b] = out[b], out[a]
-    return PackedForm(tuple(out), {x: layout})
+    return Reading(tuple(out), {x: layout})
 
 
-@register_rule(aten.permute.default)
-def permute(op: Op) -> PackedForm:
+@register_rule(aten.permute.default, zero=first_is_zero)
+def permute(op: Op) -> Reading:
     x, layout, _ = _input(op)
-    return PackedForm(tuple(layout[d] for d in op.args[1]), {x: layout})
+    return Reading(tuple(layout[d] for d in op.args[1]), {x: layout})
 
 
-@register_rule(aten.unsqueeze.default)
-def unsqueeze(op: Op) -> PackedForm:
+@register_rule(aten.unsqueeze.default, zero=first_is_zero)
+def unsqueeze(op: Op) -> Reading:
     x, layout, _ = _input(op)
     dim = op.dim(op.args[1], len(layout) + 1)
-    return PackedForm((*layout[:dim], OTHER, *layout[dim:]), {x: layout})
+    return Reading((*layout[:dim], OTHER, *layout[dim:]), {x: layout})
 
 
-@register_rule(aten.expand.default)
-def expand(op: Op) -> PackedForm:
+@register_rule(aten.expand.default, zero=first_is_zero)
+def expand(op: Op) -> Reading:
     x, layout, shape = _input(op)
     out_shape, sizes = value_of(op.node).shape, op.args[1]
     new = len(out_shape) - len(shape)
@@ -146,36 +149,36 @@ def expand(op: Op) -> PackedForm:
     for axis, kind in enumerate(out):
         if kind is not OTHER and not same_size(out_shape[axis], shape[axis - new]):
             raise NotTokenwise(f"expands its {kind.value} axis")
-    args, kwargs = op.with_args(size=[_packed_size(kind, size) for kind, size in zip(out, sizes, strict=True)])
-    return PackedForm(out, {x: layout}, args=args, kwargs=kwargs)
+    written = op.with_args(size=[_size(kind, size) for kind, size in zip(out, sizes, strict=True)])
+    return Reading(out, {x: layout}, [written])
 
 
-@register_rule(aten.expand_as.default)
-def expand_as(op: Op) -> PackedForm:
+@register_rule(aten.expand_as.default, zero=first_is_zero)
+def expand_as(op: Op) -> Reading:
     x, other = op.args[:2]
     layout = op.layout(x)
     if layout is None or op.layout(other) != layout:
         raise NotTokenwise(f"expands {show(layout)} as {show(op.layout(other))}")
-    return PackedForm(layout, {x: layout, other: layout})
+    return Reading(layout, {x: layout, other: layout})
 
 
-@register_rule(aten.slice.Tensor)
-def slice_(op: Op) -> PackedForm:
+@register_rule(aten.slice.Tensor, zero=first_is_zero)
+def slice_(op: Op) -> Reading:
     x, layout, shape = _input(op)
     dim = op.dim(op.args[1], len(layout))
     if layout[dim] is OTHER:
-        return PackedForm(layout, {x: layout})
+        return Reading(layout, {x: layout})
     if same_size(value_of(op.node).shape[dim], shape[dim]):
-        return PackedForm(layout, {x: layout}, args=(x,), kwargs={}, target=aten.alias.default)
+        return Reading(layout, {x: layout}, [Call(aten.alias.default, (x,), {})])
     raise NotTokenwise(f"takes part of the {layout[dim].value} axis")
 
 
-@register_rule(aten.select.int)
-def select(op: Op) -> PackedForm:
+@register_rule(aten.select.int, zero=first_is_zero)
+def select(op: Op) -> Reading:
     x, layout, _ = _input(op)
     dim = op.dim(op.args[1], len(layout))
     op.refuse_token_axes([dim], layout)
-    return PackedForm(layout[:dim] + layout[dim + 1 :], {x: layout})
+    return Reading(layout[:dim] + layout[dim + 1 :], {x: layout})
 
 
 @register_rule(
@@ -184,24 +187,24 @@ def select(op: Op) -> PackedForm:
     aten.split.sizes,
     aten.split_with_sizes.default,
     aten.tensor_split.sections,
+    zero=first_is_zero,
 )
-def split(op: Op) -> PackedForm:
+def split(op: Op) -> Reading:
     x, layout, _ = _input(op)
-    names = [argument.name for argument in op.target._schema.arguments]
-    op.refuse_token_axes([op.dim(op.args[names.index("dim")], len(layout))], layout)
-    return PackedForm([layout] * len(value_of(op.node)), {x: layout})
+    op.refuse_token_axes([op.dim(op.argument("dim"), len(layout))], layout)
+    return Reading([layout] * len(value_of(op.node)), {x: layout})
 
 
-@register_rule(aten.unbind.int)
-def unbind(op: Op) -> PackedForm:
+@register_rule(aten.unbind.int, zero=first_is_zero)
+def unbind(op: Op) -> Reading:
     x, layout, _ = _input(op)
     dim = op.dim(op.args[1], len(layout))
     op.refuse_token_axes([dim], layout)
-    return PackedForm([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
+    return Reading([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
 
 
 @register_rule(aten.cat.default, aten.stack.default)
-def cat(op: Op) -> PackedForm:
+def cat(op: Op) -> Reading:
     """Along features; every part must have the same token axes."""
     parts, dim = op.args[0], op.args[1]
     layouts = {op.layout(part) for part in parts}
@@ -211,6 +214,6 @@ def cat(op: Op) -> PackedForm:
     needs = dict.fromkeys(parts, layout)
     if op.target is aten.cat.default:
         op.refuse_token_axes([op.dim(dim, len(layout))], layout)
-        return PackedForm(layout, needs)
+        return Reading(layout, needs)
     at = op.dim(dim, len(layout) + 1)
-    return PackedForm((*layout[:at], OTHER, *layout[at:]), needs)
+    return Reading((*layout[:at], OTHER, *layout[at:]), needs)

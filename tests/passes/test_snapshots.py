@@ -1,13 +1,16 @@
 """What each pass makes of a small model, line by line."""
 
+from dataclasses import replace
+
 import torch
 from expecttest import TestCase
 from harness import code, masks
 from torch.nn import functional as F
 
 import packc
-from packc.passes import fakify, find_masks, functional, layout, normalize, pack, widen_losses, zero_at_padding
-from packc.passes.axes import show
+from packc.passes import Graph, fakify
+from packc.passes.axes import Whole, show
+from packc.pipeline import PACK, READ
 
 
 def stages(function, *inputs, dynamic=False):
@@ -16,23 +19,25 @@ def stages(function, *inputs, dynamic=False):
 
     def record(gm, example_inputs):
         graphs["dynamo"] = code(gm)
-        normalized = normalize(gm, fake_inputs=fakify(gm, example_inputs))
-        graphs["normalize"] = code(normalized)
-        functional(normalized)
-        graphs["functional"] = code(normalized)
-        widen_losses(normalized)
-        graphs["widen_losses"] = code(normalized)
-        (mask,) = find_masks(normalized)
-        layout(normalized, mask=mask)
+        graph = Graph(gm, fakify(gm, example_inputs))
+        for each in READ:
+            graph = each(graph)
+            graphs[each.__name__] = code(graph.gm)
+        (mask,) = graph.masks
+        graph = replace(graph, mask=mask)
+        for each in PACK:
+            graph = each(graph)
+        kinds = graph.tokens.kinds
         graphs["layout"] = "\n".join(
-            f"{node.name} {show(node.meta['layout']) if isinstance(node.meta['layout'], tuple) else ''}".rstrip()
-            for node in normalized.graph.nodes
-            if "layout" in node.meta
+            f"{node.name} {show(kinds[node]) if isinstance(kinds[node], tuple) else ''}".rstrip()
+            for node in mask.graph.nodes
+            if node in kinds and not isinstance(kinds[node], Whole)
         )
-        graphs["pack"] = code(pack(normalized, mask=mask, zero=zero_at_padding(normalized, mask)))
+        graphs["pack"] = code(graph.gm)
         return gm.forward
 
-    torch.compile(function, backend=record, fullgraph=True, dynamic=dynamic)(*inputs)
+    with packc.config.patch(mask="mask"):
+        torch.compile(function, backend=record, fullgraph=True, dynamic=dynamic)(*inputs)
     return graphs
 
 

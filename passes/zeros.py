@@ -6,60 +6,20 @@ Packing leaves padding out; wherever an op would have read it, these values are 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from packc.passes.axes import covers_tokens, value_of
+from packc.passes.axes import value_of
+from packc.passes.graph import Graph
+from packc.passes.rules import zero_rule_for
+from packc.passes.rules.registry import first_is_zero
 
 aten = torch.ops.aten
 
-# f(0) = 0 elementwise, or pure rearrangement: zero in the first operand gives zero out.
-_KEEPS_ZERO = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.dropout.default,
-    aten.neg.default,
-    aten.abs.default,
-    aten.silu.default,
-    aten.gelu.default,
-    aten.relu.default,
-    aten.tanh.default,
-    aten.sqrt.default,
-    aten.square.default,
-    aten.leaky_relu.default,
-    aten.div.Scalar,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.type_as.default,
-    operator.getitem,
-}
-_MULTIPLIES = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.matmul.default, aten.bmm.default}
-_ADDS = {aten.add.Tensor, aten.sub.Tensor}
 _IS_ZERO = {aten.eq.Scalar}
 _TRUE_AT_ONE = ((aten.ne.Scalar, 0), (aten.gt.Scalar, 0), (aten.eq.Scalar, 1))
 _FALSE_AT_ZERO: dict[Any, Callable[[Any], bool]] = {
@@ -73,19 +33,16 @@ _FILLED = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.defaul
 _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 
 
-def zero_at_padding(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
-    """Values with token axes that are zero wherever ``mask`` is zero, whatever the inputs are (short of inf and NaN).
+def zeros(graph: Graph) -> Graph:
+    """Find the values that are zero wherever the graph's mask is."""
+    return replace(graph, zero=zero_at_padding(graph, graph.mask))
 
-    Needs the layouts of :func:`packc.passes.layout.layout`.
-    """
+
+def zero_at_padding(graph: Graph, mask: fx.Node) -> set[fx.Node]:
+    """Values with token axes that are zero wherever ``mask`` is, whatever the inputs are (short of inf and NaN)."""
     zero = {mask}
     one: set[fx.Node] = set()  # true exactly where the mask is zero: its negation
-    for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        # A value without a layout may have been shifted along the sequence: what was zero is zero elsewhere now.
-        if not _has_token_axes(node):
-            continue
+    for node in _calls(graph):
         if _is_negation(node, one, mask):
             one.add(node)
         elif _is_zero(node, zero, one):
@@ -93,17 +50,23 @@ def zero_at_padding(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
     return zero
 
 
-def zero_at_tokens(gm: fx.GraphModule, mask: fx.Node) -> set[fx.Node]:
+def zero_at_tokens(graph: Graph, mask: fx.Node) -> set[fx.Node]:
     """Values that are zero wherever ``mask`` is one: a mask that sets these to zero marks padding, not tokens."""
     zero: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if (
-            node.op == "call_function"
-            and _has_token_axes(node)
-            and (_is_opposite(node, mask) or _is_zero(node, zero, set()))
-        ):
+    for node in _calls(graph):
+        if _is_opposite(node, mask) or _is_zero(node, zero, set()):
             zero.add(node)
     return zero
+
+
+def _calls(graph: Graph) -> Iterator[fx.Node]:
+    """A value without a layout may have been shifted along the sequence: what was zero is zero elsewhere now."""
+    return (node for node in graph.gm.graph.nodes if node.op == "call_function" and graph.tokens.has_axes(node))
+
+
+def _keeps_zero(node: fx.Node) -> bool:
+    """Whether a value is zero where the first operand is, and made of nothing else."""
+    return zero_rule_for(node.target) is first_is_zero
 
 
 def _is_opposite(node: fx.Node, mask: fx.Node) -> bool:
@@ -121,7 +84,7 @@ def _is_opposite(node: fx.Node, mask: fx.Node) -> bool:
 def _is_true_at_tokens(node: object, mask: fx.Node) -> bool:
     while isinstance(node, fx.Node) and node is not mask:
         compared = (node.target, node.args[1]) if len(node.args) > 1 else None
-        if node.target not in _KEEPS_ZERO and compared not in _TRUE_AT_ONE:
+        if not _keeps_zero(node) and compared not in _TRUE_AT_ONE:
             return False
         node = cast("Any", node.args[0])
     return node is mask
@@ -129,17 +92,10 @@ def _is_true_at_tokens(node: object, mask: fx.Node) -> bool:
 
 def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
     target, args = node.target, cast("tuple[Any, ...]", node.args)
-    if target in _KEEPS_ZERO:
-        return args[0] in zero
-    if target in _MULTIPLIES:
-        return any(arg in zero for arg in args[:2])
-    if target in _ADDS:
-        return all(arg in zero for arg in args[:2])
-    if target is aten.linear.default:
-        return args[0] in zero and (len(args) < 3 or args[2] is None)
-    if target is aten.div.Tensor:
-        return args[0] in zero
-    if target in (aten.masked_fill.Scalar,):
+    rule = zero_rule_for(target)
+    if rule is not None:
+        return rule(args, zero.__contains__)
+    if target is aten.masked_fill.Scalar:
         return args[1] in one and args[2] == 0
     if target is aten.where.ScalarOther:
         return args[0] in zero and args[2] == 0
@@ -152,7 +108,7 @@ def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
 
 def _is_constant_zero(node: object) -> bool:
     """Made as zeros, and since then only rearranged."""
-    while isinstance(node, fx.Node) and node.target in _KEEPS_ZERO:
+    while isinstance(node, fx.Node) and _keeps_zero(node):
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return False
@@ -174,7 +130,7 @@ def is_masked(value: fx.Node) -> fx.Node | None:
             truth = next((arg for arg in args[:2] if isinstance(arg, fx.Node) and _is_truth(arg)), None)
             if truth is not None:
                 return truth
-        elif node.target not in _KEEPS_ZERO:
+        elif not _keeps_zero(node):
             return None
         node = args[0]
     return None
@@ -182,7 +138,7 @@ def is_masked(value: fx.Node) -> fx.Node | None:
 
 def _is_truth(node: Any) -> bool:
     while isinstance(node, fx.Node) and node.op == "call_function" and value_of(node).dtype != torch.bool:
-        if node.target not in _KEEPS_ZERO:
+        if not _keeps_zero(node):
             return False
         node = node.args[0]
     return isinstance(node, fx.Node) and value_of(node).dtype == torch.bool
@@ -194,16 +150,11 @@ def _is_negation(node: fx.Node, one: set[fx.Node], mask: fx.Node) -> bool:
         return args[1] == 0 and _is_mask_itself(args[0], mask)
     if node.target in _NOT:
         return _is_mask_itself(args[0], mask) and value_of(args[0]).dtype == torch.bool
-    return node.target in _KEEPS_ZERO and bool(args) and args[0] in one and value_of(node).dtype == torch.bool
+    return _keeps_zero(node) and bool(args) and args[0] in one and value_of(node).dtype == torch.bool
 
 
 def _is_mask_itself(node: object, mask: fx.Node) -> bool:
     """The mask or a rearrangement of it: zero there means padding, and only there."""
-    while isinstance(node, fx.Node) and node is not mask and node.target in _KEEPS_ZERO:
+    while isinstance(node, fx.Node) and node is not mask and _keeps_zero(node):
         node = node.args[0]
     return node is mask
-
-
-def _has_token_axes(node: fx.Node) -> bool:
-    layout = node.meta.get("layout")
-    return all(map(covers_tokens, layout)) if isinstance(layout, list) else covers_tokens(layout)

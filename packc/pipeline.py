@@ -1,0 +1,115 @@
+"""The passes, in order, and what runs them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import perf_counter
+
+from torch import fx
+
+from packc import config, passes
+from packc.passes import Graph, NoMask, NotPackable
+from packc.private_torch import private_torch
+
+with private_torch():
+    from torch._logging import trace_structured
+
+log = logging.getLogger(__name__)
+
+
+class UnknownPass(ValueError):
+    """``packc.skip_passes`` names no pass, or one that nothing packs without."""
+
+
+Pass = Callable[[Graph], Graph]
+
+READ: tuple[Pass, ...] = (
+    passes.normalize,  # Dynamo's graph -> pre-dispatch ATen
+    passes.functional,  # no writes in place, where nobody holds a view
+    passes.widen_losses,  # next-token losses over whole rows
+    passes.find_masks,  # the inputs that may be the padding mask
+)
+PACK: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
+    passes.layout,  # where batch and sequence are in every value, and how every op reads on tokens
+    passes.zeros,  # what is zero at padding
+    passes.confirm_mask,  # that the mask is used as one
+    passes.choose,  # what is computed packed, padded, or both
+    passes.requirements,  # what each batch must be asked
+    passes.write,  # the packed graph
+)
+# Without one of these less packs; the others are what packing is.
+_MAY_BE_SKIPPED = (passes.functional, passes.widen_losses)
+
+
+def packed_graph(graph: Graph) -> Graph:
+    """The packed form of a graph from Dynamo.
+
+    Raises:
+        NoMask, NotPackable: there is none; the message says why.
+        UnknownPass: ``packc.config.skip_passes`` names none that may be left out.
+    """
+    skipped = _skipped()
+    _artifact("packc_before", graph.gm)
+    graph = _run(READ, graph, skipped)
+    reasons: list[NoMask | NotPackable] = []
+    for mask in graph.masks:
+        try:
+            packed = _run(PACK, replace(graph, mask=mask), skipped)
+        except (NoMask, NotPackable) as reason:
+            reasons.append(reason)
+            continue
+        _artifact("packc_after", packed.gm)
+        return packed
+    raise reasons[0]
+
+
+def _skipped() -> set[Pass]:
+    may = {each.__name__: each for each in _MAY_BE_SKIPPED}
+    given: str | list[str] = config.skip_passes or []
+    names = given.split(",") if isinstance(given, str) else given
+    unknown = [name for name in names if name not in may]
+    if unknown:
+        raise UnknownPass(f"packc.skip_passes: {unknown} cannot be left out; it takes {sorted(may)}")
+    return {may[name] for name in names}
+
+
+def _run(sequence: Sequence[Pass], graph: Graph, skipped: set[Pass]) -> Graph:
+    for each in sequence:
+        name = each.__name__
+        if each in skipped:
+            log.info("%s is skipped", name)
+            continue
+        before, start = _ops(graph.gm), perf_counter()
+        try:
+            graph = each(graph)
+        except NotPackable as reason:
+            raise NotPackable(str(reason), passes.boundaries_of(graph)) from None
+        took, after = perf_counter() - start, _ops(graph.gm)
+        log.debug("%s: %.0f ms %s", name, 1e3 * took, _difference(before, after))
+        if before != after and each is not passes.write:  # whose graph is shown as packc_after
+            _artifact(f"packc_{name}", graph.gm)
+    return graph
+
+
+def _ops(gm: fx.GraphModule) -> Counter[str]:
+    return Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def _difference(before: Counter[str], after: Counter[str]) -> str:
+    """``+2 aten.cat.default, -1 aten.slice.Tensor``."""
+    changes = {op: after[op] - before[op] for op in before | after}
+    return ", ".join(f"{change:+} {op}" for op, change in sorted(changes.items()) if change)
+
+
+def _artifact(name: str, gm: fx.GraphModule) -> None:
+    """The graph in the structured trace (tlparse), and in full under TORCH_LOGS="+packc"."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s\n%s", name, gm.print_readable(print_output=False))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True),
+    )

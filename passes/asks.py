@@ -1,0 +1,41 @@
+"""What must hold for a reading to be exact on the pack: of a value, which the graph shows, or of each batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class ZeroAtPadding:
+    """A value is summed over tokens: in the padded graph it must be zero at padding, or the graph is not packed."""
+
+    value: fx.Node
+
+
+@dataclass(frozen=True)
+class IgnoredLabels:
+    """Every token left out must carry the label that the loss ignores; asked of each batch."""
+
+    labels: fx.Node
+    ignore_index: int
+
+
+@dataclass(frozen=True)
+class KeepLeft:
+    """Left padding stays in the pack, for the op would notice that it is gone."""
+
+    reason: str
+    unless_zero: fx.Node | None = None
+    """A value: if it is zero at padding in the padded graph, left padding may go. The op reads it across tokens."""
+
+
+@dataclass(frozen=True)
+class KeepRight:
+    """Right padding stays in the pack."""
+
+    reason: str
+
+
+Ask = ZeroAtPadding | IgnoredLabels | KeepLeft | KeepRight

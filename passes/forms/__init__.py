@@ -1,0 +1,7 @@
+"""Forms of one graph: how the values of tokens lie in memory, and who computes them."""
+
+from packc.passes.forms.form import Form
+from packc.passes.forms.packed import Packed
+from packc.passes.forms.padded import Padded
+
+__all__ = ["Form", "Packed", "Padded"]

@@ -1,0 +1,88 @@
+"""The packed form ``(1, T, ...)``: padding left out, documents end to end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, same_size
+from packc.passes.forms.form import Write
+from packc.passes.forms.padded import Padded
+from packc.passes.reading import Call
+
+aten = torch.ops.aten
+
+
+class Packed:
+    """Values gathered by ``index`` (T,), documents between ``cu_seqlens`` (N + 1,)."""
+
+    def __init__(self, write: Write, index: fx.Node, cu_seqlens: fx.Node, mask: fx.Node, shape: Any) -> None:
+        self.write, self.index, self.cu_seqlens = write, index, cu_seqlens
+        self.tokens = write(aten.sym_size.int, index, 0)
+        self.padded = Padded(write, mask, shape)
+        self._rows: fx.Node | None = None
+        self._positions: fx.Node | None = None
+
+    def size(self, axis: Axis) -> Any:
+        return 1 if axis is BATCH else self.tokens
+
+    def mixer(self, call: Call) -> Call:
+        place = [argument.name for argument in call.target._schema.arguments].index("cu_seqlens")
+        return call._replace(args=(*call.args[:place], self.cu_seqlens, *call.args[place + 1 :]))
+
+    def total(self, value: fx.Node) -> fx.Node:
+        return value
+
+    def enter(self, padded: fx.Node, layout: Layout, shape: Any) -> fx.Node:
+        spans = {kind for kind, size in zip(layout, shape, strict=True) if not same_size(size, 1)} - {OTHER}
+        if TOKENS in layout:
+            return self.write(aten.index_select.default, padded, layout.index(TOKENS), self.index)
+        if spans == {SEQ}:
+            return self.write(aten.index_select.default, padded, layout.index(SEQ), self.positions())
+        if spans == {BATCH}:
+            rows = self.write(aten.index_select.default, padded, layout.index(BATCH), self.rows())
+            return self.write(aten.transpose.int, rows, layout.index(BATCH), layout.index(SEQ))
+        order = _front(layout)
+        packed = self.write(torch.ops.packc.pack.default, self._permuted(padded, order), self.index)
+        return self._permuted(packed, _inverse(order))
+
+    def leave(self, value: fx.Node, layout: Layout, shape: Any) -> fx.Node:
+        order = _front(layout)
+        front = self._permuted(value, order)
+        if TOKENS in layout:
+            rows = self.write(aten.unsqueeze.default, front, 0)
+            front = self.write(aten.flatten.using_ints, self._unpacked(rows), 0, 1)
+        else:
+            front = self._unpacked(front)
+        return self._permuted(front, _inverse(order))
+
+    def rows(self) -> fx.Node:
+        """The row of every token."""
+        if self._rows is None:
+            self._rows = self.write(aten.div.Scalar_mode, self.index, self.padded.length, rounding_mode="floor")
+        return self._rows
+
+    def positions(self) -> fx.Node:
+        """The position of every token in its row."""
+        if self._positions is None:
+            self._positions = self.write(aten.remainder.Scalar, self.index, self.padded.length)
+        return self._positions
+
+    def _unpacked(self, value: fx.Node) -> fx.Node:
+        return self.write(torch.ops.packc.unpack.default, value, self.index, self.padded.batch, self.padded.length)
+
+    def _permuted(self, value: fx.Node, order: list[int] | None) -> fx.Node:
+        return value if order is None else self.write(aten.permute.default, value, order)
+
+
+def _front(layout: Layout) -> list[int] | None:
+    """The permutation that brings the token axes to the front; None if they are there."""
+    first = [layout.index(TOKENS)] if TOKENS in layout else [layout.index(BATCH), layout.index(SEQ)]
+    there = first == list(range(len(first)))
+    return None if there else first + [axis for axis in range(len(layout)) if axis not in first]
+
+
+def _inverse(order: list[int] | None) -> list[int] | None:
+    return order and [order.index(axis) for axis in range(len(order))]

@@ -1,0 +1,81 @@
+"""What travels through the passes: a graph, and what they have found out of its values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import fx
+
+from packc.passes.asks import Ask
+from packc.passes.axes import Kind, Layout, covers_tokens
+from packc.passes.reading import Reading
+
+if TYPE_CHECKING:
+    from packc.passes.choose import Forms
+    from packc.passes.requirements import Requirements
+
+AnAsk = TypeVar("AnAsk", bound=Ask)
+
+
+@dataclass
+class Tokens:
+    """What becomes of token axes on their way through a graph."""
+
+    kinds: dict[fx.Node, Kind | list[Kind]] = field(default_factory=dict)
+    """What a value is to the tokens, if anything; a list for an op with several results."""
+    readings: dict[fx.Node, Reading] = field(default_factory=dict)
+    """How an op reads on tokens."""
+    refusals: dict[fx.Node, str] = field(default_factory=dict)
+    """Why an op has no reading although an operand has token axes."""
+
+    def layout(self, value: Any) -> Layout | None:
+        """Where the axes of a value with token axes are; None for any other, and for an op with several results."""
+        kind = self.kinds.get(value) if isinstance(value, fx.Node) else None
+        return kind if isinstance(kind, tuple) else None
+
+    def has_axes(self, node: fx.Node) -> bool:
+        """Whether a value, or each of several results, has one entry per token."""
+        kind = self.kinds.get(node)
+        return all(map(covers_tokens, kind)) if isinstance(kind, list) else covers_tokens(kind)
+
+
+@dataclass
+class Graph:
+    """A padded graph on its way to its packed form; each pass takes one and returns one with more in it.
+
+    What a pass finds is there after it, and not asked for before: packc/pipeline.py has the order.
+    """
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    """Fakes of the graph's inputs."""
+    masks: list[fx.Node] = field(default_factory=list)
+    """Inputs that may be the padding mask, the likeliest first."""
+    mask: fx.Node = None  # type: ignore[assignment]
+    """The one that the pack goes by."""
+    tokens: Tokens = field(default_factory=Tokens)
+    zero: set[fx.Node] = field(default_factory=set)
+    """Values known to be zero at padding."""
+    forms: Forms = None  # type: ignore[assignment]
+    """In which forms each value is computed."""
+    requirements: Requirements = None  # type: ignore[assignment]
+    """What the packed graph asks of each batch."""
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return list(self.gm.graph.find_nodes(op="placeholder"))
+
+    def asks(self, kind: type[AnAsk]) -> Iterator[tuple[fx.Node, AnAsk]]:
+        """Every ask of one kind, with the node that asks."""
+        for node, reading in self.tokens.readings.items():
+            for ask in reading.asks:
+                if isinstance(ask, kind):
+                    yield node, ask
+
+
+def is_item(node: fx.Node) -> bool:
+    """Whether a node is one result of an op with several."""
+    return node.target is operator.getitem

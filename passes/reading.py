@@ -1,0 +1,59 @@
+"""What an op means on tokens, whatever form they are in."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import fx
+from torch._ops import OpOverload
+
+from packc.passes.asks import Ask
+from packc.passes.axes import Kind, Layout
+
+
+class NotTokenwise(Exception):
+    """The op looks across tokens, or at axes in a way that no rule covers. The message is for people."""
+
+
+class Call(NamedTuple):
+    """One node of a reading.
+
+    Among its arguments an :class:`~packc.passes.axes.Axis` stands for the size of that axis in the form in which the
+    node is written, a :class:`PaddedNumel` for what it says, and ``RESULT`` for the call before.
+    """
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class PaddedNumel(NamedTuple):
+    """How many elements a value has in the padded graph, in whatever form the node is written."""
+
+    value: fx.Node
+
+
+class _Result(enum.Enum):
+    RESULT = enum.auto()
+
+
+RESULT = _Result.RESULT
+
+
+@dataclass
+class Reading:
+    """An op on tokens: the same op, where nothing else is said, with operands in one form."""
+
+    results: Kind | list[Kind]
+    """What its result is, or each of several."""
+    operands: dict[fx.Node, Layout] = field(default_factory=dict)
+    """Operands that follow the tokens, and which axis is which; the others are taken as they stand. An operand may have
+    size one along a token axis (a scale per row, a table of positions): it is gathered along the axes it does span."""
+    calls: list[Call] | None = None
+    """The nodes to write; None: the op itself."""
+    is_mixer: bool = False
+    """Whether it looks along the tokens, and must be told where documents begin."""
+    asks: list[Ask] = field(default_factory=list)
+    """What must hold for it to be exact where padding is left out."""

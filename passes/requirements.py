@@ -1,0 +1,116 @@
+"""What a packed graph asks of each batch: how much padding it must keep for every result to be exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from packc.passes.asks import IgnoredLabels, KeepLeft, KeepRight
+from packc.passes.choose import reads_as_is
+from packc.passes.graph import AnAsk, Graph
+from packc.passes.module_names import module_path
+from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.sequences import other_masks
+from packc.passes.sources import argument_path, is_parameter
+from packc.passes.unpacked import boundaries_of, padded_mixers
+
+_MAX_OPS = 64
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a loss and the label it ignores."""
+
+    graph: fx.GraphModule
+    """The padded graph's inputs -> its labels, shifted as the loss reads them, B*L elements in row-major order."""
+    ignore_index: int
+
+
+@dataclass
+class Requirements:
+    """What a packed graph asks of each batch, and what there is to report of it."""
+
+    mask: int
+    """Position of the mask among the inputs. ``index`` and ``cu_seqlens`` follow after the last of them."""
+    other_masks: list[int] = field(default_factory=list)
+    """Positions of further masks of the same tokens; rows of which one marks tokens where the mask has padding are not
+    packed."""
+    outside: str | None = None
+    """The reason of such rows."""
+    keep_left: str | None = None
+    """Why left padding stays in the pack; None: it is left out."""
+    keep_right: str | None = None
+    labels: list[Labels] = field(default_factory=list)
+    returns_tokens: bool = False
+    """Whether some output has values of tokens, zero at padding."""
+    mixers: list[tuple[str, str]] = field(default_factory=list)
+    """(op, module path) of each packed mixer."""
+    padded_mixers: list[Boundary] = field(default_factory=list)
+    """The others, and why they run padded."""
+    boundaries: list[Boundary] = field(default_factory=list)
+
+
+def requirements(graph: Graph) -> Graph:
+    """Collect them from the readings of all that is computed packed.
+
+    Raises:
+        NotPackable: what must be asked is not known before the model runs.
+    """
+    inputs, packed, others = graph.placeholders, graph.forms.packed, other_masks(graph)
+    result = Requirements(
+        mask=inputs.index(graph.mask),
+        other_masks=[inputs.index(other) for other in others],
+        keep_left=_first((node, ask) for node, ask in _packed(graph, KeepLeft) if ask.unless_zero not in graph.zero),
+        keep_right=_first(_packed(graph, KeepRight)),
+        labels=_labels(graph),
+        returns_tokens=any(
+            each in packed and not reads_as_is(each, graph.tokens)
+            for each in graph.gm.graph.output_node().all_input_nodes
+        ),
+        mixers=[
+            (str(node.target), module_path(node))
+            for node, reading in graph.tokens.readings.items()
+            if reading.is_mixer and node in packed
+        ],
+        padded_mixers=padded_mixers(graph, packed),
+        boundaries=boundaries_of(graph),
+    )
+    if others:
+        names = ", ".join(map(argument_path, others))
+        result.outside = f"{names} marks tokens where {argument_path(graph.mask)} has padding"
+    return replace(graph, requirements=result)
+
+
+def _packed(graph: Graph, kind: type[AnAsk]) -> Iterator[tuple[fx.Node, AnAsk]]:
+    return ((node, ask) for node, ask in graph.asks(kind) if node in graph.forms.packed)
+
+
+def _first(asks: Iterator[tuple[fx.Node, KeepLeft | KeepRight]]) -> str | None:
+    return next((f"{module_path(node) or 'the model'}: {ask.reason}" for node, ask in asks), None)
+
+
+def _labels(graph: Graph) -> list[Labels]:
+    """Those of each packed loss, once."""
+    asked = dict.fromkeys(ask for _, ask in _packed(graph, IgnoredLabels))
+    return [Labels(_graph_of(graph, ask.labels), ask.ignore_index) for ask in asked]
+
+
+def _graph_of(graph: Graph, labels: fx.Node) -> fx.GraphModule:
+    needed, queue = set(), [labels]
+    while queue:
+        node = queue.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        queue.extend(node.all_input_nodes)
+        if is_parameter(node) or node in graph.forms.packed_only or len(needed) > _MAX_OPS:
+            raise NotPackable(f"the labels of the loss ({labels.name}) are computed by the model")
+    result = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.gm.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = result.node_copy(node, copies.__getitem__)
+    result.output(copies[labels])
+    return fx.GraphModule(graph.gm, result)

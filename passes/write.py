@@ -1,0 +1,167 @@
+"""Padded graph -> packed graph: inputs gathered once, ops on ``(1, T, ...)``, outputs scattered once."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, Whole, value_of
+from packc.passes.choose import is_computed_packed, reads_as_is, switches_mode
+from packc.passes.forms import Packed
+from packc.passes.graph import Graph, is_item
+from packc.passes.normalize import carry_over_from_dynamo
+from packc.passes.reading import RESULT, Call, PaddedNumel, Reading
+
+aten = torch.ops.aten
+
+
+def write(graph: Graph) -> Graph:
+    """Write every value in the forms that are wanted; the result has two more inputs: ``index``, ``cu_seqlens``.
+
+    Outputs keep size, dtype and strides; their padded positions are zero. Exact under the graph's requirements, which
+    hold batch by batch or not.
+    """
+    return replace(graph, gm=_Writer(graph).run())
+
+
+class _Writer:
+    """Writes the packed graph in the order of the padded one, each node in the forms that are wanted."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.source, self.tokens, self.forms = graph.gm, graph.tokens, graph.forms
+        self.graph = fx.Graph()
+        self.origin: fx.Node | None = None  # the padded node being written: its metadata goes to all it becomes
+        self.in_padded: dict[fx.Node, fx.Node] = {n: self.graph.node_copy(n) for n in graph.placeholders}
+        self.in_packed: dict[fx.Node, fx.Node] = {}
+        # Keyed by region too: under no_grad a gather has no gradient, so it must not serve the code around.
+        self.gathered: dict[tuple[fx.Node, Layout, int], fx.Node] = {}
+        self.region = 0
+        index, cu_seqlens = (self.graph.placeholder(f"packc_{name}") for name in ("index", "cu_seqlens"))
+        self.packed = Packed(self._write, index, cu_seqlens, self.in_padded[graph.mask], value_of(graph.mask).shape)
+        self.padded = self.packed.padded
+
+    def run(self) -> fx.GraphModule:
+        for node in self.source.graph.nodes:
+            self.origin = node
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self._as_output))
+            elif node.op != "placeholder":
+                self.region += switches_mode(node)
+                if node in self.forms.padded and node not in self.forms.packed_only:
+                    self._write_padded(node)
+                if node in self.forms.packed:
+                    self._write_packed(node)
+                    if node in self.forms.padded:
+                        self._padded(node)
+        self.graph.lint()
+        written = fx.GraphModule(self.source, self.graph)
+        carry_over_from_dynamo(self.source, written)
+        return written
+
+    def _write(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta = _carried(self.origin)
+        return node
+
+    def _write_padded(self, node: fx.Node) -> None:
+        if node in self.tokens.readings and reads_as_is(node, self.tokens):
+            return  # written once, by its packed form
+        if node.target is aten.sym_size.int and node.args[0] in self.forms.packed_only:
+            self.in_padded[node] = self._padded_size(*node.args)  # type: ignore[arg-type]
+            return
+        copied = self.graph.node_copy(node, self._padded)
+        copied.meta = _carried(node)
+        self.in_padded[node] = copied
+
+    def _write_packed(self, node: fx.Node) -> None:
+        if is_item(node):
+            written = self._write(operator.getitem, self.in_packed[node.args[0]], node.args[1])  # type: ignore[index]
+        else:
+            written = self._write_reading(node, self.tokens.readings[node])
+        self.in_packed[node] = written
+        if reads_as_is(node, self.tokens):
+            self.in_padded[node] = written
+
+    def _write_reading(self, node: fx.Node, reading: Reading) -> fx.Node:
+        result: Any = None
+        for call in reading.calls or [Call(node.target, node.args, dict(node.kwargs))]:  # type: ignore[arg-type]
+            target, args, kwargs = self.packed.mixer(call) if reading.is_mixer else call
+            args, kwargs = self._map((args, kwargs), reading, result)
+            result = self._write(target, *args, **kwargs)
+        return self.packed.total(result) if reading.results is Whole.SUM else result
+
+    def _map(self, value: Any, reading: Reading, result: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value.graph is self.graph:
+                return value
+            return self._operand(value, reading.operands[value]) if value in reading.operands else self._padded(value)
+        if isinstance(value, Axis):
+            return self.packed.size(value)
+        if isinstance(value, PaddedNumel):
+            return self._padded_numel(value.value)
+        if value is RESULT:
+            return result
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._map(v, reading, result) for v in value)
+        if isinstance(value, dict):
+            return {k: self._map(v, reading, result) for k, v in value.items()}
+        return value
+
+    def _padded(self, node: fx.Node) -> fx.Node:
+        """The padded form of a value, scattered from the packed one where no other exists."""
+        if node not in self.in_padded:
+            layout = self.tokens.layout(node)
+            assert layout is not None, f"{node} has no token axes and was not written"
+            self.in_padded[node] = self.packed.leave(self.in_packed[node], layout, value_of(node).shape)
+        return self.in_padded[node]
+
+    def _operand(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        """The packed form of a value, gathered from the padded one where no op computes it."""
+        if is_computed_packed(node, self.tokens):
+            assert self.tokens.layout(node) == wanted, f"{node} is {self.tokens.layout(node)}, wanted {wanted}"
+            return self.in_packed[node]
+        key = (node, wanted, self.region)
+        if key not in self.gathered:
+            gathered = self.packed.enter(self._padded(node), wanted, value_of(node).shape)
+            for name in _RECOMPUTE_META:
+                gathered.meta.pop(name, None)
+            self.gathered[key] = gathered
+        return self.gathered[key]
+
+    def _as_output(self, node: fx.Node) -> fx.Node:
+        """Size, dtype and strides of the padded graph's output."""
+        result = self._padded(node)
+        if result.target is aten.permute.default and value_of(node).is_contiguous():
+            return self._write(aten.contiguous.default, result)
+        return result
+
+    def _padded_size(self, node: fx.Node, axis: int) -> Any:
+        layout = self.tokens.layout(node)
+        if layout is not None and layout[axis] in (BATCH, SEQ):
+            return self.padded.size(layout[axis])
+        return self._write(aten.sym_size.int, self.in_packed[node], axis)
+
+    def _padded_numel(self, of: fx.Node) -> Any:
+        numel: Any = 1
+        for kind, size in zip(self.tokens.layout(of) or (), value_of(of).shape, strict=True):
+            for factor in {OTHER: (size,), TOKENS: (self.padded.batch, self.padded.length)}.get(kind, (kind,)):
+                numel = self._times(numel, self.padded.size(factor) if isinstance(factor, Axis) else factor)
+        return numel
+
+    def _times(self, a: Any, b: Any) -> Any:
+        return self._write(operator.mul, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a * b
+
+
+# A checkpointed node is recomputed; what is gathered in the middle of one serves others too and is kept.
+_RECOMPUTE_META = ("recompute", "ac_graph_id")
+# What Inductor and people read from a node; its values and Dynamo's own notes do not survive the rewrite.
+_CARRIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", *_RECOMPUTE_META)
+
+
+def _carried(node: fx.Node) -> dict[str, Any]:
+    return {name: value for name, value in node.meta.items() if name in _CARRIED_META}
