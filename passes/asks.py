@@ -27,8 +27,8 @@ class KeepLeft:
     """Left padding stays in the pack, for the op would notice that it is gone."""
 
     reason: str
-    unless_zero: fx.Node | None = None
-    """A value: if it is zero at padding in the padded graph, left padding may go. The op reads it across tokens."""
+    unless_zero: tuple[fx.Node, ...] = ()
+    """Values that the op reads across tokens: if one is zero at padding in the padded graph, left padding may go."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ def requirements(graph: Graph) -> Graph:
     result = Requirements(
         mask=inputs.index(graph.mask),
         other_masks=[inputs.index(other) for other in others],
-        keep_left=_first((node, ask) for node, ask in _packed(graph, KeepLeft) if ask.unless_zero not in graph.zero),
+        keep_left=_first(
+            (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero.isdisjoint(ask.unless_zero)
+        ),
         keep_right=_first(_packed(graph, KeepRight)),
         labels=_labels(graph),
         returns_tokens=any(

@@ -111,7 +111,7 @@ def other_masks(graph: Graph) -> list[fx.Node]:
 
 def read_by_mixers(graph: Graph) -> list[fx.Node]:
     """What mixers read across tokens, which models mask at padding."""
-    return [ask.unless_zero for _, ask in graph.asks(KeepLeft) if ask.unless_zero is not None]
+    return [value for _, ask in graph.asks(KeepLeft) for value in ask.unless_zero]
 
 
 def _is_per_token(value: torch.Tensor) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from packc.ops.mixer import MIXERS
 from packc.passes.axes import covers_tokens
 from packc.passes.graph import Graph
 from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
 from packc.passes.sources import argument_path, is_parameter
-
-_NO_MIXERS = {"pack", "unpack", "packing_index"}
 
 
 def boundaries_of(graph: Graph) -> list[Boundary]:
@@ -41,7 +40,7 @@ def is_mixer(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     namespace, name = node.target._schema.name.split("::")
-    return namespace == "packc" and name not in _NO_MIXERS
+    return namespace == "packc" and name in MIXERS
 
 
 def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, documents
 from packc.ops.linear_scan import kernels, reference
+from packc.ops.mixer import Mixer, declare
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define(
@@ -25,6 +26,7 @@ _lib.define(
     "linear_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor a, Tensor b, Tensor? cu_seqlens, "
     "Tensor? initial_state) -> (Tensor da, Tensor db, Tensor dinitial_state)"
 )
+declare(Mixer("linear_scan", per_token=("a", "b"), enter_state=("b",)))
 
 
 def _forward_fake(

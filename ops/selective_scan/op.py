@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch, documents
+from packc.ops.mixer import Mixer, declare
 from packc.ops.selective_scan import cpu, reference
 
 _lib = torch.library.Library("packc", "FRAGMENT")
@@ -31,6 +32,7 @@ _lib.define(
     "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
     "Tensor dinitial_state)"
 )
+declare(Mixer("selective_scan", per_token=("u", "delta", "B", "C", "z"), enter_state=("u", "B")))
 
 
 def _choose(u: Tensor, *others: Tensor | None) -> str:

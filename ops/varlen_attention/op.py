@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch
+from packc.ops.mixer import Mixer, declare
 from packc.ops.varlen_attention import cpu, cuda, reference
 from packc.ops.varlen_attention.document_mask import MaskMod
 
@@ -30,6 +31,7 @@ _library.define(
     "bool causal, float? scale, int? window) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=_TAGS,
 )
+declare(Mixer("varlen_attention", per_token=("q", "k", "v")))
 
 
 def _choose(q: Tensor) -> str:

@@ -1,53 +1,57 @@
-"""Mixers: the ops that look along the sequence, and are told where documents begin."""
+"""Mixers: the ops that look along the sequence, and are told where documents begin; by their declarations."""
 
 from __future__ import annotations
 
 import torch
 
-import packc.ops  # noqa: F401  (registers the ops that the rules are about)
+import packc.ops  # noqa: F401  (declares them)
+from packc.ops.mixer import MIXERS, Mixer
 from packc.passes.asks import KeepLeft, KeepRight
-from packc.passes.axes import BATCH, OTHER, SEQ, Kind, Whole, show
+from packc.passes.axes import BATCH, OTHER, SEQ, Kind, Layout, Whole, same_size, show, value_of
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 
-_TOKEN_MAJOR = (BATCH, SEQ, OTHER)
 
-
-def _recurrent_mixer(op: Op, sequences: tuple[str, ...], masked: str, results: list[Kind]) -> Reading:
-    """A causal op over (B, L, ...) with per-document states.
+def _read(op: Op, mixer: Mixer) -> Reading:
+    """A causal op over (B, L, ...) with states of documents.
 
     Right padding comes after every token it could disturb. Left padding comes before: the padded op reads it, and
-    gives what the packed one gives only if ``masked``, the value that enters conv window or state, is zero there.
+    gives what the packed one gives only if it adds nothing to the state.
     """
     if op.argument("cu_seqlens") is not None:
         raise NotTokenwise("is already packed")
-    needs = {}
-    for name in sequences:
-        operand = op.argument(name)
-        if operand is None:
-            continue
-        layout = op.layout(operand)
-        if layout is None or layout[:2] != (BATCH, SEQ):
-            raise NotTokenwise(f"{name} {show(layout)} is not (B, L, ...)")
-        needs[operand] = layout
+    arguments = {name: op.argument(name) for name in mixer.per_token}
+    needs = {value: _layout(op, name, value) for name, value in arguments.items() if value is not None}
     op.only_labelled(*needs)
+    out, *others = value_of(op.node)
+    kinds: list[Kind] = [Whole.PER_DOCUMENT, Whole.SAVED]
+    results = [(BATCH, SEQ) + (OTHER,) * (out.ndim - 2), *kinds[: len(others)]]
     reading = Reading(results, needs, [op.with_args()], is_mixer=True)
-    name = op.target._schema.name.split("::")[1]
     if op.argument("initial_state") is not None:
-        reading.asks.append(KeepLeft(f"{name} starts from an initial state, which left padding moves on"))
+        reading.asks.append(KeepLeft(f"{mixer.name} starts from an initial state, which left padding moves on"))
     else:
-        reason = f"{name} reads left padding: {masked} is not masked"
-        reading.asks.append(KeepLeft(reason, unless_zero=op.argument(masked)))
+        entering = tuple(arguments[name] for name in mixer.enter_state)
+        reason = f"{mixer.name} reads left padding: {mixer.enter_state[0]} is not masked"
+        reading.asks.append(KeepLeft(reason, unless_zero=entering))
     if op.argument("output_final_state"):
-        reading.asks.append(KeepRight(f"{name} returns the state after right padding"))
+        reading.asks.append(KeepRight(f"{mixer.name} returns the state after right padding"))
     return reading
 
 
-@register_rule(torch.ops.packc.causal_conv1d.default)
-def causal_conv1d(op: Op) -> Reading:
-    return _recurrent_mixer(op, ("x",), "x", [_TOKEN_MAJOR, Whole.PER_DOCUMENT])
+def _layout(op: Op, name: str, value: object) -> Layout:
+    """Of an argument (B, L, ...): a decay may be the same for all tokens, and be made to vary for show."""
+    layout = op.layout(value)
+    sizes = value_of(value).shape
+    if layout is None and same_size(sizes[0], op.batch) and same_size(sizes[1], op.length):
+        layout = (BATCH, SEQ) + (OTHER,) * (len(sizes) - 2)
+    if layout is None or layout[:2] != (BATCH, SEQ):
+        raise NotTokenwise(f"{name} {show(layout)} is not (B, L, ...)")
+    return layout
 
 
-@register_rule(torch.ops.packc.selective_scan.default)
-def selective_scan(op: Op) -> Reading:
-    return _recurrent_mixer(op, ("u", "delta", "B", "C", "z"), "u", [_TOKEN_MAJOR, Whole.PER_DOCUMENT, Whole.SAVED])
+def _register(mixer: Mixer) -> None:
+    register_rule(getattr(torch.ops.packc, mixer.name).default)(lambda op: _read(op, mixer))
+
+
+for _mixer in MIXERS.values():
+    _register(_mixer)
