@@ -98,6 +98,33 @@ def tiny_mamba(*, layers: int = 2, **options) -> nn.Module:
     return shaken(MambaForCausalLM(config))
 
 
+def tiny_falcon_mamba() -> nn.Module:
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    # Four features in the time step: it is normalised, and of one feature alone only the sign would be left.
+    config = FalconMambaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4, use_cache=False
+    )
+    return shaken(FalconMambaForCausalLM(config))
+
+
+def tiny_mamba2() -> nn.Module:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        num_heads=4,
+        head_dim=8,
+        n_groups=2,
+        chunk_size=4,
+        use_cache=False,
+    )
+    return shaken(Mamba2ForCausalLM(config))
+
+
 def shaken(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():

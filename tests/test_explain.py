@@ -3,6 +3,7 @@
 import torch
 from expecttest import TestCase
 from harness import HOLE, RIGHT, PlainLM, batch_of, masks, tiny_mamba
+from torch.nn import functional as F
 
 import packc
 
@@ -94,16 +95,17 @@ packc: nothing packed (1 graph)
         assert [mixer.packed for mixer in report.mixers] == [True] * 4
 
 
-def test_mamba2_is_packed_token_by_token_and_says_so():
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+def test_a_mixer_of_plain_torch_is_a_boundary():
+    table, taps = torch.nn.Parameter(torch.randn(32, 8)), torch.nn.Parameter(torch.randn(8, 8, 3))
 
-    config = Mamba2Config(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4, num_heads=4, head_dim=8, n_groups=1
-    )
-    report = packc.explain(Mamba2ForCausalLM(config).eval())(**batch_of(RIGHT), use_cache=False)
+    def model(ids, attention_mask):
+        h = F.embedding(ids, table)
+        x = (h * attention_mask[..., None]).transpose(1, 2)
+        return F.layer_norm(h + F.conv1d(x, taps, padding=2)[..., :-2].transpose(1, 2), (8,))
+
+    report = packc.explain(model)(torch.randint(1, 32, (3, 8)), masks(RIGHT))
     assert "what looks along the sequence runs padded" in str(report)
-    assert any("conv1d" in boundary.node for boundary in report.boundaries)
-    assert all(boundary.module == "backbone.layers.0.mixer" for boundary in report.boundaries)
+    assert [boundary.node for boundary in report.boundaries] == ["aten.conv1d.default"]
 
 
 def test_a_model_compiled_in_place_is_looked_at_itself():

@@ -13,8 +13,9 @@ from harness import (
     assert_same_step,
     batch_of,
     exact_step,
-    shaken,
+    tiny_falcon_mamba,
     tiny_mamba,
+    tiny_mamba2,
     train_step,
 )
 
@@ -27,8 +28,13 @@ def stretched(rows: list[str], times: int) -> list[str]:
     return ["".join(c * times for c in row) for row in rows]
 
 
-def test_a_training_step_equals_eager(subtests):
-    model = tiny_mamba()
+FAMILIES = {"mamba": tiny_mamba, "falcon_mamba": tiny_falcon_mamba, "mamba2": tiny_mamba2}
+both_generations = pytest.mark.parametrize("family", ["mamba", "mamba2"])
+
+
+@both_generations
+def test_a_training_step_equals_eager(subtests, family):
+    model = FAMILIES[family]()
     compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True}, fullgraph=True)
     for padding, rows in ALIGNED.items():
         with subtests.test(padding):
@@ -38,8 +44,9 @@ def test_a_training_step_equals_eager(subtests):
             assert {name: x.dtype for name, x in actual.items()} == {name: x.dtype for name, x in eager.items()}
 
 
-def test_inference_equals_eager_and_is_zero_at_padding(subtests):
-    model = tiny_mamba().eval()
+@both_generations
+def test_inference_equals_eager_and_is_zero_at_padding(subtests, family):
+    model = FAMILIES[family]().eval()
     compiled = torch.compile(model, backend="packc", options=DEBUG)
     for padding, rows in ALIGNED.items():
         with subtests.test(padding), torch.no_grad():
@@ -72,10 +79,10 @@ def test_the_packed_graph_calls_only_overloads_that_the_autograd_cache_knows():
     assert not any(node.op in ("call_method", "call_module") for node in backend.after[-1].graph.nodes)
 
 
-@pytest.mark.parametrize("family", ["mamba", pytest.param("falcon_mamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", pytest.param("falcon_mamba", marks=pytest.mark.slow)])
 def test_other_shapes_compile_nothing_new(family):
     """One compile for the first shape, one when the length varies, one when the batch size does."""
-    model = tiny_mamba() if family == "mamba" else tiny_falcon_mamba()
+    model = FAMILIES[family]()
     compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
     shapes = [stretched(RIGHT, 1), stretched(LEFT, 2), [*RIGHT, *RIGHT], stretched(BOTH, 3), stretched(RIGHT[:2], 5)]
     shapes += [stretched(LEFT, 4), stretched([*BOTH, *LEFT], 2)]
@@ -83,16 +90,6 @@ def test_other_shapes_compile_nothing_new(family):
         batch = batch_of(rows)
         with torch._dynamo.config.patch(error_on_recompile=step > 2):
             assert_same_step(train_step(compiled, batch), exact_step(model, batch), batch["attention_mask"])
-
-
-def tiny_falcon_mamba():
-    from transformers import FalconMambaConfig, FalconMambaForCausalLM
-
-    # Four features in the time step: it is normalised, and of one feature alone only the sign would be left.
-    config = FalconMambaConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4, use_cache=False
-    )
-    return shaken(FalconMambaForCausalLM(config))
 
 
 def test_the_label_of_a_left_padded_rows_first_token_counts():
@@ -144,8 +141,9 @@ def _error(actual, exact):
     return max(((actual[name].double() - exact[name]).abs().max() / exact[name].abs().max()).item() for name in exact)
 
 
-def test_autocast_is_no_further_from_fp64_than_twice_eagers_own_error():
-    model, batch = tiny_mamba(), batch_of(BOTH)
+@both_generations
+def test_autocast_is_no_further_from_fp64_than_twice_eagers_own_error(family):
+    model, batch = FAMILIES[family](), batch_of(BOTH)
     real = batch["attention_mask"].bool()
 
     def step(each, autocast):
@@ -161,8 +159,9 @@ def test_autocast_is_no_further_from_fp64_than_twice_eagers_own_error():
     assert _error(packed, exact) <= 2 * _error(eager, exact)
 
 
-def test_a_bf16_model_is_no_further_from_fp64_than_twice_eagers_own_error():
-    model, batch = tiny_mamba().bfloat16(), batch_of(BOTH)
+@both_generations
+def test_a_bf16_model_is_no_further_from_fp64_than_twice_eagers_own_error(family):
+    model, batch = FAMILIES[family]().bfloat16(), batch_of(BOTH)
     real = batch["attention_mask"].bool()
 
     def step(each):

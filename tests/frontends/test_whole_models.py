@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny_models import MIXERS, batch, tiny_model
+from tiny_models import MAMBA2, MIXERS, batch, tiny_model
 
 import packc.frontends
 
 packc.frontends.install()
 
 CONV, SCAN = torch.ops.packc.causal_conv1d.default, torch.ops.packc.selective_scan.default
+SSD = torch.ops.packc.ssd.default
 
 
 def run(model, inputs):
@@ -30,9 +31,10 @@ def assert_equal(actual, expected):
 @pytest.mark.parametrize(
     ("family", "train"),
     [
-        *((family, True) for family in MIXERS),
+        *((family, True) for family in ("mamba", "falcon_mamba", "jamba", "zamba", "mamba2")),
         ("mamba", False),
-        *(pytest.param(family, False, marks=pytest.mark.slow) for family in ("falcon_mamba", "jamba", "zamba")),
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in MAMBA2 if family != "mamba2"),
+        *(pytest.param(family, False, marks=pytest.mark.slow) for family in MIXERS if family != "mamba"),
     ],
 )
 def test_one_graph_with_one_node_per_function_and_the_numbers_of_eager(family, train, packc_backend):
@@ -43,12 +45,12 @@ def test_one_graph_with_one_node_per_function_and_the_numbers_of_eager(family, t
     mixers, scans = MIXERS[family]
     assert len(packc_backend.graphs) == 1
     assert packc_backend.calls(CONV) == mixers
-    assert packc_backend.calls(SCAN) == mixers * scans
+    assert packc_backend.calls(SSD if family in MAMBA2 else SCAN) == mixers * scans
     assert not [node for node in packc_backend.graphs[0].nodes if node.op == "get_attr"]
 
 
 one_family_now_the_others_slow = pytest.mark.parametrize(
-    "family", ["mamba", *(pytest.param(f, marks=pytest.mark.slow) for f in ("falcon_mamba", "jamba", "zamba"))]
+    "family", ["mamba", *(pytest.param(family, marks=pytest.mark.slow) for family in MIXERS if family != "mamba")]
 )
 
 
@@ -81,7 +83,7 @@ def test_generation_with_a_cache_gives_the_tokens_of_eager(family, packc_backend
     expected = model.generate(prompt, attention_mask=mask, **generate)
     model.forward = torch.compile(model.forward, backend=packc_backend)
     assert torch.equal(model.generate(prompt, attention_mask=mask, **generate), expected)
-    assert packc_backend.calls(SCAN) > 0
+    assert packc_backend.calls(SSD if family in MAMBA2 else SCAN) > 0
 
 
 def test_the_cache_after_a_compiled_prompt_is_that_of_eager(packc_backend):

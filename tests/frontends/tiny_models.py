@@ -1,4 +1,4 @@
-"""The four Mamba-1 families of transformers, as small as they get, and what a graph of one of them holds.
+"""The Mamba families of transformers, as small as they get, and what a graph of one of them holds.
 
 Imports no packc: the tests run it in processes with and without. Run as a script it prints, as JSON, what Dynamo,
 export and eager make of a tiny Mamba: ``python tiny_models.py {stock,packc-first,model-first}``.
@@ -13,7 +13,16 @@ import torch
 import transformers
 
 # family -> (layers that hold a mixer, scans per mixer: zamba scans each head on its own)
-MIXERS = {"mamba": (2, 1), "falcon_mamba": (2, 1), "jamba": (1, 1), "zamba": (2, 2)}
+MAMBA1 = {"mamba": (2, 1), "falcon_mamba": (2, 1), "jamba": (1, 1), "zamba": (2, 2)}
+MAMBA2 = {
+    "mamba2": (2, 1),
+    "bamba": (1, 1),
+    "falcon_h1": (2, 1),
+    "granitemoehybrid": (1, 1),
+    "nemotron_h": (1, 1),
+    "zamba2": (2, 1),
+}
+MIXERS = MAMBA1 | MAMBA2
 
 
 def tiny_model(family: str, **options) -> torch.nn.Module:
@@ -92,7 +101,85 @@ def _zamba(**options) -> torch.nn.Module:
     return transformers.ZambaForCausalLM(config)
 
 
-_BUILD = {"mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba, "zamba": _zamba}
+_SIZES = {"vocab_size": 32, "hidden_size": 16}
+_ATTENTION = {"intermediate_size": 16, "num_attention_heads": 2}
+_SSD = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4}
+
+
+def _mamba2(layers=2, **options) -> torch.nn.Module:
+    config = transformers.Mamba2Config(
+        **_SIZES,
+        num_hidden_layers=layers,
+        state_size=4,
+        num_heads=4,
+        head_dim=8,
+        n_groups=2,
+        expand=2,
+        chunk_size=4,
+        **options,
+    )
+    return transformers.Mamba2ForCausalLM(config)
+
+
+def _bamba() -> torch.nn.Module:
+    options = {"num_hidden_layers": 2, "num_key_value_heads": 1, "attn_layer_indices": [1]}
+    return transformers.BambaForCausalLM(transformers.BambaConfig(**_SIZES, **_ATTENTION, **_SSD, **options))
+
+
+def _falcon_h1() -> torch.nn.Module:
+    options = {"num_hidden_layers": 2, "num_key_value_heads": 1, "mamba_d_ssm": 32}
+    return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**_SIZES, **_ATTENTION, **_SSD, **options))
+
+
+def _granitemoehybrid() -> torch.nn.Module:
+    config = transformers.GraniteMoeHybridConfig(
+        **_SIZES,
+        **_ATTENTION,
+        **_SSD,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        layer_types=["mamba", "attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=16,
+    )
+    return transformers.GraniteMoeHybridForCausalLM(config)
+
+
+def _nemotron_h() -> torch.nn.Module:
+    config = transformers.NemotronHConfig(
+        **_SIZES,
+        **_ATTENTION,
+        num_key_value_heads=1,
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=1,
+        ssm_state_size=4,
+        chunk_size=4,
+        head_dim=8,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
+def _zamba2() -> torch.nn.Module:
+    config = transformers.Zamba2Config(
+        **_SIZES,
+        **_ATTENTION,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        layers_block_type=["mamba", "hybrid"],
+        mamba_d_state=4,
+        n_mamba_heads=4,
+        mamba_headdim=8,
+        mamba_ngroups=1,
+        chunk_size=4,
+        num_mem_blocks=1,
+    )
+    return transformers.Zamba2ForCausalLM(config)
+
+
+_BUILD = {name.removeprefix("_"): build for name, build in list(globals().items()) if name.removeprefix("_") in MIXERS}
 
 
 def _what_is_traced() -> dict[str, object]:
