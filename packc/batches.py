@@ -18,6 +18,7 @@ from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
+_BEFORE = "a label that counts before a row's first token, where attention reads padding"
 _LABEL = "a label that counts in the loss on a padding position"
 
 
@@ -47,6 +48,7 @@ def pack_batch(
     outside: str | None = None,
     positions: Sequence[Tensor] = (),
     one_before: bool = False,
+    before_is_stocks: bool = True,
     keep_left: str | None = None,
     keep_right: str | None = None,
 ) -> Packing:
@@ -59,6 +61,8 @@ def pack_batch(
         outside: why rows in which one of them does not must stay whole.
         positions: the call's ``position_ids``; a row in which some start again stays whole.
         one_before: a left-padded row begins one position before its first token, whatever its labels.
+        before_is_stocks: whether the value of that position is stock's if its row begins there; otherwise, where it is
+            read, the row stays whole.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
@@ -72,6 +76,8 @@ def pack_batch(
         start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, not_empty)
         if why is None and one_before and not_empty:
             start = max(0, first - 1)
+        if why is None and start < first and not before_is_stocks:
+            start, stop, why = 0, length, _BEFORE
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
         if again:

@@ -15,6 +15,13 @@ class ZeroAtPadding:
 
 
 @dataclass(frozen=True)
+class HidesPadding:
+    """An attention mask must hide padded keys from tokens, or the graph is not packed."""
+
+    mask: fx.Node
+
+
+@dataclass(frozen=True)
 class IgnoredLabels:
     """Every token left out must carry the label that the loss ignores; asked of each batch."""
 
@@ -38,4 +45,4 @@ class KeepRight:
     reason: str
 
 
-Ask = ZeroAtPadding | IgnoredLabels | KeepLeft | KeepRight
+Ask = ZeroAtPadding | HidesPadding | IgnoredLabels | KeepLeft | KeepRight

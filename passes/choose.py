@@ -3,7 +3,8 @@
 Every value has its padded form: the graph as it was. One with a packed form is computed packed whenever that is what
 its users can read. Inputs are padded and are gathered where a packed op first meets them; an op without a rule reads
 padded operands. What depends on a mixer exists packed only (computing it padded as well would undo the whole point), so
-an op without a rule may read it only where that is exact: scattered back, because it is zero at padding anyway.
+an op without a rule may read it only where that is exact: scattered back, because it is zero at padding anyway. An op
+that runs padded on purpose reads what is scattered back, and nothing but its packed form is read of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from packc.passes.asks import ZeroAtPadding
+from packc.passes.asks import HidesPadding, ZeroAtPadding
+from packc.passes.attention_masks import hides_padding
 from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.module_names import module_path
@@ -68,7 +70,8 @@ def _find_packed_only(graph: Graph, forms: Forms) -> None:
     for node in graph.gm.graph.nodes:
         reading = graph.tokens.readings.get(node)
         sources = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
-        if (reading is not None and reading.is_mixer) or any(source in forms.packed_only for source in sources):
+        along_tokens = reading is not None and (reading.is_mixer or reading.is_padded)
+        if along_tokens or any(source in forms.packed_only for source in sources):
             forms.packed_only.add(node)
 
 
@@ -81,6 +84,9 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for node, ask in graph.asks(ZeroAtPadding):
         if ask.value not in graph.zero:
             raise NotPackable(_describe(node, f"sums {ask.value.name} over tokens, which is not masked at padding"))
+    for node, hides in graph.asks(HidesPadding):
+        if not hides_padding(graph, hides.mask):
+            raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
     for node, reason in graph.tokens.refusals.items():
         for operand in node.all_input_nodes:
             if operand in forms.packed_only and operand not in graph.zero and not reads_as_is(operand, graph.tokens):

@@ -43,6 +43,8 @@ class Requirements:
     """Why left padding stays in the pack; None: it is left out."""
     keep_right: str | None = None
     labels: list[Labels] = field(default_factory=list)
+    attends: bool = False
+    """Whether some op runs padded and sees zeros at padding: what it gives there is not stock's."""
     returns_tokens: bool = False
     """Whether some output has values of tokens, zero at padding."""
     mixers: list[tuple[str, str]] = field(default_factory=list)
@@ -67,6 +69,7 @@ def requirements(graph: Graph) -> Graph:
         ),
         keep_right=_first(_packed(graph, KeepRight)),
         labels=_labels(graph),
+        attends=any(reading.is_padded and node in packed for node, reading in graph.tokens.readings.items()),
         returns_tokens=any(
             each in packed and not reads_as_is(each, graph.tokens)
             for each in graph.gm.graph.output_node().all_input_nodes

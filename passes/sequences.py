@@ -42,7 +42,7 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
         met = [reached[operand] for operand in read if operand in reached]
         if met:
             reached[node] = met[0]
-            sequences.meet(node, met, is_mixer=reading is not None and reading.is_mixer)
+            sequences.meet(node, met, is_mixer=reading is not None and (reading.is_mixer or reading.is_padded))
     return sequences.containing(graph.mask)
 
 

@@ -29,7 +29,8 @@ def boundaries_of(graph: Graph) -> list[Boundary]:
         read = computed.intersection(node.all_input_nodes)
         if read and node.op == "call_function":
             computed.add(node)
-        reason = tokens.refusals.get(node)
+        reading = tokens.readings.get(node)
+        reason = "runs padded" if reading is not None and reading.is_padded else tokens.refusals.get(node)
         if reason is not None and any(covers_tokens(tokens.layout(value)) for value in read):
             found.append(Boundary(f"{node.target}", module_path(node), reason))
     return found

@@ -74,9 +74,12 @@ class _Writer:
         if node.target is aten.sym_size.int and node.args[0] in self.forms.packed_only:
             self.in_padded[node] = self._padded_size(*node.args)  # type: ignore[arg-type]
             return
+        self.in_padded[node] = self._copy(node)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
         copied = self.graph.node_copy(node, self._padded)
         copied.meta = _carried(node)
-        self.in_padded[node] = copied
+        return copied
 
     def _write_packed(self, node: fx.Node) -> None:
         if is_item(node):
@@ -88,6 +91,10 @@ class _Writer:
             self.in_padded[node] = written
 
     def _write_reading(self, node: fx.Node, reading: Reading) -> fx.Node:
+        if reading.is_padded:
+            layout = self.tokens.layout(node)
+            assert layout is not None, f"{node} has several results and runs padded"
+            return self.packed.enter(self._copy(node), layout, value_of(node).shape)
         result: Any = None
         for call in reading.calls or [Call(node.target, node.args, dict(node.kwargs))]:  # type: ignore[arg-type]
             target, args, kwargs = self.packed.mixer(call) if reading.is_mixer else call

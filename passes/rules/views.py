@@ -203,7 +203,7 @@ def unbind(op: Op) -> Reading:
     return Reading([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
 
 
-@register_rule(aten.cat.default, aten.stack.default)
+@register_rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
 def cat(op: Op) -> Reading:
     """Along features; every part must have the same token axes."""
     parts, dim = op.args[0], op.args[1]
@@ -212,7 +212,7 @@ def cat(op: Op) -> Reading:
     if layout is None or not covers_tokens(layout):
         raise NotTokenwise("joins values of different layouts: " + ", ".join(show(op.layout(p)) for p in parts))
     needs = dict.fromkeys(parts, layout)
-    if op.target is aten.cat.default:
+    if op.target is not aten.stack.default:
         op.refuse_token_axes([op.dim(dim, len(layout))], layout)
         return Reading(layout, needs)
     at = op.dim(dim, len(layout) + 1)

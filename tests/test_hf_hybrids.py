@@ -1,0 +1,69 @@
+"""Stock models with attention: everything but attention runs packed, and the numbers are eager's."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import BOTH, HOLE, LEFT, RIGHT, exact_step, train_step
+from harness import batch_of as batch_with_cache
+
+import packc
+
+sys.path.insert(0, str(Path(__file__).parent / "frontends"))
+from tiny_models import MIXERS, tiny_model
+
+DEBUG = {"packc.inner": "aot_eager"}
+PACKED = ("bamba", "falcon_h1", "nemotron_h", "zamba2")
+ATTENTION = "aten.scaled_dot_product_attention.default"
+one_family_now_the_others_slow = pytest.mark.parametrize(
+    "family", ["bamba", *(pytest.param(family, marks=pytest.mark.slow) for family in PACKED[1:])]
+)
+
+
+def batch_of(rows):
+    return {**batch_with_cache(rows), "use_cache": False}
+
+
+def error(actual, exact, real):
+    """The largest of all results, each against its own largest value."""
+    results = [
+        (actual[name][real], value[real]) if name == "logits" else (actual[name], value)
+        for name, value in exact.items()
+    ]
+    return max(((x.double() - y).abs().max() / y.abs().max()).item() for x, y in results if y.numel())
+
+
+def assert_as_exact_as_eager(actual, model, batch):
+    """Within 1e-5 of fp64, or twice what eager is off: zamba2 divides by small sums."""
+    exact, real = exact_step(model, batch), batch["attention_mask"].bool()
+    assert error(actual, exact, real) <= max(1e-5, 2 * error(train_step(model, batch), exact, real))
+
+
+@one_family_now_the_others_slow
+def test_a_training_step_equals_eager(family, subtests):
+    model = tiny_model(family).train()
+    compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
+    for rows in (RIGHT, LEFT, BOTH, HOLE):
+        batch = batch_of(rows)
+        with subtests.test(rows=rows):
+            assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+
+
+@one_family_now_the_others_slow
+def test_attention_is_the_only_boundary(family):
+    report = packc.explain(tiny_model(family).train())(**batch_of(RIGHT))
+    assert (report.tokens, report.fallback) == (15, None)
+    layers, scans = MIXERS[family]
+    assert [mixer.packed for mixer in report.mixers] == [True] * layers * (1 + scans)
+    assert {boundary.node for boundary in report.boundaries} == {ATTENTION}
+
+
+def test_other_shapes_compile_nothing_new():
+    model = tiny_model("bamba").train()
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
+    shapes = [RIGHT, [row + "00" for row in RIGHT], [*RIGHT, *RIGHT], ["111" + row for row in RIGHT[:2]]]
+    for step, rows in enumerate(shapes):
+        with torch._dynamo.config.patch(error_on_recompile=step > 2):
+            batch = batch_of(rows)
+            assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
