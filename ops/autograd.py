@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from packc.private_torch import private_torch
 with private_torch():
     # What lets a node be made inside the dispatcher while a transform of torch.func is at work.
     from torch._functorch.utils import enable_single_level_autograd_function
-    from torch.autograd.function import _SingleLevelFunction as Node
+    from torch.autograd.function import _SingleLevelFunction
 
     # Whether anything is asked for, without asking every tensor.
     _any_requires_grad = torch._C._any_requires_grad
@@ -21,9 +22,15 @@ with private_torch():
 
     set_forward_mode = forward_ad._set_fwd_grad_enabled
     below_autograd = torch._C._AutoDispatchBelowAutograd
+    _set_excluded = torch._C._SetExcludeDispatchKeyGuard
+    _key = torch._C.DispatchKey.AutogradFunctionality
+
+Node: Any = _SingleLevelFunction
+"""A ``torch.autograd.Function`` that a kernel of the dispatcher may apply, by :func:`apply`."""
 
 __all__ = [
     "Node",
+    "above_autograd",
     "apply",
     "below_autograd",
     "gradients_asked",
@@ -33,12 +40,17 @@ __all__ = [
 ]
 
 
-def apply(node: type[Node], *args: Any) -> Any:
+def apply(node: Any, *args: Any) -> Any:
     """``node.apply(*args)``, also in a kernel of the dispatcher that runs under a transform of ``torch.func``."""
     if not under_a_transform():
         return node.apply(*args)
     with enable_single_level_autograd_function():
         return node.apply(*args)
+
+
+def above_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Within :func:`below_autograd`: autograd follows what is done in here."""
+    return _set_excluded(_key, False)
 
 
 def gradients_asked(*args: Any) -> bool:
