@@ -24,3 +24,15 @@ def untraced(function: Function) -> Function:
     """``function``, which Dynamo leaves alone from now on when it is called, and with it everything that it calls."""
     set_code_exec_strategy(function.__code__, _SKIP)
     return function
+
+
+def outside_of_graphs(reason: str) -> Callable[[Function], Function]:
+    """The same for a function that a model calls: Dynamo breaks the graph there, and gives the reason."""
+
+    def decorate(function: Function) -> Function:
+        # What torch.compiler.disable notes on a function.
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return untraced(function)
+
+    return decorate
