@@ -29,6 +29,8 @@ with private_torch():
 # Private (torch/_functorch/_aot_autograd/frontend_utils.py).
 _PLACEHOLDER_ATTRIBUTE = "_dynamo_source"
 _MODULE_ATTRIBUTE = "_param_name_to_source"
+# What Dynamo writes where such a derivative begins.
+_DERIVATIVES = ("_grad_increment_nesting", "_jvp_increment_nesting", "_enter_dual_level")
 
 
 def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
@@ -39,9 +41,14 @@ def normalize(gm: fx.GraphModule, *, fake_inputs: list[Any]) -> fx.GraphModule:
     tagged for recomputation. ``gm`` itself is left as it was.
 
     Raises:
-        NotPackable: the graph has another higher-order op, whose body would have to be rewritten too.
+        NotPackable: the graph has another higher-order op, whose body would have to be rewritten too; or it has a
+            derivative of ``torch.func``, where an error halfway would leave torch at work on it.
     """
     for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", None) in _DERIVATIVES:
+            raise NotPackable(
+                f"a derivative that torch takes inside the graph ({node.target.__name__}) is not followed"
+            )
         if isinstance(node.target, HigherOrderOperator) and node.target is not tag_activation_checkpoint:
             raise NotPackable(f"{node.target}: the graph inside it is not packed")
     mode = detect_fake_mode(fake_inputs)
