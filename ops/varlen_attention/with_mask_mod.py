@@ -29,7 +29,13 @@ def with_mask_mod(
     window: int | None,
     mask_mod: MaskMod,
 ) -> Tensor:
-    options = {"cu_seqlens": cu_seqlens, "causal": causal, "scale": scale, "window": window, "mask_mod": mask_mod}
+    options: dict[str, Any] = {
+        "cu_seqlens": cu_seqlens,
+        "causal": causal,
+        "scale": scale,
+        "window": window,
+        "mask_mod": mask_mod,
+    }
     plain = functools.partial(reference.masked, **options)
     chosen = choose(q)
     if chosen == "cpu" and dispatch.wanted_kernels() == "cpu":
