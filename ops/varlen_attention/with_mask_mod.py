@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +28,9 @@ def with_mask_mod(
     window: int | None,
     mask_mod: MaskMod,
 ) -> Tensor:
-    options: dict[str, Any] = {
-        "cu_seqlens": cu_seqlens,
-        "causal": causal,
-        "scale": scale,
-        "window": window,
-        "mask_mod": mask_mod,
-    }
-    plain = functools.partial(reference.masked, **options)
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
+
     chosen = choose(q)
     if chosen == "cpu" and dispatch.wanted_kernels() == "cpu":
         raise ValueError('packc.config.kernels = "cpu": varlen_attention takes mask_mod by its reference only')
@@ -44,7 +38,10 @@ def with_mask_mod(
         return plain(q, k, v)
     from packc.ops.varlen_attention import flex
 
-    return differentiated_again(functools.partial(flex.masked, **options), plain, q, k, v)
+    def by_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
+
+    return differentiated_again(by_flex, plain, q, k, v)
 
 
 def differentiated_again(attention: Attention, plain: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
