@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch
+from packc.ops.flops import flop_formula
 from packc.ops.varlen_attention import cpu, cuda, reference
 
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
@@ -83,7 +83,7 @@ def _pairs(T: int, causal: bool, window: int | None) -> int:
     return T * seen - seen * (seen - 1) // 2
 
 
-@register_flop_formula(torch.ops.packc.varlen_attention)
+@flop_formula(torch.ops.packc.varlen_attention)
 def _forward_flops(
     q_shape: tuple[int, ...],
     k_shape: Any,
@@ -99,7 +99,7 @@ def _forward_flops(
     return 2 * H * _pairs(T, causal, window) * (K + v_shape[3])
 
 
-@register_flop_formula(torch.ops.packc.varlen_attention_bwd)
+@flop_formula(torch.ops.packc.varlen_attention_bwd)
 def _backward_flops(
     dout_shape: Any,
     q_shape: tuple[int, ...],
