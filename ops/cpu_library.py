@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from packc.ops import cpu_autograd
+
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -56,6 +58,7 @@ def _load_all() -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         built = list(pool.map(_build_or_explain, sources))
     failures = {source.stem: _load_or_explain(result) for source, result in zip(sources, built, strict=True)}
+    cpu_autograd.refuse_derivatives()
     for reason in dict.fromkeys(reason for reason in failures.values() if reason):
         names = ", ".join(name for name, why in failures.items() if why == reason)
         log.info("%s", reason)

@@ -20,22 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from packc.ops import dispatch
-from packc.private_torch import private_torch
-
-with private_torch():
-    # What lets a node be made inside the dispatcher while a transform of torch.func is at work.
-    from torch._functorch.utils import enable_single_level_autograd_function
-    from torch.autograd.function import _SingleLevelFunction
-
-    # Whether anything is asked for, without asking every tensor.
-    _any_requires_grad = torch._C._any_requires_grad
-    _below_autograd = torch._C._AutoDispatchBelowAutograd
-    _under_a_transform = torch._C._are_functorch_transforms_active
-    _set_forward_mode = forward_ad._set_fwd_grad_enabled
-    forward_ad._current_level  # noqa: B018  (-1 while there is no dual level)
+from packc.ops import autograd, dispatch
+from packc.ops.untraced import untraced
 
 Implementation = Callable[..., Any]
 """What an op runs on CPU and CUDA: by its reference, wherever ``dispatch.reference_only`` says so."""
@@ -58,31 +45,30 @@ def register(
 
     def forward_of_a_transform(ctx: Any, *args: Any) -> Any:
         # What a node switches off inside is for autograd's kernels; those of the transforms around this one go on.
-        with torch.enable_grad(), _set_forward_mode(True):
+        with torch.enable_grad(), autograd.set_forward_mode(True):
             return forward(ctx, *args)
 
     def below(*args: Any) -> Any:
-        with _below_autograd():
+        with autograd.below_autograd():
             return op(*args)
 
+    untraced(implementation)
+    pull_back = staticmethod(untraced(backward))
     nodes: list[Any] = [
-        type(f"packc_{name}", (_SingleLevelFunction,), {"forward": staticmethod(f), "backward": staticmethod(backward)})
+        type(f"packc_{name}", (autograd.Node,), {"forward": staticmethod(f), "backward": pull_back})
         for f in (forward, forward_of_a_transform)
     ]
     node, node_of_a_transform = nodes
 
     def differentiable(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if autograd.tangents_given(*args):
             with dispatch.reference_only():
                 return implementation(*args)
-        if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
+        if not autograd.gradients_asked(*args):
             return below(*args)
-        if not _under_a_transform():
-            return node.apply(*args)
-        with enable_single_level_autograd_function():
-            return node_of_a_transform.apply(*args)
+        return autograd.apply(node_of_a_transform if autograd.under_a_transform() else node, *args)
 
-    library.impl(name, differentiable, "Autograd")
+    library.impl(name, untraced(differentiable), "Autograd")
 
 
 def register_gradients(library: torch.library.Library, name: str, implementation: Implementation) -> None:
@@ -114,7 +100,3 @@ def register_gradients(library: torch.library.Library, name: str, implementation
         return tuple(found.get(n) for n in range(len(args)))
 
     register(library, name, implementation, setup_context, backward)
-
-
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None

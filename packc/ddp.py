@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packc.compilation import compilation_under_way
 from packc.fake_tensors import detect_fake_mode
-from packc.frontends.import_hook import on_import
 from packc.frontends.tracing_backend import is_packc_backend
+from packc.import_hook import on_import
 from packc.passes.normalize import carry_over_from_dynamo, fakify
 from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch

@@ -31,6 +31,8 @@ with private_torch():
 # Private (torch/_functorch/_aot_autograd/frontend_utils.py).
 _PLACEHOLDER_ATTRIBUTE = "_dynamo_source"
 _MODULE_ATTRIBUTE = "_param_name_to_source"
+# What Dynamo writes where such a derivative begins.
+_DERIVATIVES = ("_grad_increment_nesting", "_jvp_increment_nesting", "_enter_dual_level")
 
 
 def normalize(graph: Graph) -> Graph:
@@ -41,10 +43,15 @@ def normalize(graph: Graph) -> Graph:
     tagged for recomputation. The graph that came in is left as it was.
 
     Raises:
-        NotPackable: the graph has another higher-order op, whose body would have to be rewritten too.
+        NotPackable: the graph has another higher-order op, whose body would have to be rewritten too; or it has a
+            derivative of ``torch.func``, where an error halfway would leave torch at work on it.
     """
     gm = graph.gm
     for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", None) in _DERIVATIVES:
+            raise NotPackable(
+                f"a derivative that torch takes inside the graph ({node.target.__name__}) is not followed"
+            )
         if isinstance(node.target, HigherOrderOperator) and node.target is not tag_activation_checkpoint:
             raise NotPackable(f"{node.target}: the graph inside it is not packed")
     mode = detect_fake_mode(graph.inputs)

@@ -65,6 +65,28 @@ def test_packs_whole_and_cuts_what_it_packed(combine, dynamic):
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("optimize", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("option", ["find_unused_parameters", pytest.param("static_graph", marks=pytest.mark.slow)])
+def test_what_ddp_adds_behind_the_model_is_no_graph_that_strict_refuses(option, optimize):
+    model, batch = PlainLM(), batch_of(BOTH)
+    if option == "find_unused_parameters":
+        model.unused = torch.nn.Linear(3, 3)
+    eager = copy.deepcopy(model)
+    with torch._dynamo.config.patch(optimize_ddp=optimize):
+        compiled = torch.compile(
+            DistributedDataParallel(model, bucket_cap_mb=0.0005, **{option: True}),
+            backend=packc.backend,
+            options=OPTIONS,
+        )
+        for _ in range(2):
+            for each in (compiled, eager):
+                each.zero_grad()
+                each(*batch.values())[0].backward()
+            for got, want in zip(model.parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_other_backends_get_their_pieces():
     pieces = []
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch, documents
 from packc.ops.causal_conv1d import cpu, reference
+from packc.ops.flops import flop_formula
 from packc.ops.mixer import Mixer, declare
 
 _library = torch.library.Library("packc", "FRAGMENT")
@@ -93,12 +93,12 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@register_flop_formula(torch.ops.packc.causal_conv1d)
+@flop_formula(torch.ops.packc.causal_conv1d)
 def _forward_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
     return 2 * prod(x_shape) * weight_shape[1]
 
 
-@register_flop_formula(torch.ops.packc.causal_conv1d_bwd)
+@flop_formula(torch.ops.packc.causal_conv1d_bwd)
 def _backward_flops(
     dout_shape: Any, dfinal_shape: Any, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any
 ) -> int:

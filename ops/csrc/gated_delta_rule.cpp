@@ -130,13 +130,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
   library.def(
       "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, "
-      "Tensor? initial_state, bool output_final_state) -> (Tensor, Tensor, Tensor)",
-      &gated_delta_rule);
+      "Tensor? initial_state, bool output_final_state) -> (Tensor, Tensor, Tensor)");
   library.def(
       "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
       "Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      &gated_delta_rule_bwd);
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.impl("gated_delta_rule", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule));
+  library.impl("gated_delta_rule_bwd", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_bwd));
 }
 
 } // namespace packc

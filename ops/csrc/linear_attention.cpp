@@ -157,14 +157,15 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
   library.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? step, Tensor? skip, float scale, "
       "Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state, bool value_major, bool round_out) "
-      "-> (Tensor, Tensor, Tensor)",
-      &linear_attention);
+      "-> (Tensor, Tensor, Tensor)");
   library.def(
       "linear_attention_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
       "Tensor? g, Tensor? step, Tensor? skip, float scale, Tensor? cu_seqlens, Tensor? initial_state, bool value_major) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      &linear_attention_bwd);
-  library.def("silu(Tensor x) -> Tensor", &silu_everywhere_alike);
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("silu(Tensor x) -> Tensor");
+  library.impl("linear_attention", c10::DispatchKey::CPU, TORCH_FN(linear_attention));
+  library.impl("linear_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_attention_bwd));
+  library.impl("silu", c10::DispatchKey::CPU, TORCH_FN(silu_everywhere_alike));
 }
 
 } // namespace packc

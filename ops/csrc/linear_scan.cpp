@@ -188,12 +188,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd(
 TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
   m.def(
       "linear_scan(Tensor a, Tensor b, Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state) "
-      "-> (Tensor, Tensor, Tensor)",
-      &linear_scan);
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor a, Tensor b, "
-      "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor, Tensor, Tensor)",
-      &linear_scan_bwd);
+      "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor, Tensor, Tensor)");
+  m.impl("linear_scan", c10::DispatchKey::CPU, TORCH_FN(linear_scan));
+  m.impl("linear_scan_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_scan_bwd));
 }
 
 } // namespace

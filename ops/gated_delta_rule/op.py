@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, documents
+from packc.ops.flops import flop_formula
 from packc.ops.gated_delta_rule import kernels
 from packc.ops.linear_attention.reference import CHUNK, chunk_states_shape, state_dtype
 from packc.ops.mixer import Mixer, declare
@@ -93,7 +93,7 @@ torch.library.register_fake("packc::gated_delta_rule_bwd", _backward_fake, lib=_
 # ---- FLOPs, of the chunked algorithm ---------------------------------------------------------------------------------
 
 
-@register_flop_formula(torch.ops.packc.gated_delta_rule)
+@flop_formula(torch.ops.packc.gated_delta_rule)
 def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """k k^T and q k^T of every group; of every head two products of chunks with values, and three with the state."""
     rows, tokens, groups, K = q_shape
@@ -101,7 +101,7 @@ def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_sha
     return 2 * rows * tokens * (CHUNK * 2 * (groups * K + heads * V) + 3 * heads * K * V)
 
 
-@register_flop_formula(torch.ops.packc.gated_delta_rule_bwd)
+@flop_formula(torch.ops.packc.gated_delta_rule_bwd)
 def _backward_flops(
     dout_shape: Any,
     dfinal_shape: Any,

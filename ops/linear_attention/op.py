@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, documents
+from packc.ops.flops import flop_formula
 from packc.ops.linear_attention import kernels, reference
 from packc.ops.mixer import Mixer, declare
 
@@ -122,12 +122,12 @@ def backward_flops(q_shape: Any, v_shape: Any) -> int:
     return 2 * rows * tokens * (of_chunks + 4 * heads * K * V)
 
 
-@register_flop_formula(torch.ops.packc.linear_attention)
+@flop_formula(torch.ops.packc.linear_attention)
 def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return forward_flops(q_shape, v_shape)
 
 
-@register_flop_formula(torch.ops.packc.linear_attention_bwd)
+@flop_formula(torch.ops.packc.linear_attention_bwd)
 def _backward_flops(
     dout_shape: Any,
     dfinal_shape: Any,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, documents
+from packc.ops.flops import flop_formula
 from packc.ops.linear_scan import kernels, reference
 from packc.ops.mixer import Mixer, declare
 
@@ -68,12 +68,12 @@ torch.library.register_fake("packc::linear_scan_bwd", _backward_fake, lib=_lib)
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@register_flop_formula(torch.ops.packc.linear_scan)
+@flop_formula(torch.ops.packc.linear_scan)
 def _forward_flops(a_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * math.prod(a_shape)
 
 
-@register_flop_formula(torch.ops.packc.linear_scan_bwd)
+@flop_formula(torch.ops.packc.linear_scan_bwd)
 def _backward_flops(dout_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """The recurrence again (2), dh (2) and da."""
     return 5 * math.prod(dout_shape)

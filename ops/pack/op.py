@@ -11,6 +11,7 @@ import torch
 from torch import SymInt, Tensor
 
 from packc.ops import derivatives, dispatch
+from packc.ops.untraced import untraced
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define("pack(Tensor x, Tensor index) -> Tensor")
@@ -65,6 +66,7 @@ def _unpack_fake(x: Tensor, index: Tensor, batch: int | SymInt, length: int | Sy
     return x.new_empty((batch, length, *x.shape[2:]))
 
 
+@untraced
 def _packing_index(mask: Tensor) -> tuple[Tensor, Tensor]:
     real = mask != 0
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)

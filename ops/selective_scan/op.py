@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch, documents
+from packc.ops.flops import flop_formula
 from packc.ops.mixer import Mixer, declare
 from packc.ops.selective_scan import cpu, reference
 
@@ -161,7 +161,7 @@ torch.library.register_fake("packc::selective_scan_bwd", _backward_fake, lib=_li
 # ---- FLOPs, for each token, channel and state ------------------------------------------------------------------------
 
 
-@register_flop_formula(torch.ops.packc.selective_scan)
+@flop_formula(torch.ops.packc.selective_scan)
 def _forward_flops(
     u_shape: Any, delta_shape: Any, A_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -170,7 +170,7 @@ def _forward_flops(
     return 7 * batch * tokens * channels * A_shape[1]
 
 
-@register_flop_formula(torch.ops.packc.selective_scan_bwd)
+@flop_formula(torch.ops.packc.selective_scan_bwd)
 def _backward_flops(
     dout_shape: Any,
     dfinal_shape: Any,

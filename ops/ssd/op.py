@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch, documents
+from packc.ops.flops import flop_formula
 from packc.ops.linear_attention import kernels, reference
 from packc.ops.linear_attention.op import backward_flops, forward_flops
 from packc.ops.mixer import Mixer, declare
@@ -157,14 +157,14 @@ torch.library.register_fake("packc::ssd", _forward_fake, lib=_lib)
 torch.library.register_fake("packc::ssd_bwd", _backward_fake, lib=_lib)
 
 
-@register_flop_formula(torch.ops.packc.ssd)
+@flop_formula(torch.ops.packc.ssd)
 def _forward_flops(
     x_shape: Any, dt_shape: Any, A_shape: Any, B_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     return forward_flops(B_shape, x_shape)
 
 
-@register_flop_formula(torch.ops.packc.ssd_bwd)
+@flop_formula(torch.ops.packc.ssd_bwd)
 def _backward_flops(
     dout_shape: Any,
     dfinal_shape: Any,

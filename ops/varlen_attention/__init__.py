@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.varlen_attention import op
+from packc.ops.varlen_attention import op as op
 from packc.ops.varlen_attention.document_mask import MaskMod
+from packc.ops.varlen_attention.with_mask_mod import with_mask_mod
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -72,7 +73,7 @@ def varlen_attention(
     if window is not None and (not causal or window < 1):
         raise ValueError(f"varlen_attention: window must be at least 1 and causal; got {window} with causal={causal}")
     if mask_mod is not None:
-        return op.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
+        return with_mask_mod(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
     return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)[0]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, flex_attention
 
+from packc.ops import autograd
 from packc.ops.varlen_attention import document_mask
 from packc.ops.varlen_attention.document_mask import MaskMod
 from packc.ops.varlen_attention.layout import readable
@@ -48,7 +49,7 @@ def varlen_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Flex has no public backward that takes out and logsumexp: its forward runs again, 2 matrix products beside 5.
     mask = document_mask.block_mask(cu_seqlens, q.shape[1], causal, window)
-    with torch.enable_grad():
+    with autograd.above_autograd(), torch.enable_grad():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         again, _ = _attention(q, k, v, scale, mask)
     dq, dk, dv = (grad.contiguous() for grad in torch.autograd.grad(again, (q, k, v), dout))

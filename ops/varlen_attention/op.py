@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from packc.ops import derivatives, dispatch
+from packc.ops.flops import flop_formula
 from packc.ops.mixer import Mixer, declare
 from packc.ops.varlen_attention import cpu, cuda, reference
-from packc.ops.varlen_attention.document_mask import MaskMod
 
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
 
@@ -34,7 +33,7 @@ _library.define(
 declare(Mixer("varlen_attention", per_token=("q", "k", "v")))
 
 
-def _choose(q: Tensor) -> str:
+def choose(q: Tensor) -> str:
     """``"reference"``, ``"cpu"`` (torch's CPU flash attention) or ``"triton"`` (flash or Flex on CUDA), as for all ops.
 
     There is no kernel of ours: the names are those of ``packc.config.kernels``, by device.
@@ -49,11 +48,11 @@ def _choose(q: Tensor) -> str:
 
 
 def _forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _IMPLEMENTATIONS[_choose(q)].varlen_attention(q, *args)
+    return _IMPLEMENTATIONS[choose(q)].varlen_attention(q, *args)
 
 
 def _backward(dout: Tensor, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _IMPLEMENTATIONS[_choose(q)].varlen_attention_bwd(dout, q, *args)
+    return _IMPLEMENTATIONS[choose(q)].varlen_attention_bwd(dout, q, *args)
 
 
 for _device in ("CPU", "CUDA"):
@@ -86,7 +85,7 @@ def _pairs(T: int, causal: bool, window: int | None) -> int:
     return T * seen - seen * (seen - 1) // 2
 
 
-@register_flop_formula(torch.ops.packc.varlen_attention)
+@flop_formula(torch.ops.packc.varlen_attention)
 def _forward_flops(
     q_shape: tuple[int, ...],
     k_shape: Any,
@@ -102,7 +101,7 @@ def _forward_flops(
     return 2 * H * _pairs(T, causal, window) * (K + v_shape[3])
 
 
-@register_flop_formula(torch.ops.packc.varlen_attention_bwd)
+@flop_formula(torch.ops.packc.varlen_attention_bwd)
 def _backward_flops(
     dout_shape: Any,
     q_shape: tuple[int, ...],
@@ -138,25 +137,3 @@ def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 derivatives.register(_library, "varlen_attention", _forward, _setup_context, _differentiate)
 derivatives.register_gradients(_library, "varlen_attention_bwd", _backward)
-
-
-@torch.compiler.disable(reason="varlen_attention: mask_mod is a Python function, which no op can take")
-def masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    mask_mod: MaskMod,
-) -> Tensor:
-    """With ``mask_mod``: no op, but functions that autograd follows by itself."""
-    chosen = _choose(q)
-    if chosen == "triton":
-        from packc.ops.varlen_attention import flex
-
-        return flex.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
-    if chosen == "cpu" and dispatch.wanted_kernels() == "cpu":
-        raise ValueError('packc.config.kernels = "cpu": varlen_attention takes mask_mod by its reference only')
-    return reference.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)

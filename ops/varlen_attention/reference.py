@@ -74,8 +74,9 @@ def masked(
         L = wide_q.shape[1]
         allowed = create_mask(_shifted(mask_mod, span.start), 1, H, L, L, device=q.device)[0]
         visible = _visible(L, causal, window, q.device) & allowed
-        p = _scores(wide_q, wide_k, scale, visible).softmax(-1)
-        p = p.where(visible.any(-1, keepdim=True), 0)  # a softmax over nothing is NaN
+        sees = visible.any(-1, keepdim=True)
+        # A softmax over nothing is NaN, and so would be its second derivative.
+        p = _scores(wide_q, wide_k, scale, visible | ~sees).softmax(-1).where(sees, 0)
         parts.append(rearrange(p @ wide_v, "h t v -> t h v").to(q.dtype))
     return torch.cat(parts)[None]
 

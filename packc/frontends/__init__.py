@@ -4,9 +4,9 @@ import functools
 from types import ModuleType
 
 from packc.frontends import hf_mamba, hf_mamba2
-from packc.frontends.import_hook import on_import
 from packc.frontends.keep_whole import captured, keep_whole, not_captured
 from packc.frontends.traced_call import arguments_of_traced_call
+from packc.import_hook import on_import
 
 __all__ = ["arguments_of_traced_call", "captured", "install", "not_captured"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from packc.frontends.traced_call import keep_as_input
+from packc.import_hook import on_import
 from packc.private_torch import private_torch
 
 
-@torch.compiler.assume_constant_result
 def packc_is_tracing() -> bool:
     """True while Dynamo traces for packc's backend. Dynamo runs this while it traces and keeps the answer.
 
@@ -30,6 +30,10 @@ def packc_is_tracing() -> bool:
         return False
     keep_as_input("position_ids")
     return True
+
+
+# When there is a Dynamo, for this would import it.
+on_import({"torch._dynamo": lambda _: torch.compiler.assume_constant_result(packc_is_tracing)})
 
 
 def is_packc_backend(backend: Callable[..., Any] | None) -> bool:

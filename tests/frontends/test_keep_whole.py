@@ -10,8 +10,8 @@ import torch
 from tiny_models import batch, counts, tiny_model
 
 import packc.frontends
-from packc.frontends.import_hook import on_import
 from packc.frontends.keep_whole import captured, keep_whole, not_captured
+from packc.import_hook import on_import
 
 packc.frontends.install()
 

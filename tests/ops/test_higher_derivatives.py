@@ -3,92 +3,17 @@
 fp64 inputs take the reference, so what the kernels do with fp32 ones is held against that.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import pytest
 import torch
+from differentiable_ops import OPS, scalar
 from implementations import implementation
-from mixers import MIXERS
-from selective_scan_data import offsets, relative_error
-from torch import Tensor
-
-from packc import ops
-
-LENGTHS = [3, 0, 4]
-INDEX = torch.tensor([0, 1, 2, 5, 6, 8, 9])  # of 7 tokens among 2 rows of 5
-
-
-class Op(NamedTuple):
-    call: Callable[..., Tensor | tuple[Tensor, ...]]
-    make: Callable[[], dict[str, Tensor]]
-
-
-def _mixer(name: str) -> Op:
-    mixer = MIXERS[name]
-    options = {**mixer.options, "cu_seqlens": offsets(LENGTHS), "output_final_state": True}
-    return Op(
-        lambda **tensors: mixer.function(**tensors, **options),
-        lambda: mixer.make(1, sum(LENGTHS)) | {"initial_state": torch.randn(len(LENGTHS), *mixer.state)},
-    )
-
-
-def _selective_scan() -> dict[str, Tensor]:
-    L, D, N = sum(LENGTHS), 4, 3
-    return {
-        **{name: torch.randn(1, L, D) for name in ("u", "delta", "z")},
-        **{name: torch.randn(1, L, 2, N) for name in ("B", "C")},
-        "A": -torch.rand(D, N) - 0.1,
-        "D": torch.randn(D),
-        "delta_bias": torch.randn(D),
-        "initial_state": torch.randn(len(LENGTHS), D, N),
-    }
-
-
-def _causal_conv1d() -> dict[str, Tensor]:
-    D, W = 4, 3
-    return {
-        "x": torch.randn(1, sum(LENGTHS), D),
-        "weight": torch.randn(D, W),
-        "bias": torch.randn(D),
-        "initial_state": torch.randn(len(LENGTHS), D, W - 1),
-    }
-
-
-def _of_documents(op: Callable, **options: object) -> Callable:
-    return lambda **tensors: op(**tensors, cu_seqlens=offsets(LENGTHS), **options)
-
-
-OPS = {
-    **{name: _mixer(name) for name in MIXERS},
-    "selective_scan": Op(
-        _of_documents(ops.selective_scan, delta_softplus=True, output_final_state=True), _selective_scan
-    ),
-    "causal_conv1d": Op(_of_documents(ops.causal_conv1d, activation="silu", output_final_state=True), _causal_conv1d),
-    "varlen_attention": Op(
-        _of_documents(ops.varlen_attention, window=3),
-        lambda: {"q": torch.randn(1, 7, 2, 3), "k": torch.randn(1, 7, 1, 3), "v": torch.randn(1, 7, 1, 4)},
-    ),
-    "pack": Op(lambda x: ops.pack(x, INDEX), lambda: {"x": torch.randn(2, 5, 3)}),
-    "unpack": Op(lambda x: ops.unpack(x, INDEX, 2, 5), lambda: {"x": torch.randn(1, 7, 3)}),
-}
+from selective_scan_data import relative_error
 
 of_every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 def wide(tensors):
     return [x.double() for x in tensors]
-
-
-def scalar(op, names):
-    """Of all results; nonlinear, so that linear ops have second derivatives too."""
-
-    def call(*values):
-        results = op.call(**dict(zip(names, values, strict=True)))
-        results = results if isinstance(results, tuple) else (results,)
-        return sum(torch.sin(y).double().sum() for y in results)
-
-    return call
 
 
 def hessian_vector_product(call, values, directions):

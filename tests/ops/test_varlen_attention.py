@@ -1,8 +1,10 @@
 """Attention within documents: kernels against the specification, eager against compiled, what is refused."""
 
+import operator
+
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from varlen_attention_data import assert_as_exact_as_plain_torch, error, exact, inputs, offsets, plain, run
@@ -112,18 +114,28 @@ def test_gradients_are_exact_with_a_mask_mod():
     leaves, cu_seqlens = inputs([2, 4], K=3, dtype=torch.float64)
     options = {"cu_seqlens": cu_seqlens, "mask_mod": every_third}
     assert gradcheck(lambda *leaves: varlen_attention(*leaves, **options), leaves)
+    assert gradgradcheck(lambda *leaves: varlen_attention(*leaves, **options), leaves, fast_mode=True)
 
 
 def test_a_mask_mod_breaks_the_graph():
     leaves, cu_seqlens = inputs([5, 8])
 
-    @torch.compile(backend="eager")
+    compiled = []
+
+    def backend(gm, inputs):
+        compiled.extend(node.target for node in gm.graph.nodes if node.op.startswith("call"))
+        return gm
+
+    @torch.compile(backend=backend)
     def step(q, k, v):
         return 2 * varlen_attention(q, k, v, cu_seqlens=cu_seqlens, mask_mod=same_parity)
 
     torch.testing.assert_close(
         step(*leaves), 2 * varlen_attention(*leaves, cu_seqlens=cu_seqlens, mask_mod=same_parity)
     )
+    assert compiled == [operator.mul]  # and nothing of the attention
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="mask_mod is a Python function, which no op can take"):
+        torch.compile(step._torchdynamo_orig_callable, backend="eager", fullgraph=True)(*leaves)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

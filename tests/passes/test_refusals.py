@@ -35,6 +35,8 @@ ACROSS_TOKENS = {
     "rows split": (lambda x, m: x.view(2, 2, H, H), "view"),
     "joined along positions": (lambda x, m: torch.cat([x, x], 1), "cat"),
     "written in place through a view": (lambda x, m: _write_through_view(x), "copy_"),
+    "gradient by torch.func": (lambda x, m: torch.func.grad(lambda y: y.cumsum(1).sum())(x), "a derivative"),
+    "tangent by torch.func": (lambda x, m: torch.func.jvp(torch.sin, (x,), (x,))[1], "a derivative"),
     "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "broadcast_tensors"),
 }
 
