@@ -79,6 +79,7 @@ VIEWS = {
     "squeeze all": lambda x, m: x.unsqueeze(-1).squeeze(),
     "squeeze several": lambda x, m: x[:, :, None, :, None].squeeze((2, 4)),
     "views by other names": lambda x, m: aten._unsafe_view(x.unflatten(-1, (2, 2)), [H, H, H]),
+    "joined by other names": lambda x, m: aten.concat([x, x], -1) + aten.concatenate([x, x], -1),
     "parts": lambda x, m: torch.cat([*x.split(3, -1), *x.tensor_split(2, -1), *aten.split.sizes(x, [1, 3], 2)], -1),
     "expanded as another": lambda x, m: x[..., :1].expand_as(x[..., :1]) * x,
     "repeat interleave by view": lambda x, m: x[..., None].expand(H, H, H, 2).reshape(H, H, 2 * H),

@@ -11,6 +11,7 @@ from snippets import SNIPPETS, H
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import packc
+from packc.ops.mixer import MIXERS
 from packc.passes.rules import RULES
 
 TAPS = torch.randn(H, 2, generator=torch.Generator().manual_seed(2))
@@ -41,5 +42,6 @@ def ops_of(function):
 
 def test_no_rule_is_untried():
     tried = set().union(*map(ops_of, SNIPPETS.values()))
-    mixers = {torch.ops.packc.causal_conv1d.default, torch.ops.packc.selective_scan.default}  # test_hf_mamba.py
-    assert set(RULES) - tried == mixers
+    mixers = {getattr(torch.ops.packc, name).default for name in MIXERS}  # test_mixers.py
+    attention = torch.ops.aten.scaled_dot_product_attention.default  # test_attention.py
+    assert set(RULES) - tried == {*mixers, attention}
