@@ -18,7 +18,7 @@ from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
-_BEFORE = "a label that counts before a row's first token, where attention reads padding"
+_BEFORE = "the position before a row's first token is read, where attention sees padding"
 _LABEL = "a label that counts in the loss on a padding position"
 
 

@@ -3,12 +3,20 @@
 The only file that takes these notes from torch, where they are private.
 """
 
+from torch import fx
+
 from packc.private_torch import private_torch
 
 with private_torch():
     from torch._guards import TracingContext
 
-__all__ = ["TracingContext", "compilation_under_way"]
+__all__ = ["TracingContext", "compilation_under_way", "ends_in_a_graph_break"]
+
+
+def ends_in_a_graph_break(gm: fx.GraphModule) -> bool:
+    """Whether the function goes on in another graph of Dynamo's, which may read anything of what this one returns."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
 
 
 def compilation_under_way() -> TracingContext | None:

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
 from packc.boundaries import ignored_boundaries, positions_inputs
+from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
 from packc.inner_backend import inner_backend
 from packc.options import split_options
@@ -105,7 +106,7 @@ def compile_graph(
         requirements,
         strict=strict,
         positions=positions_inputs(gm),
-        loss_outside=config.loss_outside,
+        loss_outside=config.loss_outside or ends_in_a_graph_break(gm),
     )
     return call, GraphReport.packed(requirements, call)
 

@@ -27,8 +27,9 @@ mask: str | None = Config(default=None, env_name_default="PACKC_MASK")
 """Name of the model's padding-mask argument; None looks for one by name and use."""
 
 loss_outside: bool = Config(default=False, env_name_default="PACKC_LOSS_OUTSIDE")
-"""Labels count outside of the compiled graph, after a graph break or on returned logits, that of a left-padded row's
-first token among them: where a graph has no labels, such a row begins one position earlier, where stock predicts it."""
+"""Labels count outside of the compiled graph, on returned logits, that of a left-padded row's first token among them:
+where a graph has no labels, such a row begins one position earlier, where stock predicts it. Always so in a graph that
+ends in a graph break."""
 
 inner: str = Config(default="inductor", env_name_default="PACKC_INNER")
 """The backend that compiles the packed graph: "inductor", or "aot_eager" to debug without code generation."""

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from packc import config
-from packc.passes.axes import same_size
+from packc.passes.asks import HidesPadding
+from packc.passes.axes import inputs_of, same_size
 from packc.passes.graph import Graph
 from packc.passes.sequences import read_by_mixers
 from packc.passes.sources import argument_path, is_argument, is_called
@@ -93,7 +94,7 @@ def confirm_mask(graph: Graph) -> Graph:
     positions that count in a loss.
 
     Needs the zeros of :func:`packc.passes.zeros.zeros`. The names ``attention_mask`` and ``packc.config.mask`` are
-    trusted, unless a mixer reads what they set to zero where they are one.
+    trusted, unless a mixer reads what they set to zero where they are one; so is one that attention is masked by.
 
     Raises:
         NoMask: no mixer reads a value that is zero wherever this mask is; or one reads the opposite.
@@ -106,6 +107,8 @@ def confirm_mask(graph: Graph) -> Graph:
         return graph
     if any(value in graph.zero for value in read):
         return graph
+    if any(graph.mask in inputs_of(ask.mask) for _, ask in graph.asks(HidesPadding)):
+        return graph  # whether it does so is tried
     raise NoMask(
         f"no mixer reads a value that {own!r} sets to zero, so it may not be a padding mask; "
         f'if it is one, say so: options={{"packc.mask": {own!r}}}'

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from packc.passes.asks import KeepLeft
+from packc.passes.asks import HidesPadding, KeepLeft
 from packc.passes.axes import inputs_of, is_tensor, same_size, value_of
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.module_names import module_path
@@ -40,6 +40,9 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
         reading = tokens.readings.get(node)
         read = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
         met = [reached[operand] for operand in read if operand in reached]
+        if met and reading is not None:
+            hidden = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
+            met += [each for mask in hidden for each in inputs_of(mask) if each in reached]
         if met:
             reached[node] = met[0]
             sequences.meet(node, met, is_mixer=reading is not None and (reading.is_mixer or reading.is_padded))

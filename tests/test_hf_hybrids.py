@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import BOTH, HOLE, LEFT, RIGHT, exact_step, train_step
+from harness import BOTH, HOLE, LEFT, RIGHT, exact_step, shaken, train_step
 from harness import batch_of as batch_with_cache
 
 import packc
@@ -48,6 +48,31 @@ def test_a_training_step_equals_eager(family, subtests):
         batch = batch_of(rows)
         with subtests.test(rows=rows):
             assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+
+
+def tiny_decoder(family):
+    import transformers
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sliding = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    build, config, options = {
+        "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+        "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {}),
+        "gemma3": (transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, sliding),
+    }[family]
+    return shaken(build(config(**sizes, **heads, **options)))
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3", "gemma3"))])
+def test_a_decoder_of_attention_alone_packs_around_it(family):
+    model = tiny_decoder(family)
+    compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
+    for rows in (RIGHT, LEFT, HOLE):
+        batch = batch_of(rows)
+        assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+    report = packc.explain(model)(**batch_of(RIGHT))
+    assert (report.tokens, {boundary.node for boundary in report.boundaries}) == (15, {ATTENTION})
 
 
 @one_family_now_the_others_slow

@@ -169,6 +169,6 @@ def test_a_label_before_a_rows_first_token_keeps_the_row_whole():
     x, mask = torch.randn(B, L, H * D), masks(LEFT)
     labels = torch.randint(0, H * D, (B, L)).masked_fill(mask == 0, -100)
     compiled = torch.compile(model, backend="packc", options={**STRICT, "packc.strict": False})
-    with pytest.warns(UserWarning, match="2 of 3 rows padded: a label that counts before"):
+    with pytest.warns(UserWarning, match="2 of 3 rows padded: the position before a row"):
         actual = compiled(x, mask, labels)
     torch.testing.assert_close(actual, model(x, mask, labels))
