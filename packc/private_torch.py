@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-CHECKED = "2.11, 2.13 and 2.14"
-"""Releases of torch on which the tests of the compiler passed."""
+CHECKED = "2.11 to 2.15"
+"""Releases of torch on which the tests of the compiler passed; `.ci/newest --help` says with what beside it."""
 
 
 class MovedInTorch(ImportError):
