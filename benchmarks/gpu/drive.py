@@ -94,7 +94,7 @@ class Driver:
         except Exception as error:  # a step may have said anything
             asked = f"what it needs cannot be read: {error!r}"
         if isinstance(asked, str):
-            self.tell(step.name, skipped=asked)
+            self.tell(step.name, needless=asked)
             return
         own = {name: text.format_map(self.environment) for name, text in step.environment}
         if absent := [name for name, text in own.items() if not text]:

@@ -6,6 +6,7 @@ A step's file prints a line of JSON for every case, with these facts among other
     ok       whether what was checked held; nothing where nothing is checked
     why      what went wrong, in a few words
     line     what should stand in the table at the end, if there is room
+    about    a later line about the same takes the place of this one
 
 Whatever else is printed goes to the log.
 """

@@ -12,9 +12,11 @@ FAILURES = 6  # lines, while there is anything else to say
 
 
 def lines(found: list[Facts], steps: Sequence[Step]) -> list[str]:
-    of_steps = [_step(step.name, found) for step in steps]
+    needless = [facts["step"] for facts in found if "needless" in facts]
+    of_steps = [_step(step.name, found) for step in steps if step.name not in needless]
+    of_steps += [f"not needed     {', '.join(needless)}"] if needless else []
     wrong = verdicts(found)
-    measured = [str(facts["line"]) for facts in found if "line" in facts]
+    measured = list({str(facts.get("about", n)): str(facts["line"]) for n, facts in enumerate(found) if "line" in facts}.values())
     room = max(LINES - len(of_steps), 0)
     shown = wrong[: max(room - len(measured), min(FAILURES, room))]
     if len(shown) < len(wrong) and shown:

@@ -8,27 +8,13 @@ import torch
 import triton
 from implementations import implementation
 from launches import instead_of_launch
-from mixers import MIXERS, Mixer, run
-from selective_scan_data import make_inputs, offsets
+from mixers import MIXERS, OTHERS, run
+from selective_scan_data import offsets
 
 from packc import ops
 
 
-def convolution(B, L):
-    return {"x": torch.randn(B, L, 3), "weight": torch.randn(3, 4), "bias": torch.randn(3)}
-
-
-def channel_first(B, L):
-    return convolution(B, L) | {"x": torch.randn(B, 3, L).mT}
-
-
-MIXERS = MIXERS | {
-    "selective_scan": Mixer(
-        ops.selective_scan, lambda B, L: make_inputs(B, L, D=3, N=2), (3, 2), options={"delta_softplus": True}
-    ),
-    "causal_conv1d": Mixer(ops.causal_conv1d, convolution, (3, 3)),
-    "causal_conv1d of channel-first inputs": Mixer(ops.causal_conv1d, channel_first, (3, 3)),
-}
+MIXERS = MIXERS | OTHERS
 # Tokens enough for two chunks or segments, of whole tiles, where kernels go on from one to the next; ssd's kernels are
 # those of linear_attention.
 QUICK = {
