@@ -63,7 +63,6 @@ def ceilings(dry: bool) -> dict[str, Any]:
     source = torch.randint(0, 255, (count,), dtype=torch.uint8)
     target = torch.empty_like(source)
     bytes_per_second = 2 * count / seconds(lambda: target.copy_(source))
-    del source, target
     x, y = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
     flops = 2 * size**3 / seconds(lambda: x @ y)
     facts = {"bytes_per_second": bytes_per_second, "flops_per_second": flops}

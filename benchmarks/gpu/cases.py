@@ -41,7 +41,6 @@ class Sized(NamedTuple):
     tiny: dict[str, int]  # for a dry run
     tiny_state: tuple[int, ...]
     layout: dict[str, Callable[[Tensor], Tensor]] = {}  # noqa: RUF012
-    products: bool = False  # on matrix units
 
 
 HEADS, TINY = {"H": 32, "G": 32, "K": 128, "V": 128}, {"H": 2, "G": 2, "K": 8, "V": 8}
@@ -56,14 +55,10 @@ OPS = {
         {"delta": channel_first, "z": half, "B": half, "C": half},
     ),
     "linear_scan": Sized("linear_scan", (4096,), {"D": 4096}, {"D": 8}, (8,)),
-    "linear_attention": Sized("linear_attention", (32, 128, 128), HEADS, TINY, (2, 8, 8), {}, True),
-    "ssd": Sized(
-        "ssd", (64, 64, 128), {"H": 64, "G": 1, "P": 64, "N": 128}, {"H": 2, "P": 8, "N": 8}, (2, 8, 8), {}, True
-    ),
-    "gated_delta_rule": Sized("gated_delta_rule", (32, 128, 128), HEADS, TINY, (2, 8, 8), {}, True),
-    "gated_delta_rule_per_channel": Sized(
-        "gated_delta_rule_per_channel", (32, 128, 128), HEADS, TINY, (2, 8, 8), {}, True
-    ),
+    "linear_attention": Sized("linear_attention", (32, 128, 128), HEADS, TINY, (2, 8, 8)),
+    "ssd": Sized("ssd", (64, 64, 128), {"H": 64, "G": 1, "P": 64, "N": 128}, {"H": 2, "P": 8, "N": 8}, (2, 8, 8)),
+    "gated_delta_rule": Sized("gated_delta_rule", (32, 128, 128), HEADS, TINY, (2, 8, 8)),
+    "gated_delta_rule_per_channel": Sized("gated_delta_rule_per_channel", (32, 128, 128), HEADS, TINY, (2, 8, 8)),
 }
 
 

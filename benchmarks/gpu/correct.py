@@ -13,7 +13,7 @@ import cases
 import torch
 from cases import Inputs
 from launching import count_misses, offer_few_warps
-from mixers import exactly, only, positions, run
+from mixers import exactly, only, positions
 from selective_scan_data import relative_error
 from telling import device, each, parser
 
@@ -46,9 +46,7 @@ def main() -> None:
 
 def judged(inputs: Inputs, results: dict[str, torch.Tensor]) -> dict[str, Any]:
     """By fp64, and by what plain torch makes of the same inputs."""
-    exact = exactly(
-        inputs.mixer, inputs.tensors, *inputs.arguments(), output_final_state=inputs.state is not None
-    )
+    exact = exactly(inputs.mixer, inputs.tensors, *inputs.arguments(), output_final_state=inputs.state is not None)
     with config.patch(kernels="reference"):
         plain = inputs.results()
     errors = {name: relative_error(x, exact[name]) for name, x in results.items()}

@@ -16,12 +16,14 @@ TRAVEL = Path(__file__).parent / "travel"  # made by prebuild.py
 def environment(scratch: Path, dry: bool) -> dict[str, str]:
     """Paths stand in it under names of their own too: ``PACKC_GPU_...``."""
     lay_out_packc(scratch / "packc")
-    paths = [scratch / "packc", unpack_wheels(scratch / "site"), os.environ.get("PYTHONPATH")]
+    paths = [scratch / "packc", os.environ.get("PYTHONPATH")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "PACKC_GPU_SCRATCH": str(scratch),
         "PACKC_GPU_PTXAS": str(unpack_ptxas(scratch / "ptxas") or ""),
+        # Not on the path of every step: what is installed of peers changes what transformers does.
+        "PACKC_GPU_PEERS": str(unpack_wheels(scratch / "peers") or ""),
         "PACKC_GPU_DRY": "1" if dry else "",
         "TRITON_CACHE_DIR": str(unpack_cache(scratch / "triton")),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),

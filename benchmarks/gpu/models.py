@@ -55,7 +55,8 @@ def line(name: str, told: dict[str, dict[str, Any]]) -> str:
     speeds = {way: facts["tokens_per_second"] for way, facts in told.items()}
     words = [f"{way} {speed / 1e3:.3g}k" for way, speed in speeds.items()]
     if "packed" in speeds:
-        words += [f"packed is {speeds['packed'] / speed:.2f}x {way}" for way, speed in speeds.items() if way != "packed"]
+        packed = speeds.pop("packed")
+        words += [f"packed is {packed / speed:.2f}x {way}" for way, speed in speeds.items()]
     inner = {facts["inner"] for facts in told.values() if "inner" in facts} - {"inductor"}
     return f"{name} tokens/s: {', '.join(words)}" + (f" ({', '.join(inner)})" if inner else "")
 
@@ -69,6 +70,15 @@ def model_and_documents(name: str, dry: bool) -> tuple[Any, list[torch.Tensor]]:
     with torch.device("cpu"):
         documents = draw_documents(3 if dry else DOCUMENTS, config.vocab_size, device(dry), scale=0.05 if dry else 1)
     return model, documents
+
+
+def small_steps(name: str) -> list[Callable[[], torch.Tensor]]:
+    """On the CPU, what the model launches on few tokens: of its widths, with one layer and few words."""
+    config = MambaConfig(**(MODELS[name] | {"num_hidden_layers": 1}), vocab_size=64, use_cache=False)
+    model = MambaForCausalLM(config).to(torch.bfloat16).train()
+    documents = [torch.randint(1, config.vocab_size, (length,)) for length in (50, 130, 300)]
+    compiled = torch.compile(model, backend=packc.backend, options={"packc.inner": "aot_eager"})
+    return [steps_of(compiled, documents)[way] for way in ("packed", "padded", "single")]
 
 
 def measured(name: str, way: str, dry: bool) -> dict[str, Any]:

@@ -12,6 +12,13 @@ VARIANTS = {
     "without wgmma": {"DISABLE_MMA_V3": "1"},
     "fewer warps": {"PACKC_GPU_WARPS": "4"},
 }
+# What a release may not ship because nobody knows whether it is right: products on Hopper's matrix units.
+PROBES = {
+    "wgmma": {"DISABLE_MMA_V3": "0"},
+    "wgmma, newer ptxas": {"DISABLE_MMA_V3": "0", "TRITON_PTXAS_PATH": "{PACKC_GPU_PTXAS}"},
+}
+SCANS = ("causal_conv1d", "selective_scan", "linear_scan")
+PRODUCTS = ("linear_attention", "ssd", "gated_delta_rule", "gated_delta_rule_per_channel")
 
 
 def steps(dry: bool) -> list[Step]:
@@ -29,16 +36,28 @@ def steps(dry: bool) -> list[Step]:
         ),
         Step("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", sys.executable, "tiny_backward.py"), 40),
         Step("times", ("times.py",), 120, least=30, restarts=2),
+        *(
+            Step(name, ("correct.py",), 50, restarts=1, quiet=40, environment=tuple(way.items()), ask=products)
+            for name, way in PROBES.items()
+        ),
         Step("models", ("models.py",), 150, least=60, quiet=120, restarts=1),
         Step("profile", ("profile_step.py",), 60, least=40),
+        *(
+            Step(f"times, {name}", ("times.py", "--only", *PRODUCTS), 40, environment=tuple(way.items()))
+            for name, way in PROBES.items()
+        ),
         Step("tests", ("gpu_tests.py",), 300, least=30),
     ]
     return [_dry(step) for step in planned] if dry else planned
 
 
 def _dry(step: Step) -> Step:
-    command = step.command[-1:] if step.name == "sanitizer" else step.command
-    return step._replace(command=command, limit=90, least=5, quiet=90)
+    step = step._replace(limit=90, least=5, quiet=90)
+    if step.name == "sanitizer":
+        return step._replace(command=step.command[-1:])
+    if step.name == "smoke":  # the kernels themselves
+        return step._replace(environment=(("TRITON_INTERPRET", "1"),))
+    return step
 
 
 def missing_kernels(found: list[Facts]) -> list[str] | str:
@@ -53,6 +72,10 @@ def nothing_ran(found: list[Facts]) -> list[str] | str:
 def what_failed(found: list[Facts]) -> list[str] | str:
     wrong = list(dict.fromkeys(facts["case"] for facts in told_by("correct", found) if failed(facts)))
     return ["--only", *wrong] if wrong else "nothing failed"
+
+
+def products(found: list[Facts]) -> list[str] | str:
+    return ["--only", *(f"{op} bf16 {form}" for op in PRODUCTS for form in ("packed", "rows", "packed long"))]
 
 
 def mended(found: list[Facts], environment: dict[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from telling import device, each, parser
 from packc import config, ops
 
 LENGTHS = [5, 0, 65]
+WIDTH = 4096  # of what is packed
 NEAR = 2e-2  # of the largest entry, in bf16
 
 
@@ -51,14 +52,19 @@ def _interpreted() -> bool:
 def packed_bits() -> dict[str, Any]:
     """There and back: the same bits, and zeros at padding."""
     mask = torch.arange(96) < torch.tensor([[96], [0], [5], [70]])
-    x = torch.randn(*mask.shape, 256, dtype=torch.bfloat16).requires_grad_()
+    x = torch.randn(*mask.shape, WIDTH, dtype=torch.bfloat16).requires_grad_()
     index, _ = ops.packing_index(mask)
-    packed = ops.pack(x, index)
-    back = ops.unpack(packed, index, *mask.shape)
-    (grad,) = torch.autograd.grad(back, x, torch.ones_like(back))
+    packed, back, grad = there_and_back(x, index)
     wanted = torch.where(mask[..., None], x, 0)
     ok = packed[0].equal(x[mask]) and back.equal(wanted) and grad.equal(mask[..., None].expand_as(grad).to(grad.dtype))
     return {"ok": ok, "why": "" if ok else "other bits"}
+
+
+def there_and_back(x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    packed = ops.pack(x, index)
+    back = ops.unpack(packed, index, *x.shape[:2])
+    (grad,) = torch.autograd.grad(back, x, torch.ones_like(back))
+    return packed, back, grad
 
 
 def attention() -> dict[str, Any]:

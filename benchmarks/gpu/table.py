@@ -16,7 +16,8 @@ def lines(found: list[Facts], steps: Sequence[Step]) -> list[str]:
     of_steps = [_step(step.name, found) for step in steps if step.name not in needless]
     of_steps += [f"not needed     {', '.join(needless)}"] if needless else []
     wrong = verdicts(found)
-    measured = list({str(facts.get("about", n)): str(facts["line"]) for n, facts in enumerate(found) if "line" in facts}.values())
+    last = {str(facts.get("about", n)): str(facts["line"]) for n, facts in enumerate(found) if "line" in facts}
+    measured = list(last.values())
     room = max(LINES - len(of_steps), 0)
     shown = wrong[: max(room - len(measured), min(FAILURES, room))]
     if len(shown) < len(wrong) and shown:
@@ -45,16 +46,14 @@ def verdicts(found: list[Facts]) -> list[str]:
     """What failed, each once, with what mends it."""
     of_case: dict[str, str] = {}
     for facts in found:
-        if failed(facts) and "case" in facts and facts["step"] not in plan.VARIANTS:
+        if failed(facts) and "case" in facts and facts["step"] not in plan.VARIANTS | plan.PROBES:
             what = facts["case"] if facts["step"] == "correct" else f"{facts['step']}: {facts['case']}"
             of_case.setdefault(what, str(facts.get("why", "wrong")))
     return [f"WRONG {case}: {why}{_mended(case, found)}" for case, why in of_case.items()]
 
 
 def _mended(case: str, found: list[Facts]) -> str:
-    tried = {
-        name: facts.get("ok") for name in plan.VARIANTS for facts in told_by(name, found) if facts["case"] == case
-    }
+    tried = {name: facts.get("ok") for name in plan.VARIANTS for facts in told_by(name, found) if facts["case"] == case}
     if not tried:
         return ""
     right = [name for name, ok in tried.items() if ok]

@@ -30,6 +30,8 @@ Call = Callable[..., Tensor]  # of the tensors by their names, and ``cu_seqlens`
 def main() -> None:
     args = parser(__doc__).parse_args()
     offer_few_warps()
+    if travelled := os.environ.get("PACKC_GPU_PEERS"):
+        sys.path.append(travelled)
     peers = {f"{op} by {library}": (op, find) for (op, library), find in PEERS.items()}
     tokens = 256 if args.dry else cases.TOKENS
 
@@ -56,7 +58,9 @@ def timed(name: str, op: str, call: Call | None, tokens: int, dry: bool) -> dict
     facts: dict[str, Any] = {}
     told = []
     for form, rows in FORMS.items():
-        inputs = cases.make(cases.Case(op, "bf16", rows), cases.documents(tokens) if rows == "packed" else [tokens], dry)
+        inputs = cases.make(
+            cases.Case(op, "bf16", rows), cases.documents(tokens) if rows == "packed" else [tokens], dry
+        )
         run = call or _ours(inputs)
         forward, both = _forward(run, inputs), _both(run, inputs)
         found: dict[str, Any] = {"forward_ms": 1e3 * seconds(forward, rounds=10)}
@@ -70,15 +74,14 @@ def timed(name: str, op: str, call: Call | None, tokens: int, dry: bool) -> dict
             found |= _fractions(inputs, forward, both, found)
         facts[form] = found
         shown = "/".join(f"{found[key]:.3g}" if key in found else "-" for key in ("forward_ms", "both_ms"))
-        of = "".join(f", {found[key]:.0%} {key.split('_')[0]}" for key in ("copy_of_both", "mm_of_both") if key in found)
+        ceilings = [key for key in ("copy_of_both", "mm_of_both") if key in found]
+        of = "".join(f", {found[key]:.0%} {key.split('_')[0]}" for key in ceilings)
         told.append(f"{form} {shown} ms{of}")
     return facts | {"line": f"{name}: {'; '.join(told)}"}
 
 
 def _ours(inputs: cases.Inputs) -> Call:
-    return lambda cu_seqlens, **tensors: inputs.mixer.function(
-        **tensors, **inputs.mixer.options, cu_seqlens=cu_seqlens
-    )
+    return lambda cu_seqlens, **tensors: inputs.mixer.function(**tensors, **inputs.mixer.options, cu_seqlens=cu_seqlens)
 
 
 def _forward(call: Call, inputs: cases.Inputs) -> Callable[[], Any]:

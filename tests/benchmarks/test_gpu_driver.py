@@ -116,10 +116,11 @@ def test_a_deadline_in_the_middle_ends_the_step_and_skips_the_rest(tmp_path):
 
 
 def test_told_to_end_it_prints_the_table_first(tmp_path):
+    said = SAY + "say(case='a', ok=True); time.sleep(60)"
     code = (
         f"import sys, time, os; sys.path.insert(0, {str(Path(drive.__file__).parent)!r})\n"
         "import drive; from step import Step\n"
-        f"steps = [Step('one', (sys.executable, '-c', {SAY + 'say(case=1 * chr(97), ok=True); time.sleep(60)'!r}), 60)]\n"
+        f"steps = [Step('one', (sys.executable, '-c', {said!r}), 60)]\n"
         f"drive.drive(steps, drive.Path({str(tmp_path)!r}), time.monotonic() + 60, dict(os.environ))"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

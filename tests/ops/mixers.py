@@ -52,9 +52,7 @@ def _gated_delta_rule(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int
     return {"q": torch.randn(B, L, G, K), "k": k, "v": torch.randn(B, L, H, V), "g": g, "beta": beta}
 
 
-def _gated_delta_rule_per_channel(
-    B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3
-) -> dict[str, Tensor]:
+def _gated_delta_rule_per_channel(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3) -> dict[str, Tensor]:
     return _gated_delta_rule(B, L, H, G, K, V) | {"g": F.logsigmoid(torch.randn(B, L, H, K) + 2)}
 
 

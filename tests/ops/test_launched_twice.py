@@ -13,7 +13,6 @@ from selective_scan_data import offsets
 
 from packc import ops
 
-
 MIXERS = MIXERS | OTHERS
 # Tokens enough for two chunks or segments, of whole tiles, where kernels go on from one to the next; ssd's kernels are
 # those of linear_attention.
