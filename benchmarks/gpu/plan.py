@@ -55,14 +55,16 @@ def _dry(step: Step) -> Step:
     step = step._replace(limit=90, least=5, quiet=90)
     if step.name == "sanitizer":
         return step._replace(command=step.command[-1:])
+    if step.name == "caches":
+        return step._replace(command=(*step.command, "--only", "pack"))
     if step.name == "smoke":  # the kernels themselves
         return step._replace(environment=(("TRITON_INTERPRET", "1"),))
     return step
 
 
 def missing_kernels(found: list[Facts]) -> list[str] | str:
-    missed = sum(facts.get("missed", 0) for facts in told_by("caches", found))
-    return [] if missed else "all kernels travelled"
+    missed = [facts["case"] for facts in told_by("caches", found) if facts.get("missed") or failed(facts)]
+    return ["--only", *missed] if missed else "all kernels travelled"
 
 
 def nothing_ran(found: list[Facts]) -> list[str] | str:

@@ -1,7 +1,8 @@
 """Compiles what packc launches without a GPU: the launch path as it is, with a stand-in for Triton's driver below.
 
 Ops run on meta tensors, or on CPU tensors whose results nobody reads: each launch compiles its kernel in every
-configuration that a tuner would try, into Triton's cache, and builds what will launch it. Checked on triton 3.6.
+configuration that a tuner would try, into Triton's cache, and builds what will launch it. Checked on triton 3.6 and, of
+which every kernel is launched by the same code, 3.9.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import build, cache
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
@@ -26,6 +28,9 @@ TARGET = GPUTarget("cuda", 90, 32)
 PROCESSORS = 132  # of an H100
 # What Triton makes part of a launcher's key, on machines with and without the command ``file``.
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
+
+# Triton up to some release after 3.6 compiles C for every signature.
+LAUNCHERS_OF_SIGNATURES = hasattr(nvidia, "compile_module_from_src")
 
 
 class StandIn:
@@ -52,9 +57,12 @@ def install(compiled: Callable[[Any], None], libcuda: Path, look_up: bool = Fals
     compiled: ``compiled`` hears None for a kernel that Triton's cache does not hold.
     """
     triton.runtime.driver.set_active(StandIn())
-    _make_empty_libcuda(libcuda)
-    triton.knobs.nvidia.libcuda_path = str(libcuda)
-    nvidia.compile_module_from_src = build_launcher
+    launchers = LAUNCHERS_OF_SIGNATURES and not look_up
+    if launchers:
+        _make_empty_libcuda(libcuda)
+        triton.knobs.nvidia.libcuda_path = str(libcuda)
+        nvidia.compile_module_from_src = build_launcher
+        nvidia.CudaUtils()
 
     run = JITFunction.run
 
@@ -63,7 +71,7 @@ def install(compiled: Callable[[Any], None], libcuda: Path, look_up: bool = Fals
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         except NotCompiled:
             kernel = None
-        if not look_up:
+        if launchers:
             nvidia.CudaLauncher(kernel.src, kernel.metadata)
         compiled(kernel)
 
@@ -71,7 +79,7 @@ def install(compiled: Callable[[Any], None], libcuda: Path, look_up: bool = Fals
         raise NotCompiled
 
     if look_up:  # the stages of a compilation are asked for when a kernel is not in the cache
-        triton.knobs.runtime.add_stages_inspection_hook = refuse
+        CUDABackend.add_stages = refuse
 
     def every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
@@ -80,7 +88,6 @@ def install(compiled: Callable[[Any], None], libcuda: Path, look_up: bool = Fals
 
     JITFunction.run = compile_only
     Autotuner.run = every_configuration
-    nvidia.CudaUtils()
     _let_packc_choose_triton()
 
 
