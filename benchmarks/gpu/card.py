@@ -25,8 +25,7 @@ def main() -> None:
     def facts_of(name: str) -> dict[str, Any]:
         return versions(args.dry) if name == "versions" else ceilings(args.dry)
 
-    with device(args.dry):
-        each(args, ["versions", "ceilings"], facts_of)
+    each(args, ["versions", "ceilings"], facts_of)
 
 
 def versions(dry: bool) -> dict[str, Any]:
@@ -60,10 +59,10 @@ def _printed(*command: str) -> str:
 
 def ceilings(dry: bool) -> dict[str, Any]:
     count, size = (2**20, 128) if dry else (2**30, 8192)
-    source = torch.randint(0, 255, (count,), dtype=torch.uint8)
+    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device(dry))
     target = torch.empty_like(source)
     bytes_per_second = 2 * count / seconds(lambda: target.copy_(source))
-    x, y = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    x, y = (torch.randn(size, size, dtype=torch.bfloat16, device=device(dry)) for _ in range(2))
     flops = 2 * size**3 / seconds(lambda: x @ y)
     facts = {"bytes_per_second": bytes_per_second, "flops_per_second": flops}
     if scratch := os.environ.get("PACKC_GPU_SCRATCH"):

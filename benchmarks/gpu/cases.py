@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from step import HERE
+from telling import device
 from torch import Tensor
 
 ROOT = HERE.parents[1]
@@ -93,8 +94,13 @@ class Inputs(NamedTuple):
         return run(self.mixer, self.tensors, *self.arguments(), output_final_state=self.state is not None)
 
 
-def make(case: Case, lengths: list[int], dry: bool) -> Inputs:
-    """Random ones, on the current device; without documents two rows, of which the lengths are the halves."""
+def make(case: Case, lengths: list[int], dry: bool, on: torch.device | None = None) -> Inputs:
+    """Random ones, on the steps' device or another; without documents a row for each of the equal lengths."""
+    with on or device(dry):
+        return _make(case, lengths, dry)
+
+
+def _make(case: Case, lengths: list[int], dry: bool) -> Inputs:
     sized = OPS[case.op]
     mixer = (MIXERS | OTHERS)[sized.mixer]
     mixer = mixer._replace(
@@ -120,6 +126,17 @@ def make(case: Case, lengths: list[int], dry: bool) -> Inputs:
 
 def compared_lengths(case: Case) -> list[int]:
     return SHORT if case.form.startswith("packed") else [200, 200]
+
+
+MIDDLE, LAST = 150, 200  # tokens: fp64 has time for no more
+
+
+def long_pack(tokens: int) -> tuple[list[int], int]:
+    """Lengths that fill ``tokens``, as PackMamba draws them but for two, which are short; and which of them is the
+    first of these. The other is the last."""
+    half = tokens // 2
+    before, after = documents(half - MIDDLE), documents(tokens - half - LAST)
+    return [*before, MIDDLE, *after, LAST], len(before)
 
 
 def documents(tokens: int) -> list[int]:

@@ -15,7 +15,7 @@ from cases import Inputs
 from launching import count_misses, offer_few_warps
 from mixers import exactly, only, positions
 from selective_scan_data import relative_error
-from telling import device, each, parser
+from telling import each, parser
 
 from packc import config
 
@@ -33,15 +33,18 @@ def main() -> None:
     def facts_of(name: str) -> dict[str, Any]:
         torch.manual_seed(0)
         before = missed.copy()
-        facts = _long(long[name], args.dry) if name in long else _short(of_name[name], args.dry)
+        facts = long_pack(long[name], args.dry) if name in long else short(of_name[name], args.dry)
         new = missed - before
         return facts | {"missed": {kernel: n for kernel, n in new.items() if kernel}}
 
-    with device(args.dry):
-        # What memory holds before it is written; the alternative, reading what was never written, may go unseen.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        each(args, [*of_name, *long], facts_of)
+    poison_memory()
+    each(args, [*of_name, *long], facts_of)
+
+
+def poison_memory() -> None:
+    """From now on memory is NaN before it is written: what was there before might happen to be right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def judged(inputs: Inputs, results: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def judged(inputs: Inputs, results: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def _short(case: cases.Case, dry: bool) -> dict[str, Any]:
+def short(case: cases.Case, dry: bool) -> dict[str, Any]:
     inputs = cases.make(case, cases.compared_lengths(case), dry)
     first, second, third = (inputs.results() for _ in range(3))
     facts = judged(inputs, first)
@@ -99,23 +102,21 @@ def _nan_travels(inputs: Inputs, clean: dict[str, torch.Tensor]) -> list[str]:
     ]
 
 
-def _long(case: cases.Case, dry: bool) -> dict[str, Any]:
+def long_pack(case: cases.Case, dry: bool) -> dict[str, Any]:
     """Documents in the middle and at the end of many, against fp64 of the document alone."""
-    lengths = cases.documents(512 if dry else cases.TOKENS)
+    lengths, middle = cases.long_pack(512 if dry else cases.TOKENS)
     inputs = cases.make(case, lengths, dry)
     results, parts = inputs.results(), positions(lengths)
     facts: dict[str, Any] = {}
-    for n in (len(lengths) // 2, len(lengths) - 1):
-        end = min(parts[n].stop, parts[n].start + 300)  # fp64 has no time for more
-        part = slice(parts[n].start, end)
+    names = ["out", *(f"d{name}" for name in inputs.mixer.per_token())]
+    for n in (middle, len(lengths) - 1):
         alone = inputs._replace(
-            tensors=only(inputs.mixer, inputs.tensors, part),
-            lengths=[end - part.start],
+            tensors=only(inputs.mixer, inputs.tensors, parts[n]),
+            lengths=[lengths[n]],
             cu_seqlens=None,
-            dout=inputs.dout[:, part],
+            dout=inputs.dout[:, parts[n]],
         )
-        names = ["out"] if end < parts[n].stop else ["out", *(f"d{name}" for name in inputs.mixer.per_token())]
-        facts = judged(alone, {name: results[name][:, part] for name in names})
+        facts = judged(alone, {name: results[name][:, parts[n]] for name in names})
         if not facts["ok"]:
             return facts | {"why": f"document {n}: {facts['why']}"}
     return facts

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from telling import device, each, parser
+from telling import each, parser
 
 
 def main() -> None:
@@ -27,8 +27,7 @@ def main() -> None:
     if args.dry:
         print(Counter(files))  # nothing here loads one
         return
-    with device(args.dry):
-        each(args, files, facts_of)
+    each(args, files, facts_of)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,7 @@ def main() -> None:
             "line": line(name, told[name]),
         }
 
-    with device(args.dry):
-        each(args, [f"{name} {way}" for name in models for way in WAYS], facts_of)
+    each(args, [f"{name} {way}" for name in models for way in WAYS], facts_of)
 
 
 def line(name: str, told: dict[str, dict[str, Any]]) -> str:
@@ -67,9 +66,8 @@ def model_and_documents(name: str, dry: bool) -> tuple[Any, list[torch.Tensor]]:
     sizes = (TINY if dry else MODELS)[name]
     config = MambaConfig(**sizes, vocab_size=64 if dry else VOCABULARY, use_cache=False)
     model = MambaForCausalLM(config).to(device(dry), torch.float32 if dry else torch.bfloat16).train()
-    with torch.device("cpu"):
-        documents = draw_documents(3 if dry else DOCUMENTS, config.vocab_size, device(dry), scale=0.05 if dry else 1)
-    return model, documents
+    scale = 0.05 if dry else 1
+    return model, draw_documents(3 if dry else DOCUMENTS, config.vocab_size, device(dry), scale)
 
 
 def small_steps(name: str) -> list[Callable[[], torch.Tensor]]:

@@ -122,7 +122,6 @@ def _told(way: str, name: str, kernels: list[Facts], ending: child.Ending, other
 def compile_unit(name: str, check: bool) -> int:
     import launching
     import stand_in
-    import torch
     from cases import CASES
     from gpu_targets import SPILLS_ALLOWED, spills_and_registers
 
@@ -145,12 +144,11 @@ def compile_unit(name: str, check: bool) -> int:
     stand_in.install(heard, Path(os.environ["PACKC_GPU_SCRATCH"]) / f"libcuda-{name}", look_up=check)
     if name == "models":
         launch_models()
-    with torch.device("meta"):
-        if name == "pack":
-            launch_pack()
-        for case in CASES:
-            if case.op == name:
-                launch_case(case)
+    if name == "pack":
+        launch_pack()
+    for case in CASES:
+        if case.op == name:
+            launch_case(case)
     return 0
 
 
@@ -158,26 +156,28 @@ def launch_case(case: Any) -> None:
     """Inputs of every length that a step gives it: what is a constant in a kernel may follow from it."""
     import cases
     import smoke
+    import torch
 
     packed = case.form.startswith("packed")
     lengths = [cases.compared_lengths(case)]
     if case.dtype == "bf16":
-        lengths += [cases.documents(cases.TOKENS), smoke.LENGTHS] if packed else [[cases.TOKENS]]
+        lengths += [cases.long_pack(cases.TOKENS)[0], smoke.LENGTHS] if packed else [[cases.TOKENS]]
     for each in lengths:
-        cases.make(case, each, dry=False).results()
+        cases.make(case, each, dry=False, on=torch.device("meta")).results()
 
 
 def launch_pack() -> None:
     import smoke
     import torch
 
-    x = torch.empty(4, 96, smoke.WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    smoke.there_and_back(x, torch.empty(171, dtype=torch.int64))
+    x = torch.empty(4, 96, smoke.WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    smoke.there_and_back(x, torch.empty(171, dtype=torch.int64, device="meta"))
 
 
 def launch_models() -> None:
     """On CPU tensors, as batches have to be looked at. What kernels should compute is not, but for what are indices."""
     import models
+
     from packc.ops.pack import triton_op
 
     launch = triton_op.pack

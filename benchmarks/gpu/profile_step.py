@@ -13,9 +13,10 @@ from typing import Any
 
 import cases
 import torch
+from launches import instead_of_launch
 from models import MODELS, TINY, model_and_documents
 from packmamba import steps_of
-from telling import device, each, parser, synchronize
+from telling import each, parser, synchronize
 
 import packc
 
@@ -28,14 +29,14 @@ def main() -> None:
     def facts_of(name: str) -> dict[str, Any]:
         return profiled(args.dry) if name == "step" else host_times(args.dry)
 
-    with device(args.dry):
-        each(args, ["host", "step"], facts_of)
+    each(args, ["host", "step"], facts_of)
 
 
 def host_times(dry: bool) -> dict[str, Any]:
-    microseconds = {}
+    microseconds, launches = {}, {}
     for op in cases.OPS:
         inputs = cases.make(cases.Case(op, "bf16", "packed"), [5, 65], dry)
+        launches[op] = _launches(inputs)
         for _ in range(3):
             inputs.results()
         synchronize()
@@ -44,8 +45,20 @@ def host_times(dry: bool) -> dict[str, Any]:
             inputs.results()
         microseconds[op] = round((time.perf_counter() - began) / CALLS * 1e6)
         synchronize()
-    shown = ", ".join(f"{op} {x}" for op, x in microseconds.items())
-    return {"host_us": microseconds, "line": f"host, us a forward and backward: {shown}"}
+    shown = ", ".join(f"{op} {x}/{launches[op]}" for op, x in microseconds.items())
+    return {"host_us": microseconds, "launches": launches, "line": f"host, us/launches a forward and backward: {shown}"}
+
+
+def _launches(inputs: cases.Inputs) -> int:
+    kernels: list[Any] = []
+
+    def count(launch: Any, kernel: Any, grid: Any, **arguments: Any) -> None:
+        kernels.append(kernel)
+        launch(kernel, grid, **arguments)
+
+    with instead_of_launch(count):
+        inputs.results()
+    return len(kernels)
 
 
 def profiled(dry: bool) -> dict[str, Any]:

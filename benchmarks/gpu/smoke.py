@@ -23,16 +23,16 @@ def main() -> None:
 
     def facts_of(name: str) -> dict[str, Any]:
         torch.manual_seed(0)
-        if name == "pack":
-            return packed_bits()
-        if name == "varlen_attention":
-            return attention()
+        if name in others:
+            with device(args.dry):
+                return others[name]()
         return near(cases.make(of_op[name], LENGTHS, args.dry))
 
     # Interpreted, kernels run under a dry run too.
     kernels = "triton" if args.dry and _interpreted() else "auto"
-    with device(args.dry), config.patch(kernels=kernels):
-        each(args, ["pack", *of_op] + ["varlen_attention"] * (kernels == "auto"), facts_of)
+    others = {"pack": packed_bits} | ({"varlen_attention": attention} if kernels == "auto" else {})
+    with config.patch(kernels=kernels):
+        each(args, [*others, *of_op], facts_of)
 
 
 def near(inputs: cases.Inputs) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import cases
 import torch
 from card import CEILINGS, seconds
 from launching import offer_few_warps
-from telling import device, each, is_lost, parser, said
+from telling import each, is_lost, parser, said
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +33,7 @@ def main() -> None:
     if travelled := os.environ.get("PACKC_GPU_PEERS"):
         sys.path.append(travelled)
     peers = {f"{op} by {library}": (op, find) for (op, library), find in PEERS.items()}
-    tokens = 256 if args.dry else cases.TOKENS
+    tokens = 512 if args.dry else cases.TOKENS
 
     def facts_of(name: str) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -49,9 +49,8 @@ def main() -> None:
                 raise
             return {"why": said(error)}  # no fault of packc
 
-    with device(args.dry):
-        # A dry run has no peers: they are for GPUs.
-        each(args, cases.OPS if args.dry else [*cases.OPS, *peers], facts_of)
+    # A dry run has no peers: they are for GPUs.
+    each(args, cases.OPS if args.dry else [*cases.OPS, *peers], facts_of)
 
 
 def timed(name: str, op: str, call: Call | None, tokens: int, dry: bool) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def timed(name: str, op: str, call: Call | None, tokens: int, dry: bool) -> dict
     told = []
     for form, rows in FORMS.items():
         inputs = cases.make(
-            cases.Case(op, "bf16", rows), cases.documents(tokens) if rows == "packed" else [tokens], dry
+            cases.Case(op, "bf16", rows), cases.long_pack(tokens)[0] if rows == "packed" else [tokens], dry
         )
         run = call or _ours(inputs)
         forward, both = _forward(run, inputs), _both(run, inputs)
@@ -121,7 +120,8 @@ def _fractions(
 
 def _of_token(cu_seqlens: Tensor) -> Tensor:
     lengths = cu_seqlens.diff().long()
-    return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
+    of_documents = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+    return of_documents.repeat_interleave(lengths)[None]
 
 
 def _fla_convolution() -> Call:

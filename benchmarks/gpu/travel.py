@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ BYTES = 60_000_000  # of all of it
 PEERS = ("fla-core", "flash-linear-attention")
 PTXAS = ("nvidia-cuda-nvcc", "nvidia/*/bin/ptxas")
 # mamba_ssm's Triton kernels: the package itself wants its CUDA extension as soon as it is imported.
-MAMBA = ("mamba_ssm", ("mamba_ssm/ops/triton/", "mamba_ssm/utils/torch.py"))
+MAMBA = ("mamba_ssm", ("mamba_ssm/ops/triton/", "mamba_ssm/utils/torch.py", "mamba_ssm/utils/determinism.py"))
 
 
 def fetch(scratch: Path) -> Path:
@@ -35,7 +36,9 @@ def _download(package: str, folder: Path, binary: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", binary]
-    subprocess.run([*command, "-d", str(folder), package], check=True)
+    # pip asks a source for its metadata; mamba_ssm's would look for nvcc.
+    environment = os.environ | {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
+    subprocess.run([*command, "-d", str(folder), package], check=True, env=environment)
     return next(iter(set(folder.iterdir()) - before))
 
 
