@@ -35,13 +35,14 @@ def steps(dry: bool) -> list[Step]:
             for name, way in VARIANTS.items()
         ),
         Step("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", sys.executable, "tiny_backward.py"), 40),
-        Step("times", ("times.py",), 120, least=30, restarts=2),
+        Step("times", ("times.py",), 60, least=20, restarts=2),
+        Step("models", ("models.py",), 150, least=60, quiet=120, restarts=1),
+        Step("peers", ("times.py", "--peers"), 100, least=40, quiet=100, restarts=2),
+        Step("profile", ("profile_step.py",), 60, least=40),
         *(
             Step(name, ("correct.py",), 50, restarts=1, quiet=40, environment=tuple(way.items()), ask=products)
             for name, way in PROBES.items()
         ),
-        Step("models", ("models.py",), 150, least=60, quiet=120, restarts=1),
-        Step("profile", ("profile_step.py",), 60, least=40),
         *(
             Step(f"times, {name}", ("times.py", "--only", *PRODUCTS), 40, environment=tuple(way.items()))
             for name, way in PROBES.items()

@@ -47,7 +47,7 @@ def main() -> int:
         if args.travel:
             environment["PACKC_GPU_PTXAS"] = str(travel.fetch(Path(scratch) / "new-ptxas"))
         ok = compile_all(args, environment)
-        if args.travel and ok:
+        if args.travel:  # what spills is slow, not wrong
             travel.lay_out_cache(Path(environment["TRITON_CACHE_DIR"]))
     return 0 if ok else 1
 

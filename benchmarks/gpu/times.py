@@ -28,7 +28,9 @@ Call = Callable[..., Tensor]  # of the tensors by their names, and ``cu_seqlens`
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--peers", action="store_true", help="these, not packc's ops")
+    args = made.parse_args()
     offer_few_warps()
     if travelled := os.environ.get("PACKC_GPU_PEERS"):
         sys.path.append(travelled)
@@ -49,8 +51,10 @@ def main() -> None:
                 raise
             return {"why": said(error)}  # no fault of packc
 
-    # A dry run has no peers: they are for GPUs.
-    each(args, cases.OPS if args.dry else [*cases.OPS, *peers], facts_of)
+    if args.peers and args.dry:
+        print("peers are for GPUs")
+        return
+    each(args, peers if args.peers else cases.OPS, facts_of)
 
 
 def timed(name: str, op: str, call: Call | None, tokens: int, dry: bool) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path, deaf):
         f"open({str(child)!r}, 'w').write(str(p.pid)); say(begin='slow'); time.sleep(60)"
     )
     began = time.monotonic()
-    found = run([step("one", hang, quiet=1.0), step("two", GOOD)], tmp_path)
-    assert time.monotonic() - began < 15
-    assert {"case": "slow", "ok": False, "why": "stopped: silent for 1 s"} in of(found, "one")
+    found = run([step("one", hang, quiet=4.0), step("two", GOOD)], tmp_path)
+    assert time.monotonic() - began < 30
+    assert {"case": "slow", "ok": False, "why": "stopped: silent for 4 s"} in of(found, "one")
     assert of(found, "two")[0]["ok"]
     with pytest.raises(ProcessLookupError):
         os.kill(int(child.read_text()), 0)
@@ -109,8 +109,8 @@ def test_the_log_has_an_end(tmp_path, monkeypatch):
 def test_a_deadline_in_the_middle_ends_the_step_and_skips_the_rest(tmp_path):
     began = time.monotonic()
     hang = step("one", "say(case='early', ok=True); say(begin='late'); time.sleep(60)")
-    found = run([hang, step("two", GOOD)._replace(least=10)], tmp_path, seconds=drive.RESERVE + 1.5)
-    assert time.monotonic() - began < drive.RESERVE + 3
+    found = run([hang, step("two", GOOD)._replace(least=10)], tmp_path, seconds=drive.RESERVE + 5)
+    assert time.monotonic() - began < drive.RESERVE + 10
     assert {"case": "early", "ok": True} in of(found, "one")
     assert of(found, "two")[0]["skipped"].startswith("wants 10 s")
 
