@@ -36,7 +36,6 @@ def half(x: Tensor) -> Tensor:
 
 
 class Sized(NamedTuple):
-    mixer: str
     state: tuple[int, ...]
     sizes: dict[str, int]
     tiny: dict[str, int]  # for a dry run
@@ -46,20 +45,19 @@ class Sized(NamedTuple):
 
 HEADS, TINY = {"H": 32, "G": 32, "K": 128, "V": 128}, {"H": 2, "G": 2, "K": 8, "V": 8}
 OPS = {
-    "causal_conv1d": Sized("causal_conv1d", (4096, 3), {"D": 4096}, {"D": 8}, (8, 3), {"x": half}),
+    "causal_conv1d": Sized((4096, 3), {"D": 4096}, {"D": 8}, (8, 3), {"x": half}),
     "selective_scan": Sized(
-        "selective_scan",
         (4096, 16),
         {"D": 4096, "N": 16},
         {"D": 8, "N": 4},
         (8, 4),
         {"delta": channel_first, "z": half, "B": half, "C": half},
     ),
-    "linear_scan": Sized("linear_scan", (4096,), {"D": 4096}, {"D": 8}, (8,)),
-    "linear_attention": Sized("linear_attention", (32, 128, 128), HEADS, TINY, (2, 8, 8)),
-    "ssd": Sized("ssd", (64, 64, 128), {"H": 64, "G": 1, "P": 64, "N": 128}, {"H": 2, "P": 8, "N": 8}, (2, 8, 8)),
-    "gated_delta_rule": Sized("gated_delta_rule", (32, 128, 128), HEADS, TINY, (2, 8, 8)),
-    "gated_delta_rule_per_channel": Sized("gated_delta_rule_per_channel", (32, 128, 128), HEADS, TINY, (2, 8, 8)),
+    "linear_scan": Sized((4096,), {"D": 4096}, {"D": 8}, (8,)),
+    "linear_attention": Sized((32, 128, 128), HEADS, TINY, (2, 8, 8)),
+    "ssd": Sized((64, 64, 128), {"H": 64, "G": 1, "P": 64, "N": 128}, {"H": 2, "P": 8, "N": 8}, (2, 8, 8)),
+    "gated_delta_rule": Sized((32, 128, 128), HEADS, TINY, (2, 8, 8)),
+    "gated_delta_rule_per_channel": Sized((32, 128, 128), HEADS, TINY, (2, 8, 8)),
 }
 
 
@@ -102,7 +100,7 @@ def make(case: Case, lengths: list[int], dry: bool, on: torch.device | None = No
 
 def _make(case: Case, lengths: list[int], dry: bool) -> Inputs:
     sized = OPS[case.op]
-    mixer = (MIXERS | OTHERS)[sized.mixer]
+    mixer = (MIXERS | OTHERS)[case.op]
     mixer = mixer._replace(
         make=functools.partial(mixer.make, **(sized.tiny if dry else sized.sizes)),
         state=sized.tiny_state if dry else sized.state,

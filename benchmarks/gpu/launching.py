@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections import Counter
 from typing import Any
 
+import cases  # noqa: F401  (finds what the following imports)
 import triton
-
-from packc import ops
+from launches import tuned_kernels
 
 
 def count_misses() -> Counter[str]:
@@ -22,13 +20,6 @@ def count_misses() -> Counter[str]:
 
     triton.knobs.compilation.listener = listen
     return missed
-
-
-def tuned_kernels() -> dict[Any, str]:
-    """All that packc tunes, with their names."""
-    names = [name for _, name, _ in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.") if ".triton_" in name]
-    attributes = [(name, *item) for name in names for item in vars(importlib.import_module(name)).items()]
-    return {x: f"{module}.{name}" for module, name, x in attributes if isinstance(x, triton.runtime.Autotuner)}
 
 
 def offer_few_warps() -> None:

@@ -19,6 +19,7 @@ import cases
 import torch
 from card import CEILINGS, seconds
 from launching import offer_few_warps
+from mixer_contenders import document_of_token
 from telling import each, is_lost, parser, said
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,12 +123,6 @@ def _fractions(
 # ---- peers -----------------------------------------------------------------------------------------------------------
 
 
-def _of_token(cu_seqlens: Tensor) -> Tensor:
-    lengths = cu_seqlens.diff().long()
-    of_documents = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
-    return of_documents.repeat_interleave(lengths)[None]
-
-
 def _fla_convolution() -> Call:
     convolve = importlib.import_module("fla.modules.convolution").causal_conv1d
     return lambda cu, x, weight, bias: convolve(x, weight, bias, activation=None, cu_seqlens=_long(cu))[0]
@@ -152,7 +147,7 @@ def _mamba_ssd() -> Call:
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
 
     def call(cu: Tensor | None, x, dt, A, B, C, D, z, dt_bias) -> Tensor:
-        index = None if cu is None else _of_token(cu)
+        index = None if cu is None else document_of_token(cu)
         return scan(
             x, dt, A, B, C, 256, D=D, z=z, dt_bias=dt_bias, dt_softplus=True, dt_limit=(0.01, 2.0), seq_idx=index
         )

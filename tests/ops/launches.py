@@ -1,7 +1,20 @@
 """Standing in the way of every launch: all of them go through one function."""
 
 import contextlib
+import importlib
+import pkgutil
 import sys
+
+import triton
+
+from packc import ops
+
+
+def tuned_kernels():
+    """All of packc's, each with its name."""
+    names = [name for _, name, _ in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.") if ".triton_" in name]
+    attributes = [(name, *item) for name in names for item in vars(importlib.import_module(name)).items()]
+    return {x: f"{module}.{name}" for module, name, x in attributes if isinstance(x, triton.runtime.Autotuner)}
 
 
 @contextlib.contextmanager

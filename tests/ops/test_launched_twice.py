@@ -1,17 +1,12 @@
 """A tuned kernel can be launched twice: a tuner launches it a hundred times on the same memory before it counts."""
 
-import importlib
-import pkgutil
-
 import pytest
 import torch
 import triton
 from implementations import implementation
-from launches import instead_of_launch
+from launches import instead_of_launch, tuned_kernels
 from mixers import MIXERS, OTHERS, run
 from selective_scan_data import offsets
-
-from packc import ops
 
 MIXERS = MIXERS | OTHERS
 # Tokens enough for two chunks or segments, of whole tiles, where kernels go on from one to the next; ssd's kernels are
@@ -50,12 +45,6 @@ def launch_twice(mixer, lengths, packed=True):
     with instead_of_launch(twice):
         run(mixer, mixer.make(1, sum(lengths)), cu_seqlens, torch.randn(len(lengths), *mixer.state))
     return kernels
-
-
-def tuned_kernels():
-    names = [name for _, name, _ in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.") if ".triton_" in name]
-    attributes = [(name, *item) for name in names for item in vars(importlib.import_module(name)).items()]
-    return {x: f"{module}.{name}" for module, name, x in attributes if isinstance(x, triton.runtime.Autotuner)}
 
 
 @KERNELS
