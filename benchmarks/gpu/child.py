@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import selectors
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, NamedTuple
 
+MARK = "PACKC_GPU_CHILD"  # in the environment of a child and of all that it starts, in whatever session
 GRACE = 2.0  # seconds between asking a group to end and ending it
 LONGEST_LINE = 1 << 16  # bytes; what a line has beyond is a line of its own
+
+
+_number = itertools.count()
 
 
 class Ending(NamedTuple):
@@ -37,13 +43,14 @@ def run(
 ) -> Ending:
     """Runs until the child ends, ``limit`` seconds are over, or it has said nothing for ``quiet`` seconds.
 
-    Nothing of its group is left behind, unless the system cannot end it, which the ending says.
+    Nothing that it has started is left behind, unless the system cannot end it, which the ending says.
     """
     began = last = time.monotonic()
+    mark = f"{os.environ.get(MARK, '')}/{os.getpid()}.{next(_number)}"
     try:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=dict(environment), start_new_session=True,
+            env={**environment, MARK: mark}, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         return Ending(f"did not start: {error}", 0.0)
@@ -63,7 +70,7 @@ def run(
             if lines.read(min(0.2, max(began + limit - now, 0.0))):
                 last = time.monotonic()
     finally:
-        died = _end(child)
+        died = _end(child, mark)
         lines.finish()
     if how is None:
         how = _told(child.returncode)
@@ -76,19 +83,30 @@ def _told(code: int) -> str:
     return f"crashed: {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _end(child: subprocess.Popen) -> bool:
+def _end(child: subprocess.Popen, mark: str) -> bool:
     """Also what it has started and not waited for."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, sign)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # of a group that has only zombies left, on some systems
-            break
         ends = time.monotonic() + GRACE
         while time.monotonic() < ends and _group_lives(child):
             time.sleep(0.01)
+        if not _group_lives(child):
+            break
+    for pid in _marked(mark):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     return child.poll() is not None
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes in sessions of their own too, as /proc tells of them (Linux)."""
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if any(x == wanted or x.startswith(wanted + b"/") for x in file.read_bytes().split(b"\0")):
+                found.append(int(file.parent.name))
+    return found
 
 
 def _group_lives(child: subprocess.Popen) -> bool:

@@ -26,7 +26,7 @@ def steps(dry: bool) -> list[Step]:
     planned = [
         Step("card", ("card.py",), 40, least=20),
         Step("caches", ("prebuild.py", "--check"), 40, least=20),
-        Step("compile", ("prebuild.py", "--here"), 120, least=60, ask=missing_kernels),
+        Step("compile", ("prebuild.py", "--here"), 120, least=60, quiet=120, ask=missing_kernels),
         Step("smoke", ("smoke.py",), 60, restarts=3),
         Step("cubins", ("cubins.py",), 30, ask=nothing_ran),
         Step("correct", ("correct.py",), 110, restarts=4, quiet=40),

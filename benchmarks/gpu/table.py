@@ -1,20 +1,20 @@
-"""The table that is printed last: a line a step, then what failed, then what was measured."""
+"""The table that is printed last: how the steps went, then what failed, then what was measured."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import plan
 from step import Facts, Step, failed, told_by
 
 LINES, WIDTH = 25, 150
-FAILURES = 6  # lines, while there is anything else to say
+BAD = 8  # lines of steps that went wrong
+FAILURES = 6  # lines of what failed, while there is anything else to say
 
 
 def lines(found: list[Facts], steps: Sequence[Step]) -> list[str]:
-    needless = [facts["step"] for facts in found if "needless" in facts]
-    of_steps = [_step(step.name, found) for step in steps if step.name not in needless]
-    of_steps += [f"not needed     {', '.join(needless)}"] if needless else []
+    of_steps = _steps(found, [step.name for step in steps])
     wrong = verdicts(found)
     last = {str(facts.get("about", n)): str(facts["line"]) for n, facts in enumerate(found) if "line" in facts}
     measured = list(last.values())
@@ -26,20 +26,37 @@ def lines(found: list[Facts], steps: Sequence[Step]) -> list[str]:
     return [" ".join(line.split("\n"))[:WIDTH] for line in everything[:LINES]]
 
 
-def _step(name: str, found: list[Facts]) -> str:
-    mine = [facts for facts in found if facts["step"] == name]
-    told = told_by(name, found)
-    words = [f"{name:14}", f"{sum(facts.get('seconds', 0) for facts in mine if 'ended' in facts):6.1f} s"]
-    right, wrong = sum(facts.get("ok") is True for facts in told), sum(map(failed, told))
-    if right or wrong:
-        words.append(f"{right} right" + (f", {wrong} WRONG" if wrong else ""))
-    elif told:
-        words.append(f"{len(told)} told")
-    words += [f"skipped: {facts['skipped']}" for facts in mine if "skipped" in facts and "case" not in facts]
-    words += [facts["ended"] for facts in mine if facts.get("ended", "done") != "done"]
-    if nonsense := sum(facts.get("nonsense", 0) for facts in mine):
-        words.append(f"{nonsense} other lines: log.txt")
-    return "  ".join(words) if mine else f"{name:14} not reached"
+def _steps(found: list[Facts], names: list[str]) -> list[str]:
+    """Those that went well together, and a line for each of the others."""
+    well, bad, skipped, needless = [], [], [], []
+    for name in names:
+        mine = [facts for facts in found if facts["step"] == name]
+        told = told_by(name, found)
+        right, wrong = sum(facts.get("ok") is True for facts in told), sum(map(failed, told))
+        count = f"{right} right" if right or wrong else f"{len(told)} told"
+        count += f", {wrong} WRONG" if wrong else ""
+        words = f"{name} {sum(facts.get('seconds', 0) for facts in mine if 'ended' in facts):.0f} s, {count}"
+        endings = [facts["ended"] for facts in mine if facts.get("ended", "done") != "done"]
+        reasons = [facts["skipped"] for facts in mine if "skipped" in facts]
+        if not mine:
+            skipped.append(f"{name} (not reached)")
+        elif any("needless" in facts for facts in mine):
+            needless.append(name)
+        elif wrong or endings:
+            bad.append("; ".join([words, *endings, *(f"skipped: {reason}" for reason in reasons)]))
+        elif reasons:
+            skipped.append(f"{name} ({reasons[0]})")
+        else:
+            well.append(words)
+    if len(bad) > BAD:
+        bad = [*bad[: BAD - 1], f"... and {len(bad) - BAD + 1} more that went wrong: results.jsonl"]
+    joined = {"done": "; ".join(well), "skipped": "; ".join(skipped), "not needed": ", ".join(needless)}
+    return [*_wrapped("done", joined), *bad, *_wrapped("skipped", joined), *_wrapped("not needed", joined)]
+
+
+def _wrapped(title: str, joined: dict[str, str]) -> list[str]:
+    text = f"{title}: {joined[title]}"
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ") if joined[title] else []
 
 
 def verdicts(found: list[Facts]) -> list[str]:
