@@ -23,10 +23,6 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Bytes. The ptxas that comes with Triton up to 3.7 keeps a value of three of the scan's kernels on the stack, of one
-# that it gives 96 registers and might give 255.
-SPILLS_ALLOWED = 0 if Version(triton.__version__) >= Version("3.8") else 8
-
 
 class Chip(NamedTuple):
     target: GPUTarget
@@ -39,6 +35,9 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+# Bytes. The ptxas that comes with Triton up to 3.7 keeps a value of three of the scan's kernels on the stack, of one
+# that it gives 96 registers and might give 255.
+SPILLS_ALLOWED = 0 if Version(triton.__version__) >= Version("3.8") else 8
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
