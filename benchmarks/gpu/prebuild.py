@@ -141,7 +141,7 @@ def compile_unit(name: str, check: bool) -> int:
         missed.clear()
 
     launching.offer_few_warps()
-    stand_in.install(heard, Path(os.environ["PACKC_GPU_SCRATCH"]) / f"libcuda-{name}", look_up=check)
+    stand_in.install(heard, Path(os.environ["PACKC_GPU_SCRATCH"]) / f"libcuda-{os.getpid()}", look_up=check)
     if name == "models":
         launch_models()
     if name == "pack":

@@ -2,6 +2,7 @@
 
 import cases
 import correct
+import plan
 import pytest
 import torch
 
@@ -27,6 +28,10 @@ def spoil(monkeypatch):
         monkeypatch.setattr(cases, "run", spoiled)
 
     return spoil
+
+
+def test_every_op_is_compiled_before():
+    assert {*plan.PRODUCTS, *plan.SCANS} == cases.OPS.keys()
 
 
 def test_nothing_is_found_where_nothing_is_wrong(spoil):
