@@ -16,7 +16,7 @@ FAILURES = 6  # lines of what failed, while there is anything else to say
 def lines(found: list[Facts], steps: Sequence[Step]) -> list[str]:
     of_steps = _steps(found, [step.name for step in steps])
     wrong = verdicts(found)
-    last = {str(facts.get("about", n)): str(facts["line"]) for n, facts in enumerate(found) if "line" in facts}
+    last = {str(facts.get("about", n)): _line(facts) for n, facts in enumerate(found) if "line" in facts}
     measured = list(last.values())
     room = max(LINES - len(of_steps), 0)
     shown = wrong[: max(room - len(measured), min(FAILURES, room))]
@@ -24,6 +24,11 @@ def lines(found: list[Facts], steps: Sequence[Step]) -> list[str]:
         shown[-1] = f"... and {len(wrong) - len(shown) + 1} more that failed: results.jsonl"
     everything = [*of_steps, *shown, *measured]
     return [" ".join(line.split("\n"))[:WIDTH] for line in everything[:LINES]]
+
+
+def _line(facts: Facts) -> str:
+    _, _, way = facts["step"].partition(", ")  # of "times, wgmma": as against plain "times"
+    return f"{way}: {facts['line']}" if way else str(facts["line"])
 
 
 def _steps(found: list[Facts], names: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ def run(out, *arguments):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)  # steps choose for themselves
     ran = subprocess.run(
-        [GPU / "run.sh", "--dry", out, "170", *arguments], capture_output=True, text=True, env=environment, timeout=180
+        [GPU / "run.sh", "--dry", out, "500", *arguments], capture_output=True, text=True, env=environment, timeout=600
     )
     assert ran.returncode == 0, ran.stderr
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()], ran.stdout

@@ -34,5 +34,6 @@ def instead_of_launch(replacement):
 
 def _replace(function, other):
     for module in list(sys.modules.values()):
-        if getattr(module, "launch", None) is function:
+        # Not getattr, at which a lazy module may import all that it has.
+        if getattr(module, "__dict__", {}).get("launch") is function:
             module.launch = other
