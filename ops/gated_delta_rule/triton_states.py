@@ -20,9 +20,16 @@ from packc.ops.gated_delta_rule.triton_gates import (
     load_dense,
     store_dense,
 )
-from packc.ops.linear_attention.triton_chunks import Chunks, inside_of, load_per_token, load_tile
+from packc.ops.linear_attention.triton_chunks import (
+    Chunks,
+    head_strides,
+    inside_of,
+    load_per_token,
+    load_tile,
+    token_strides,
+)
 from packc.ops.linear_attention.triton_products import dot_by_computed, log_decays, to_end, whole
-from packc.ops.linear_attention.triton_states import block_of, head_strides, token_strides
+from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 
 

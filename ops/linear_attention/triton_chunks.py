@@ -6,7 +6,8 @@ the device knows; there are at most ``L // 64`` and one more a document, and pro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,11 +61,11 @@ def chunk_of(table, PACKED: tl.constexpr):
 
 @triton.jit
 def tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to channels ``first ..`` of a chunk's tokens: 64 bits to its corner, 32 from there (``check_strides``).
+    """Pointers to channels ``first ..`` of a chunk's tokens: 64 bits to its corner, 32 from there (``countable``).
 
     Loops keep what is the same in every turn in registers: one number a pointer, not two.
     """
-    x += row * x_b + token.to(tl.int64) * x_t + head * x_h + tl.cast(first, tl.int64) * x_d
+    x += (row * x_b + token) * x_t + head * x_h + tl.cast(first, tl.int64) * x_d
     return x + (tl.arange(0, CHUNK)[:, None] * x_t + tl.arange(0, BLOCK)[None, :] * x_d)
 
 
@@ -92,14 +93,14 @@ def store_tile(
 def load_per_token(x, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
     """A scalar of each of a chunk's tokens."""
     t = tl.arange(0, CHUNK)
-    x += row * x_b + token.to(tl.int64) * x_t + head * x_h
+    x += (row * x_b + token) * x_t + head * x_h
     return tl.load(x + t * x_t, t < length, 0.0)
 
 
 @triton.jit
 def store_per_token(x, value, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
     t = tl.arange(0, CHUNK)
-    x += row * x_b + token.to(tl.int64) * x_t + head * x_h
+    x += (row * x_b + token) * x_t + head * x_h
     tl.store(x + t * x_t, value, t < length)
 
 
@@ -167,8 +168,47 @@ def load_between(
     return state
 
 
-def check_strides(**tensors: Tensor | None) -> None:
-    """Raises for tensors whose tokens or channels lie too far apart to count from a chunk's corner in 32 bits."""
+def countable(*tensors: Tensor | None) -> list[Any]:
+    """``(B, L, ...)`` tensors as kernels count in them, others copied.
+
+    From row to row it is whole tokens: so Triton, which is told what a token's stride is a multiple of and never a
+    row's, knows the same of every address, and loads several values at once. Within a chunk 32 bits count.
+    """
+    return [x if x is None or (_rows_of_tokens(x) and _within_32_bits(x)) else x.contiguous() for x in tensors]
+
+
+def _rows_of_tokens(x: Tensor) -> bool:
+    row, token = x.stride()[:2]
+    return x.shape[0] == 1 or row == 0 or (token > 0 and row % token == 0)
+
+
+def _within_32_bits(x: Tensor) -> bool:
+    return CHUNK * x.stride(1) + 64 * (x.stride(3) if x.ndim > 3 else 0) < 2**31
+
+
+def token_strides(**tensors: Tensor) -> dict[str, int]:
+    """Of ``(B, L, H, D)`` tensors ``<name>_b``, in tokens, and ``_t``, ``_h`` and ``_d``, in elements."""
+    return _strides("thd", tensors)
+
+
+def head_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """Of ``(B, L, H)`` tensors ``<name>_b``, in tokens, and ``_t`` and ``_h``, in elements."""
+    return _strides("th", tensors)
+
+
+def _strides(axes: str, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+    found = {}
     for name, x in tensors.items():
-        if x is not None and CHUNK * x.stride(1) + 64 * x.stride(3) >= 2**31:
-            raise ValueError(f"{name} of strides {x.stride()} is too widely spread; make it contiguous")
+        row, *within = [0] * (1 + len(axes)) if x is None else x.stride()
+        found[f"{name}_b"] = row // max(within[0], 1) if x is not None and x.shape[0] > 1 else 0
+        found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, within, strict=True)}
+    return found
+
+
+def state_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """``<name>_n``, ``_h``, ``_k`` and ``_v`` of ``(documents, H, K, V)`` tensors."""
+    return {
+        f"{name}_{axis}": 0 if x is None else x.stride(i)
+        for name, x in tensors.items()
+        for i, axis in enumerate("nhkv")
+    }

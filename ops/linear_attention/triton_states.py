@@ -12,7 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops.linear_attention.reference import CHUNK
-from packc.ops.linear_attention.triton_chunks import Chunks, chunk_of, load_per_token, load_tile
+from packc.ops.linear_attention.triton_chunks import (
+    Chunks,
+    chunk_of,
+    head_strides,
+    load_per_token,
+    load_tile,
+    state_strides,
+    token_strides,
+)
 from packc.ops.linear_attention.triton_products import (
     dot_by_computed,
     fp32_products,
@@ -258,22 +266,6 @@ def block_of(channels: int, dtype: torch.dtype) -> int:
     return min(64 if dtype == torch.bfloat16 else 32, max(16, triton.next_power_of_2(channels)))
 
 
-def token_strides(**tensors: Tensor) -> dict[str, int]:
-    """``<name>_b``, ``_t``, ``_h`` and ``_d`` of ``(B, L, H, D)`` tensors."""
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bthd")}
-
-
-def head_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_b``, ``_t`` and ``_h`` of ``(B, L, H)`` tensors."""
-    return {
-        f"{name}_{axis}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")
-    }
-
-
-def state_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_n``, ``_h``, ``_k`` and ``_v`` of ``(documents, H, K, V)`` tensors."""
-    return {
-        f"{name}_{axis}": 0 if x is None else x.stride(i)
-        for name, x in tensors.items()
-        for i, axis in enumerate("nhkv")
-    }
+def half_block_of(channels: int, dtype: torch.dtype) -> int:
+    """For kernels that have other tiles beside it."""
+    return min(block_of(channels, dtype), 32 if dtype == torch.bfloat16 else 16)

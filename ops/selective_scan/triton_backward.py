@@ -182,7 +182,7 @@ def _enter_tiles(
         token += BLOCK_T
 
 
-@autotuned(_CONFIGS, key=["channels", "states", "PACKED"], ampere=_AMPERE)
+@autotuned(_CONFIGS, key=["channels", "states", "PACKED"], before_hopper=_AMPERE)
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _walk_back(
     dout,

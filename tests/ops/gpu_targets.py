@@ -22,6 +22,8 @@ from launches import instead_of_launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from packc.ops.tritonsrc import chips
+
 
 class Chip(NamedTuple):
     target: GPUTarget
@@ -66,9 +68,9 @@ def recorded(run) -> list[Launch]:
     return launches
 
 
-def configs(launch: Launch, chip: str) -> list[triton.Config]:
-    shipped = getattr(launch.kernel, "shipped", None)
-    return [triton.Config({}, num_warps=4)] if shipped is None else shipped["ampere" if chip == "sm_80" else "later"]
+def configs(launch: Launch, chip: Chip) -> list[triton.Config]:
+    offered = getattr(launch.kernel, "offered", None)
+    return [triton.Config({}, num_warps=4)] if offered is None else offered(chip.target)
 
 
 def compiled(launch: Launch, config: triton.Config, chip: Chip) -> Resources:
@@ -83,7 +85,8 @@ def compiled(launch: Launch, config: triton.Config, chip: Chip) -> Resources:
         elif isinstance(value, torch.Tensor) or (type(value) is int and _aligned(value, parameter)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
-    result = triton.compile(source, target=chip.target, options={"enable_fp_fusion": True, **options})
+    with chips.compiling(chip.target):
+        result = triton.compile(source, target=chip.target, options={"enable_fp_fusion": True, **options})
     return (_amd if chip.target.backend == "hip" else _nvidia)(result)
 
 
@@ -140,7 +143,7 @@ def main(op: str, everything: bool) -> None:
         chips = [chip for name, chip in pairs if name == call]
         for launch in recorded(calls[call]):
             for name in chips:
-                chip, shipped = CHIPS[name], configs(launch, name)
+                chip, shipped = CHIPS[name], configs(launch, CHIPS[name])
                 one = (turn + list(CHIPS).index(name)) % len(shipped)
                 for config in shipped if everything else shipped[one : one + 1]:
                     types = {key: getattr(value, "dtype", value) for key, value in launch.arguments.items()}
