@@ -14,6 +14,7 @@ import contextlib
 import os
 import threading
 import warnings
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -27,28 +28,37 @@ def _miscompiles_wgmma(target: GPUTarget) -> bool:
     return (target.backend, target.arch) == ("cuda", 90) and _RELEASE < (3, 9)
 
 
+def _before_hopper(target: GPUTarget) -> bool:
+    return target.backend == "cuda" and target.arch < 90
+
+
 def _as_before_hopper(target: GPUTarget) -> bool:
-    """Whether products are compiled as for NVIDIA chips before sm_90, which takes more registers than wgmma."""
-    if target.backend != "cuda" or target.arch > 90:
+    """Whether products for Hopper are compiled as for the chips before it, which takes more registers than wgmma."""
+    if (target.backend, target.arch) != ("cuda", 90):
         return False
-    disabled = _miscompiles_wgmma(target) if _SWITCHED is None else _SWITCHED.lower() in ("1", "on", "true")
-    return target.arch < 90 or disabled
+    return _miscompiles_wgmma(target) if _SWITCHED is None else _SWITCHED.lower() in ("1", "on", "true")
+
+
+def multiplies(kernel: Any) -> bool:
+    """Whether a kernel multiplies matrices: those that do are told how."""
+    return "PRECISION" in kernel.arg_names
 
 
 def offered(
-    configs: list[triton.Config], before_hopper: list[triton.Config] | None, target: GPUTarget
+    kernel: Any, configs: list[triton.Config], before_hopper: list[triton.Config] | None, target: GPUTarget
 ) -> list[triton.Config]:
     """What is tried of a kernel's configurations."""
-    if _as_before_hopper(target):
+    if _before_hopper(target) or (multiplies(kernel) and _as_before_hopper(target)):
         return configs if before_hopper is None else before_hopper
-    if _miscompiles_wgmma(target):
+    if multiplies(kernel) and _miscompiles_wgmma(target):
         return [config for config in configs if config.num_warps <= 4]
     return configs
 
 
-def compiling(target: GPUTarget) -> contextlib.AbstractContextManager[None]:
-    """Within it, kernels for the chip are compiled as they should be."""
-    return _without_wgmma if _SWITCHED is None and _miscompiles_wgmma(target) else _as_ever
+def compiling(kernel: Any, target: GPUTarget) -> contextlib.AbstractContextManager[None]:
+    """Within it, the kernel is compiled for the chip as it should be."""
+    without = _SWITCHED is None and multiplies(kernel) and _miscompiles_wgmma(target)
+    return _without_wgmma if without else _as_ever
 
 
 class _WithoutWgmma(contextlib.AbstractContextManager[None]):

@@ -32,23 +32,24 @@ def autotuned(
         configs: what is tried. The interpreter has nothing to time and takes the first.
         key: arguments that models fix (channels, states; dtypes follow by themselves), never a number of tokens: a
             batch of a new length must not tune again.
-        before_hopper: what is tried instead where NVIDIA's products are compiled as for the chips before sm_90: the
-            compiler runs out of registers sooner.
+        before_hopper: what is tried instead on NVIDIA chips before sm_90, and where kernels are compiled as for them
+            (``chips``): the compiler runs out of registers sooner.
     """
-
-    def on_this_chip(_configs: list[triton.Config], _arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-        return chips.offered(configs, before_hopper, triton.runtime.driver.active.get_current_target())
 
     def tune(kernel: Any) -> Any:
         if interpreted():
             return triton.autotune(configs=configs[:1], key=key)(kernel)
+
+        def on_this_chip(_configs: list[triton.Config], _arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+            return tuned.offered(triton.runtime.driver.active.get_current_target())
+
         tuned = triton.autotune(
             configs=configs + (before_hopper or []),
             key=key,
             prune_configs_by={"early_config_prune": on_this_chip},
             cache_results=True,
         )(kernel)
-        tuned.offered = functools.partial(chips.offered, configs, before_hopper)
+        tuned.offered = functools.partial(chips.offered, kernel, configs, before_hopper)
         return tuned
 
     return tune
@@ -59,14 +60,14 @@ def launch(kernel: Any, grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple
     if not callable(grid) and 0 in grid:
         return
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), _compiling(device):
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), _compiling(kernel, device):
         # Said aloud because Triton 3.10 changes the default.
         kernel[grid](**arguments, enable_fp_fusion=True)
 
 
 @functools.cache
-def _compiling(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Called with the device current. What is compiled is compiled on a kernel's first launch."""
+def _compiling(kernel: Any, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Called with the device current."""
     if interpreted():
         return contextlib.nullcontext()
-    return chips.compiling(triton.runtime.driver.active.get_current_target())
+    return chips.compiling(kernel, triton.runtime.driver.active.get_current_target())

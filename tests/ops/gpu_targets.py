@@ -85,7 +85,7 @@ def compiled(launch: Launch, config: triton.Config, chip: Chip) -> Resources:
         elif isinstance(value, torch.Tensor) or (type(value) is int and _aligned(value, parameter)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
-    with chips.compiling(chip.target):
+    with chips.compiling(function, chip.target):
         result = triton.compile(source, target=chip.target, options={"enable_fp_fusion": True, **options})
     return (_amd if chip.target.backend == "hip" else _nvidia)(result)
 
