@@ -142,7 +142,7 @@ def forward(
     states = v.new_zeros((chunks.documents, heads, K, V), dtype=torch.float32)
     if initial_state is not None:
         states.copy_(initial_state)
-    kept = v.new_zeros(chunk_states_shape(k, v), dtype=torch.float32)
+    kept = v.new_empty(chunk_states_shape(k, v), dtype=torch.float32)
     gate, shared = gate_of(g, chunks, packed), shared_arguments(k, v, chunks, packed)
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     readers, u = solve(k, gate, beta, resolvents, shared), solve(v, None, beta, resolvents, shared)

@@ -51,7 +51,7 @@ def backward(
     block_k, block_v = half_block_of(K, v.dtype), block_of(V, v.dtype)
     blocks_k, blocks_v = triton.cdiv(K, block_k), max(1, triton.cdiv(V, block_v))
     kept = chunk_states.view(chunk_states_shape(k, v))
-    dkept = torch.zeros_like(kept)
+    dkept = torch.empty_like(kept)
     initial, dfinal = key_major(initial_state, value_major), key_major(dfinal_state, value_major)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     carry_states(q, dout, g, None, scale, chunks, dfinal, key_major(dinitial, value_major), dkept, packed, reverse=True)

@@ -6,7 +6,6 @@ the device knows; there are at most ``L // 64`` and one more a document, and pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from packc.ops import documents
 from packc.ops.linear_attention.reference import CHUNK
+from packc.ops.tritonsrc import tokens
 
 FIRST, LAST = tl.constexpr(1), tl.constexpr(2)
 
@@ -33,10 +33,10 @@ class Chunks(NamedTuple):
 
 def chunks_of(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
     """Of the documents of a ``(B, L, ...)`` tensor."""
-    rows, tokens = x.shape[:2]
+    rows, length = x.shape[:2]
     count = documents.count(cu_seqlens, x)
     starts = documents.offsets(cu_seqlens, x)
-    bound = rows * triton.cdiv(tokens, CHUNK) if cu_seqlens is None else tokens // CHUNK + count
+    bound = rows * triton.cdiv(length, CHUNK) if cu_seqlens is None else length // CHUNK + count
     lengths = starts.diff()
     first = torch.nn.functional.pad(((lengths + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
     chunk = torch.arange(bound, device=x.device)
@@ -139,6 +139,19 @@ def load_kept(
 
 
 @triton.jit
+def slots_behind(starts, document, count, slots, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """Of its row, the slots from those of a document of ``count`` chunks to the next one's: nothing leads to them."""
+    first = 0
+    end = slots
+    if PACKED:
+        first = tl.load(starts + document) // CHUNK
+        last = tl.load(starts + tl.num_programs(0))
+        following = tl.load(starts + document + 1)
+        end = tl.where(following < last, following // CHUNK, slots)
+    return first + tl.maximum(count - 1, 0), end
+
+
+@triton.jit
 def load_between(
     kept,
     ends,  # (documents, heads, K, V), or None for zeros
@@ -169,40 +182,22 @@ def load_between(
 
 
 def countable(*tensors: Tensor | None) -> list[Any]:
-    """``(B, L, ...)`` tensors as kernels count in them, others copied.
-
-    From row to row it is whole tokens: so Triton, which is told what a token's stride is a multiple of and never a
-    row's, knows the same of every address, and loads several values at once. Within a chunk 32 bits count.
-    """
-    return [x if x is None or (_rows_of_tokens(x) and _within_32_bits(x)) else x.contiguous() for x in tensors]
-
-
-def _rows_of_tokens(x: Tensor) -> bool:
-    row, token = x.stride()[:2]
-    return x.shape[0] == 1 or row == 0 or (token > 0 and row % token == 0)
+    """``(B, L, ...)`` tensors as kernels count in them: :func:`tokens.countable`, and in 32 bits within a chunk."""
+    return [x if x is None or _within_32_bits(x) else x.contiguous() for x in tokens.countable(*tensors)]
 
 
 def _within_32_bits(x: Tensor) -> bool:
     return CHUNK * x.stride(1) + 64 * (x.stride(3) if x.ndim > 3 else 0) < 2**31
 
 
-def token_strides(**tensors: Tensor) -> dict[str, int]:
-    """Of ``(B, L, H, D)`` tensors ``<name>_b``, in tokens, and ``_t``, ``_h`` and ``_d``, in elements."""
-    return _strides("thd", tensors)
+def token_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """``<name>_b``, ``_t``, ``_h`` and ``_d`` of ``(B, L, H, D)`` tensors."""
+    return tokens.strides("thd", **tensors)
 
 
 def head_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """Of ``(B, L, H)`` tensors ``<name>_b``, in tokens, and ``_t`` and ``_h``, in elements."""
-    return _strides("th", tensors)
-
-
-def _strides(axes: str, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
-    found = {}
-    for name, x in tensors.items():
-        row, *within = [0] * (1 + len(axes)) if x is None else x.stride()
-        found[f"{name}_b"] = row // max(within[0], 1) if x is not None and x.shape[0] > 1 else 0
-        found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, within, strict=True)}
-    return found
+    """``<name>_b``, ``_t`` and ``_h`` of ``(B, L, H)`` tensors."""
+    return tokens.strides("th", **tensors)
 
 
 def state_strides(**tensors: Tensor | None) -> dict[str, int]:

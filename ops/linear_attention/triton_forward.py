@@ -163,7 +163,7 @@ def forward(
     out = v.new_empty(v.shape, dtype=v.dtype if round_out else torch.float32)
     sizes = (chunks.documents if output_final_state else 0, heads, *((V, K) if value_major else (K, V)))
     final_state = v.new_empty(sizes, dtype=torch.float32)
-    kept = v.new_zeros(chunk_states_shape(k, v), dtype=torch.float32)
+    kept = v.new_empty(chunk_states_shape(k, v), dtype=torch.float32)
     initial = key_major(initial_state, value_major)
     if v.numel() > 0 or output_final_state:
         ends = key_major(final_state, value_major) if output_final_state else None

@@ -57,7 +57,8 @@ class Resources(NamedTuple):
     spilled: int  # bytes on NVIDIA, registers on AMD
     registers: int
     shared_memory: int  # bytes
-    assembly: str
+    wide_loads: int | None  # of two registers or more a thread; not counted on AMD
+    wgmma: bool
 
 
 def recorded(run) -> list[Launch]:
@@ -119,14 +120,16 @@ def _nvidia(result: Any) -> Resources:
         file.flush()
         told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", told)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Resources(stack + local, registers, result.metadata.shared, result.asm["ptx"])
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", result.asm["ptx"])
+    wide = sum(int(many or 1) * int(bits) >= 64 for many, bits in loads)
+    return Resources(stack + local, registers, result.metadata.shared, wide, "wgmma.mma_async" in result.asm["ptx"])
 
 
 def _amd(result: Any) -> Resources:
     text = result.asm["amdgcn"]
     # Scalar registers spill into lanes of vector registers, not into memory: they do not count.
     spilled, registers = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_spill_count", "vgpr_count"))
-    return Resources(spilled, registers, result.metadata.shared, text)
+    return Resources(spilled, registers, result.metadata.shared, None, False)
 
 
 def few(op: str) -> list[tuple[str, str]]:
@@ -164,6 +167,8 @@ def main(op: str, everything: bool) -> None:
                                 "registers": result.registers,
                                 "shared_memory": result.shared_memory,
                                 "limit": chip.shared_memory,
+                                "wide_loads": result.wide_loads,
+                                "wgmma": result.wgmma,
                             }
                         ),
                         flush=True,
