@@ -77,6 +77,10 @@ def _channel_first(B: int, L: int) -> dict[str, Tensor]:
     return _convolution(B, L) | {"x": torch.randn(B, 3, L).mT}
 
 
+def _halves(B: int, L: int) -> dict[str, Tensor]:
+    return {name: x.half() for name, x in _convolution(B, L).items()}
+
+
 # Those whose promises have tests of their own.
 OTHERS = {
     "selective_scan": Mixer(
@@ -84,6 +88,7 @@ OTHERS = {
     ),
     "causal_conv1d": Mixer(ops.causal_conv1d, _convolution, (3, 3)),
     "causal_conv1d of channel-first inputs": Mixer(ops.causal_conv1d, _channel_first, (3, 3)),
+    "causal_conv1d of halves": Mixer(ops.causal_conv1d, _halves, (3, 3)),
 }
 
 
