@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from telling import each, parser
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    files = {file.stem: file for file in sorted(Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin"))}
+    found = sorted(Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin"))
+    files = {f"{file.stem} {file.parent.name[:8]}": file for file in found}
 
     def facts_of(name: str) -> dict[str, Any]:
         from triton.runtime import driver
@@ -25,7 +25,7 @@ def main() -> None:
         return {"ok": True, "registers": registers, "spills": spills, "threads": threads}
 
     if args.dry:
-        print(Counter(files))  # nothing here loads one
+        print(f"{len(files)} kernels, which only a GPU loads")
         return
     each(args, files, facts_of)
 

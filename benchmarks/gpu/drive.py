@@ -117,6 +117,7 @@ class Driver:
                 lambda line: self.write(step.name, line),
             )
             self.tell(step.name, ended=ending.how, seconds=round(ending.seconds, 1), nonsense=hears.nonsense)
+            print(f"{step.name}: {ending.how}, {ending.seconds:.0f} s", file=sys.stderr, flush=True)
             if ending.how != "done" and hears.within is not None:
                 self.tell(step.name, case=hears.within, ok=False, why=ending.how)
             if ending.how == "done" or hears.within is None or time.monotonic() >= ends:
