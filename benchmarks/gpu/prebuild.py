@@ -41,7 +41,8 @@ def main() -> int:
     if args.unit:
         return compile_unit(args.unit, args.check)
     if args.check or args.here:
-        return 0 if compile_all(args, os.environ | _binaries()) else 1
+        scratch = {"PACKC_GPU_SCRATCH": tempfile.gettempdir()}  # where no driver has made one
+        return 0 if compile_all(args, scratch | os.environ | _binaries()) else 1
     with tempfile.TemporaryDirectory(prefix="packc-prebuild-") as scratch:
         environment = importable.environment(Path(scratch), dry=False) | _binaries()
         if args.travel:
