@@ -138,7 +138,8 @@ def compile_unit(name: str, check: bool) -> int:
             spilled = spilled if spilled > SPILLS_ALLOWED else 0
             facts = {"hit": not missed[kernel.src.name], "spilled": spilled, "registers": registers}
             facts |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
-            print(json.dumps({"kernel": kernel.src.name, **facts}), flush=True)
+            of = next(kind for kind in kernel.src.signature.values() if kind.startswith("*"))
+            print(json.dumps({"kernel": f"{kernel.src.name} of {of[1:]}", **facts}), flush=True)
         missed.clear()
 
     launching.offer_few_warps()
