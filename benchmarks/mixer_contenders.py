@@ -99,7 +99,7 @@ def ssd(p: Problem) -> dict[str, Contender]:
         found["transformers, a group a head"] = Contender(forward_backward(transformers, *own))
     if mamba := peer("mamba_ssm.ops.triton.ssd_combined", p):
         for name, documents in (("", None), (", documents", real)):
-            index = None if documents is None else _document_of_token(documents)
+            index = None if documents is None else document_of_token(documents)
 
             def combined(x, dt, A, B, C, D, bias, index=index):
                 return mamba.mamba_chunk_scan_combined(
@@ -111,7 +111,7 @@ def ssd(p: Problem) -> dict[str, Contender]:
     return found
 
 
-def _document_of_token(cu_seqlens: Tensor) -> Tensor:
+def document_of_token(cu_seqlens: Tensor) -> Tensor:
     lengths = cu_seqlens.diff().long()
     return torch.arange(len(lengths), device=lengths.device, dtype=torch.int32).repeat_interleave(lengths)[None]
 

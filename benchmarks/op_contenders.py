@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import packc.ops as ops
-from packc.ops.selective_scan import triton_segments
 
 MEAN_LENGTH, SHORTEST, LONGEST = 646, 57, 2048  # tokens of PackMamba's documents
 
@@ -144,9 +143,10 @@ def selective_scan(p: Problem) -> dict[str, Contender]:
         "forward + backward, docs of 1-64": Contender(forward_backward(packed(short), *model), **both),
     }
     if p.device.type == "cuda":
+        from packc.ops.selective_scan import triton_forward
 
         def one_segment(*inputs: Tensor) -> Tensor:
-            with mock.patch.object(triton_segments, "segment_tokens", lambda rows, tokens, *_: -(-tokens // 64) * 64):
+            with mock.patch.object(triton_forward, "segment_tokens", lambda rows, tokens, *_: -(-tokens // 64) * 64):
                 return scan(*inputs, cu_seqlens=real)
 
         found["forward, documents, not parallel over T"] = Contender(lambda: one_segment(*model), **forward)

@@ -88,6 +88,7 @@ def main() -> None:
     roofs = measure_roofs() if device.type == "cuda" else None
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 
+    args.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in args.sections or SECTIONS:
         tokens = (TOKENS_OF_MIXERS if name in MIXERS else TOKENS)[device.type]
@@ -97,10 +98,10 @@ def main() -> None:
                 contenders = SECTIONS[name](Problem(T, D, DTYPES[dtype], device))
                 times = on_gpu(contenders) if device.type == "cuda" else on_cpu(contenders, args.rounds, name)
                 new = [row(name, T, D, dtype, each, contenders[each], times, roofs) for each in times]
-                show(new)
-                rows += new
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, args.output / f"ops-{device.type}.csv")
+                if new:
+                    show(new)
+                    rows += new
+                    write_csv(rows, args.output / f"ops-{device.type}.csv")
     draw(rows, machine(device), args.output / f"ops-{device.type}.png")
     print(f"\nWritten: {args.output}/ops-{device.type}.csv, .png")
 
@@ -134,15 +135,15 @@ def on_cpu(contenders: dict[str, Contender], rounds: int, what: str) -> dict[str
 
 
 def on_gpu(contenders: dict[str, Contender]) -> dict[str, list[float]]:
-    """Milliseconds, with a cold L2 cache; what does not fit the memory is left out."""
+    """Milliseconds, with a cold L2 cache; what fails, or does not fit the memory, is left out."""
     from triton.testing import do_bench
 
     times = {}
     for name, contender in contenders.items():
         try:
             times[name] = do_bench(contender.run, warmup=50, rep=200, return_mode="all")
-        except torch.OutOfMemoryError:
-            print(f"  {name}: out of memory")
+        except Exception as error:
+            print(f"  {name}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
     return times
 
 

@@ -33,13 +33,16 @@ from packc.ops.gated_delta_rule.triton_solutions import solve, solve_transposed
 from packc.ops.gated_delta_rule.triton_state_gradients import correct_gradients
 from packc.ops.linear_attention.reference import chunk_states_shape
 from packc.ops.linear_attention.triton_chunks import (
-    check_strides,
     chunk_of,
     chunks_of,
+    countable,
+    head_strides,
     load_between,
     load_per_token,
     load_tile,
+    state_strides,
     store_per_token,
+    token_strides,
 )
 from packc.ops.linear_attention.triton_products import (
     dot_by_computed,
@@ -49,7 +52,7 @@ from packc.ops.linear_attention.triton_products import (
     to_end,
     whole,
 )
-from packc.ops.linear_attention.triton_states import block_of, head_strides, state_strides, token_strides
+from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
@@ -253,7 +256,7 @@ def backward(
     initial_state: Tensor | None,
 ) -> Gradients:
     """dout, q, k and v in one dtype, the others in fp32; gradients in fp32 where heads are added up, else in theirs."""
-    check_strides(dout=dout)
+    dout, q, k, v, g, beta = countable(dout, q, k, v, g, beta)
     chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
     rows, tokens, heads, V = v.shape
     groups, K = k.shape[2:]

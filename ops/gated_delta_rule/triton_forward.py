@@ -26,19 +26,21 @@ from packc.ops.gated_delta_rule.triton_solutions import solve
 from packc.ops.gated_delta_rule.triton_states import correct_states
 from packc.ops.linear_attention.reference import chunk_states_shape
 from packc.ops.linear_attention.triton_chunks import (
-    check_strides,
     chunk_of,
     chunks_of,
+    countable,
     load_between,
     load_per_token,
     load_tile,
+    state_strides,
+    token_strides,
 )
 from packc.ops.linear_attention.triton_products import dot_by_computed, from_start, log_decays
-from packc.ops.linear_attention.triton_states import block_of, state_strides, token_strides
+from packc.ops.linear_attention.triton_states import CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
-@autotuned([triton.Config({}, num_warps=8, num_stages=1)], key=["K", "V"])
+@autotuned(CONFIGS, key=["K", "V"], before_hopper=CONFIGS[1:])
 @triton.jit(do_not_specialize=["rows", "tokens", "slots", "q_b", "g_b"])
 def _outputs(
     q,
@@ -133,14 +135,14 @@ def forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in one dtype, the others in fp32."""
-    check_strides(q=q, k=k, v=v, g=g if g.ndim == 4 else None)
+    q, k, v, g, beta = countable(q, k, v, g, beta)
     chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
     heads, K, V = v.shape[2], k.shape[3], v.shape[3]
     out = v.new_empty(v.shape)
     states = v.new_zeros((chunks.documents, heads, K, V), dtype=torch.float32)
     if initial_state is not None:
         states.copy_(initial_state)
-    kept = v.new_zeros(chunk_states_shape(k, v), dtype=torch.float32)
+    kept = v.new_empty(chunk_states_shape(k, v), dtype=torch.float32)
     gate, shared = gate_of(g, chunks, packed), shared_arguments(k, v, chunks, packed)
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     readers, u = solve(k, gate, beta, resolvents, shared), solve(v, None, beta, resolvents, shared)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
 from packc.ops.gated_delta_rule.triton_gates import Gate, load_sums, pair_tile
-from packc.ops.linear_attention.triton_chunks import chunk_of, load_per_token, load_tile
+from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
 from packc.ops.linear_attention.triton_products import between, dot, log_decays, select
-from packc.ops.linear_attention.triton_states import block_of, head_strides, token_strides
+from packc.ops.linear_attention.triton_states import CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
@@ -63,7 +63,7 @@ def _pairs_of_heads(
         tl.store(pair_tile(pairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), products)
 
 
-@autotuned([triton.Config({}, num_warps=8, num_stages=1)], key=["K"])
+@autotuned(CONFIGS, key=["K"], before_hopper=CONFIGS[1:])
 @triton.jit(do_not_specialize=["rows", "tokens", "strict", "x_b", "k_b"])
 def _pairs_of_channels(
     x,

@@ -23,9 +23,8 @@ from packc.ops.gated_delta_rule.triton_gates import (
     pair_tile_transposed,
     store_dense,
 )
-from packc.ops.linear_attention.triton_chunks import chunk_of, load_per_token, load_tile
+from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
 from packc.ops.linear_attention.triton_products import from_start, log_decays
-from packc.ops.linear_attention.triton_states import head_strides, token_strides
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 _COLUMNS = 16  # of a program: sm_80 has no registers for more of them

@@ -20,9 +20,17 @@ from packc.ops.gated_delta_rule.triton_gates import (
     load_dense,
     store_dense,
 )
-from packc.ops.linear_attention.triton_chunks import Chunks, inside_of, load_per_token, load_tile
+from packc.ops.linear_attention.triton_chunks import (
+    Chunks,
+    head_strides,
+    inside_of,
+    load_per_token,
+    load_tile,
+    slots_behind,
+    token_strides,
+)
 from packc.ops.linear_attention.triton_products import dot_by_computed, log_decays, to_end, whole
-from packc.ops.linear_attention.triton_states import block_of, head_strides, token_strides
+from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 
 
@@ -92,7 +100,7 @@ def _correct_states(
             inside = inside_of(K - first_k, V - first_v, BLOCK_K, BLOCK_V)
             state = tl.load(state_tile(states, own, first_k, first_v, K, V, BLOCK_K, BLOCK_V), inside, 0.0)
             at = state_tile(kept, slot * heads + head, first_k, first_v, K, WIDE_V, BLOCK_K, BLOCK_V)
-            tl.store(at, state, inside & (i > 0))
+            tl.store(at, state, inside_of(K - first_k, WIDE_V - first_v, BLOCK_K, BLOCK_V) & (i > 0))
             errors -= tl.dot(keys, state, input_precision=PRECISION)
         errors *= load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
         store_dense(u, errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
@@ -117,6 +125,12 @@ def _correct_states(
                 state *= left
             state += dot_by_computed(tl.trans(keys), errors, PRECISION)
             tl.store(at, state, inside)
+    unused, end = slots_behind(starts, document, tl.cdiv(size, CHUNK), slots, PACKED, CHUNK)
+    for nth in range(unused, end):
+        for first_k in range(0, K, BLOCK_K):
+            at = state_tile(kept, (row * slots + nth) * heads + head, first_k, first_v, K, WIDE_V, BLOCK_K, BLOCK_V)
+            inside = inside_of(K - first_k, WIDE_V - first_v, BLOCK_K, BLOCK_V)
+            tl.store(at, tl.zeros([BLOCK_K, BLOCK_V], tl.float32), inside)
 
 
 def correct_states(

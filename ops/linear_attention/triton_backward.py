@@ -14,10 +14,7 @@ import triton
 from torch import Tensor
 
 from packc.ops.linear_attention.reference import CHUNK, Gradients, chunk_states_shape
-from packc.ops.linear_attention.triton_chunks import (
-    check_strides,
-    chunks_of,
-)
+from packc.ops.linear_attention.triton_chunks import chunks_of, countable, head_strides, state_strides, token_strides
 from packc.ops.linear_attention.triton_forward import key_major
 from packc.ops.linear_attention.triton_grad_pairs import grad_pairs
 from packc.ops.linear_attention.triton_grad_qk import grad_qk
@@ -25,17 +22,10 @@ from packc.ops.linear_attention.triton_grad_v import grad_v
 from packc.ops.linear_attention.triton_products import (
     fp32_products,
 )
-from packc.ops.linear_attention.triton_states import (
-    block_of,
-    carry_states,
-    head_strides,
-    state_strides,
-    token_strides,
-)
+from packc.ops.linear_attention.triton_states import block_of, carry_states, half_block_of
 from packc.ops.tritonsrc.launch import launch
 
 _PROGRAMS_PER_PROCESSOR = 4
-_NARROW = 16  # channels of keys in a tile of dq or dk: their kernel holds most at a time
 
 
 def backward(
@@ -54,14 +44,14 @@ def backward(
     value_major: bool,
 ) -> Gradients:
     """In fp32 where parts are added up, else in the arguments' dtypes."""
-    check_strides(dout=dout)
+    dout, q, k, v, g, step = countable(dout, q, k, v, g, step)
     chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
     rows, tokens, heads, V = v.shape
     groups, K = k.shape[2:]
-    block_k, block_v = block_of(K, v.dtype), block_of(V, v.dtype)
-    blocks_k, blocks_v = triton.cdiv(K, _NARROW), max(1, triton.cdiv(V, block_v))
+    block_k, block_v = half_block_of(K, v.dtype), block_of(V, v.dtype)
+    blocks_k, blocks_v = triton.cdiv(K, block_k), max(1, triton.cdiv(V, block_v))
     kept = chunk_states.view(chunk_states_shape(k, v))
-    dkept = torch.zeros_like(kept)
+    dkept = torch.empty_like(kept)
     initial, dfinal = key_major(initial_state, value_major), key_major(dfinal_state, value_major)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     carry_states(q, dout, g, None, scale, chunks, dfinal, key_major(dinitial, value_major), dkept, packed, reverse=True)
@@ -104,14 +94,13 @@ def backward(
         dscores=dscores,
         dg=None if dg is None else dg[-1],
     )
-    narrow = {"BLOCK_K": _NARROW, "BLOCK_V": max(16, block_v // 2)}
     parts = _parts(heads // max(groups, 1), chunks.bound * groups * blocks_k, v.device)
     dq, dk = (v.new_empty((parts, *x.shape), dtype=x.dtype if parts == 1 else torch.float32) for x in (q, k))
     for of_keys, (other, own, x, dx) in enumerate([(k, q, dout, dq), (q, k, v, dk)]):
         launch(
             grad_qk,
             (chunks.bound, groups * parts, blocks_k),
-            **{**shared, **narrow},
+            **{**shared, "BLOCK_V": half_block_of(V, v.dtype)},
             **states,
             **token_strides(other=other, tokens=own, x=x, dx=dx[0]),
             **dg_strides,

@@ -6,7 +6,7 @@ the device knows; there are at most ``L // 64`` and one more a document, and pro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from packc.ops import documents
 from packc.ops.linear_attention.reference import CHUNK
+from packc.ops.tritonsrc import tokens
 
 FIRST, LAST = tl.constexpr(1), tl.constexpr(2)
 
@@ -32,10 +33,10 @@ class Chunks(NamedTuple):
 
 def chunks_of(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
     """Of the documents of a ``(B, L, ...)`` tensor."""
-    rows, tokens = x.shape[:2]
+    rows, length = x.shape[:2]
     count = documents.count(cu_seqlens, x)
     starts = documents.offsets(cu_seqlens, x)
-    bound = rows * triton.cdiv(tokens, CHUNK) if cu_seqlens is None else tokens // CHUNK + count
+    bound = rows * triton.cdiv(length, CHUNK) if cu_seqlens is None else length // CHUNK + count
     lengths = starts.diff()
     first = torch.nn.functional.pad(((lengths + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
     chunk = torch.arange(bound, device=x.device)
@@ -60,11 +61,11 @@ def chunk_of(table, PACKED: tl.constexpr):
 
 @triton.jit
 def tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to channels ``first ..`` of a chunk's tokens: 64 bits to its corner, 32 from there (``check_strides``).
+    """Pointers to channels ``first ..`` of a chunk's tokens: 64 bits to its corner, 32 from there (``countable``).
 
     Loops keep what is the same in every turn in registers: one number a pointer, not two.
     """
-    x += row * x_b + token.to(tl.int64) * x_t + head * x_h + tl.cast(first, tl.int64) * x_d
+    x += (row * x_b + token) * x_t + head * x_h + tl.cast(first, tl.int64) * x_d
     return x + (tl.arange(0, CHUNK)[:, None] * x_t + tl.arange(0, BLOCK)[None, :] * x_d)
 
 
@@ -92,14 +93,14 @@ def store_tile(
 def load_per_token(x, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
     """A scalar of each of a chunk's tokens."""
     t = tl.arange(0, CHUNK)
-    x += row * x_b + token.to(tl.int64) * x_t + head * x_h
+    x += (row * x_b + token) * x_t + head * x_h
     return tl.load(x + t * x_t, t < length, 0.0)
 
 
 @triton.jit
 def store_per_token(x, value, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
     t = tl.arange(0, CHUNK)
-    x += row * x_b + token.to(tl.int64) * x_t + head * x_h
+    x += (row * x_b + token) * x_t + head * x_h
     tl.store(x + t * x_t, value, t < length)
 
 
@@ -138,6 +139,19 @@ def load_kept(
 
 
 @triton.jit
+def slots_behind(starts, document, count, slots, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """Of its row, the slots from those of a document of ``count`` chunks to the next one's: nothing leads to them."""
+    first = 0
+    end = slots
+    if PACKED:
+        first = tl.load(starts + document) // CHUNK
+        last = tl.load(starts + tl.num_programs(0))
+        following = tl.load(starts + document + 1)
+        end = tl.where(following < last, following // CHUNK, slots)
+    return first + tl.maximum(count - 1, 0), end
+
+
+@triton.jit
 def load_between(
     kept,
     ends,  # (documents, heads, K, V), or None for zeros
@@ -167,8 +181,29 @@ def load_between(
     return state
 
 
-def check_strides(**tensors: Tensor | None) -> None:
-    """Raises for tensors whose tokens or channels lie too far apart to count from a chunk's corner in 32 bits."""
-    for name, x in tensors.items():
-        if x is not None and CHUNK * x.stride(1) + 64 * x.stride(3) >= 2**31:
-            raise ValueError(f"{name} of strides {x.stride()} is too widely spread; make it contiguous")
+def countable(*tensors: Tensor | None) -> list[Any]:
+    """``(B, L, ...)`` tensors as kernels count in them: :func:`tokens.countable`, and in 32 bits within a chunk."""
+    return [x if x is None or _within_32_bits(x) else x.contiguous() for x in tokens.countable(*tensors)]
+
+
+def _within_32_bits(x: Tensor) -> bool:
+    return CHUNK * x.stride(1) + 64 * (x.stride(3) if x.ndim > 3 else 0) < 2**31
+
+
+def token_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """``<name>_b``, ``_t``, ``_h`` and ``_d`` of ``(B, L, H, D)`` tensors."""
+    return tokens.strides("thd", **tensors)
+
+
+def head_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """``<name>_b``, ``_t`` and ``_h`` of ``(B, L, H)`` tensors."""
+    return tokens.strides("th", **tensors)
+
+
+def state_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """``<name>_n``, ``_h``, ``_k`` and ``_v`` of ``(documents, H, K, V)`` tensors."""
+    return {
+        f"{name}_{axis}": 0 if x is None else x.stride(i)
+        for name, x in tensors.items()
+        for i, axis in enumerate("nhkv")
+    }

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from packc.ops.linear_attention.reference import CHUNK, chunk_states_shape
 from packc.ops.linear_attention.triton_chunks import (
-    check_strides,
     chunk_of,
     chunks_of,
+    countable,
+    head_strides,
     load_between,
     load_per_token,
     load_tile,
+    state_strides,
     store_tile,
+    token_strides,
 )
 from packc.ops.linear_attention.triton_products import (
     between,
@@ -27,18 +30,11 @@ from packc.ops.linear_attention.triton_products import (
     log_decays,
     select,
 )
-from packc.ops.linear_attention.triton_states import (
-    CONFIGS,
-    block_of,
-    carry_states,
-    head_strides,
-    state_strides,
-    token_strides,
-)
+from packc.ops.linear_attention.triton_states import CONFIGS, block_of, carry_states, half_block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
-@autotuned(CONFIGS[1:], key=["K", "V"])
+@autotuned(CONFIGS, key=["K", "V"])
 @triton.jit(do_not_specialize=["slots", "q_b", "k_b", "v_b", "g_b", "step_b", "out_b"])
 def _outputs(
     q,
@@ -161,19 +157,19 @@ def forward(
     value_major: bool,
     round_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_strides(q=q, k=k, v=v)
+    q, k, v, g, step = countable(q, k, v, g, step)
     chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
     heads, K, V = v.shape[2], k.shape[3], v.shape[3]
     out = v.new_empty(v.shape, dtype=v.dtype if round_out else torch.float32)
     sizes = (chunks.documents if output_final_state else 0, heads, *((V, K) if value_major else (K, V)))
     final_state = v.new_empty(sizes, dtype=torch.float32)
-    kept = v.new_zeros(chunk_states_shape(k, v), dtype=torch.float32)
+    kept = v.new_empty(chunk_states_shape(k, v), dtype=torch.float32)
     initial = key_major(initial_state, value_major)
     if v.numel() > 0 or output_final_state:
         ends = key_major(final_state, value_major) if output_final_state else None
         carry_states(k, v, g, step, 1.0, chunks, initial, ends, kept, packed, reverse=False)
     # fp32 products take more registers than sm_80 has for blocks of 32.
-    block_k, block_v = block_of(K, v.dtype), block_of(V, v.dtype) if v.dtype == torch.bfloat16 else 16
+    block_v = block_of(V, v.dtype) if v.dtype == torch.bfloat16 else 16
     launch(
         _outputs,
         (chunks.bound, heads, triton.cdiv(V, block_v)),
@@ -197,7 +193,7 @@ def forward(
         PACKED=packed,
         CHUNK=CHUNK,
         PRECISION=fp32_products(),
-        BLOCK_K=block_k,
+        BLOCK_K=half_block_of(K, v.dtype),
         BLOCK_V=block_v,
         **token_strides(q=q, k=k, v=v, out=out),
         **head_strides(g=g, step=step),

@@ -5,25 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from packc.ops.linear_attention.triton_chunks import (
-    chunk_of,
-    load_per_token,
-    load_tile,
-    store_per_token,
-)
+from packc.ops.linear_attention.triton_chunks import chunk_of, load_per_token, load_tile, store_per_token
 from packc.ops.linear_attention.triton_products import (
     between,
     dot,
     log_decays,
     select,
 )
-from packc.ops.linear_attention.triton_states import (
-    CONFIGS,
-)
+from packc.ops.linear_attention.triton_states import CONFIGS
 from packc.ops.tritonsrc.launch import autotuned
 
 
-@autotuned(CONFIGS, key=["K", "V"], ampere=CONFIGS[1:])
+@autotuned(CONFIGS, key=["K", "V"], before_hopper=CONFIGS[1:])
 @triton.jit(do_not_specialize=["q_b", "k_b", "v_b", "g_b", "step_b", "dout_b", "dg_b"])
 def grad_pairs(
     q,

@@ -21,10 +21,11 @@ from packc.ops.linear_attention.triton_products import (
     to_end,
     whole,
 )
+from packc.ops.linear_attention.triton_states import CONFIGS
 from packc.ops.tritonsrc.launch import autotuned
 
 
-@autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["K", "V", "KEYS"])
+@autotuned(CONFIGS, key=["K", "V", "KEYS"], before_hopper=CONFIGS[1:])
 @triton.jit(
     do_not_specialize=[
         *("slots", "other_b", "tokens_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")
@@ -179,14 +180,17 @@ def grad_qk(
                     BLOCK_K,
                 )
                 owed = tl.sum(own.to(tl.float32) * carried, 1)
+                target = dg + tl.program_id(2) * per_block.to(tl.int64)
                 if KEYS:
-                    # Summed from the left, not a whole less a part: strong decays make the parts as small as they like.
-                    owed = tl.sum(tl.where(t[:, None] > t[None, :], owed[None, :], 0.0), 1)
-                    owed += tl.sum(through, 0) * whole(coarse, fine, CHUNK)
+                    # What came before a token is summed from the left, not a whole less a part: strong decays make the
+                    # parts as small as they like. So the sums up to a token are the next one's.
+                    state_owed = tl.sum(through, 0) * whole(coarse, fine, CHUNK)
+                    owed = tl.cumsum(owed, 0) + state_owed
+                    store_per_token(target, state_owed, row, token, head, 1, dg_b, dg_t, dg_h, 1)
+                    store_per_token(target, owed, row, token + 1, head, length - 1, dg_b, dg_t, dg_h, CHUNK)
                 else:
                     owed = tl.cumsum(owed, 0, reverse=True)
-                target = dg + tl.program_id(2) * per_block.to(tl.int64)
-                store_per_token(target, owed, row, token, head, length, dg_b, dg_t, dg_h, CHUNK)
+                    store_per_token(target, owed, row, token, head, length, dg_b, dg_t, dg_h, CHUNK)
             pairs = dscores + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
             if KEYS:
                 weights = tl.load(pairs + (t[None, :] * CHUNK + t[:, None]))

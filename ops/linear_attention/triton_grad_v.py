@@ -14,7 +14,7 @@ from packc.ops.linear_attention.triton_chunks import (
     store_tile,
 )
 from packc.ops.linear_attention.triton_products import (
-    between,
+    between_transposed,
     dot,
     dot_by_computed,
     dot_computed,
@@ -22,13 +22,11 @@ from packc.ops.linear_attention.triton_products import (
     select,
     to_end,
 )
-from packc.ops.linear_attention.triton_states import (
-    CONFIGS,
-)
+from packc.ops.linear_attention.triton_states import CONFIGS
 from packc.ops.tritonsrc.launch import autotuned
 
 
-@autotuned(CONFIGS, key=["K", "V"], ampere=CONFIGS[1:])
+@autotuned(CONFIGS, key=["K", "V"], before_hopper=CONFIGS[1:])
 @triton.jit(do_not_specialize=["slots", "q_b", "k_b", "v_b", "g_b", "step_b", "dout_b", "dv_b", "dstep_b", "per_block"])
 def grad_v(
     q,
@@ -98,12 +96,12 @@ def grad_v(
         first_v = tl.program_id(2) * BLOCK_V
         channels_v = first_v + tl.arange(0, BLOCK_V)
         slot = row * slots + token // CHUNK
-        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+        scores = tl.zeros([CHUNK, CHUNK], tl.float32)  # of keys with queries: what is summed over is on the right
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
             queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
-            scores += dot(queries, tl.trans(keys), PRECISION)
+            scores += dot(keys, tl.trans(queries), PRECISION)
             dstate = load_between(
                 dkept,
                 dfinal,
@@ -129,13 +127,13 @@ def grad_v(
         if g is not None:
             coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
             result *= to_end(coarse, fine, CHUNK)[:, None]
-            weights = select(between(coarse, fine, CHUNK), scores)
+            weights = select(between_transposed(coarse, fine, CHUNK), scores)
         else:
-            weights = tl.where(t[:, None] >= t[None, :], scores, 0.0)
+            weights = tl.where(t[None, :] >= t[:, None], scores, 0.0)
         gradients = load_tile(
             dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
         )
-        result += dot_computed(tl.trans(weights) * scale, gradients, PRECISION)
+        result += dot_computed(weights * scale, gradients, PRECISION)
         if (step is not None) or (skip is not None):
             values = load_tile(v, row, token, head, length, v_b, v_t, v_h, v_d, first_v, V, CHUNK, BLOCK_V)
             values = values.to(tl.float32)

@@ -104,6 +104,15 @@ def between(coarse, fine, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def between_transposed(coarse, fine, CHUNK: tl.constexpr):
+    """(j, i) of the same."""
+    t = tl.arange(0, CHUNK)
+    exponent = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+    seen = t[None, :] >= t[:, None]
+    return tl.where(seen, tl.exp2(tl.where(seen, exponent, 0.0)), 0.0)
+
+
+@triton.jit
 def select(weight, value):
     """weight * value, but 0 where the weight is: what a token and a later one make of each other may be NaN."""
     return tl.where(weight == 0, 0.0, weight * value)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from packc.ops.linear_scan.reference import CHUNK
 from packc.ops.linear_scan.triton_forward import (
+    APART,
     CONFIGS,
     NOT_SPECIALIZED,
     Problem,
@@ -28,6 +29,7 @@ from packc.ops.tritonsrc.tokens import (
     arrive,
     at_token,
     channels_of,
+    countable,
     documents_of,
     enter,
     load_tokens,
@@ -37,11 +39,11 @@ from packc.ops.tritonsrc.tokens import (
 )
 
 # Tiles of 16 tokens, three tensors of them, would not fit registers.
-_CONFIGS = [triton.Config({"BLOCK_T": 8}, num_warps=1), triton.Config({"BLOCK_T": 8}, num_warps=2)]
+_CONFIGS = [triton.Config({"BLOCK_T": 8}, num_warps=2), triton.Config({"BLOCK_T": 4}, num_warps=1)]
 
 
 @autotuned(CONFIGS, key=["channels"])
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *(f"{x}_{axis}" for x in ("a", "dout") for axis in "btd")])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=APART)
 def _edges(
     dout,
     dfinal_state,
@@ -51,7 +53,6 @@ def _edges(
     product,
     L,
     channels,
-    unit,
     segment,
     segments,
     a_b,
@@ -66,7 +67,7 @@ def _edges(
 ):
     """The gradient a dh that leaves each segment to the left when none arrives from the right; and its decays."""
     row, at, first = place(channels, segments, BLOCK_D)
-    d = channels_of(first, unit, WIDE, BLOCK_D)
+    d = channels_of(first, WIDE, BLOCK_D)
     document += row * L
     segment_of = (row * segments + at) * channels
     m = tl.zeros([BLOCK_D], tl.float32)
@@ -99,7 +100,7 @@ def _walk_tile(h, decays, inputs, of, initial_state, d, channels, BLOCK_T: tl.co
 
 
 @autotuned(_CONFIGS, key=["channels"])
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *(f"{x}_{axis}" for x in ("a", "b", "dout") for axis in "btd")])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=APART)
 def _walk_back(
     dout,
     dfinal_state,  # (documents, D), as initial_state and its gradient
@@ -114,7 +115,6 @@ def _walk_back(
     dinitial_state,
     L,
     channels,
-    unit,
     segment,
     segments,
     a_b,
@@ -132,7 +132,7 @@ def _walk_back(
     BLOCK_D: tl.constexpr,
 ):
     row, at, first = place(channels, segments, BLOCK_D)
-    d = channels_of(first, unit, WIDE, BLOCK_D)
+    d = channels_of(first, WIDE, BLOCK_D)
     document += row * L
     m = tl.zeros([BLOCK_D], tl.float32)
     if arriving is not None:
@@ -156,8 +156,8 @@ def _walk_back(
         befores, _ = _walk_tile(h, decays, inputs, of, initial_state, d, channels, BLOCK_T)
         dout_at = at_token(dout, row, token, d, dout_b, dout_t, dout_d)
         douts = load_tokens(dout_at, dout_t, token, d, channels, L, BLOCK_T)
-        da_at = at_token(da, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
-        db_at = at_token(db, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
+        da_at = at_token(da, row, token, d, L, channels, 1)
+        db_at = at_token(db, row, token, d, L, channels, 1)
         for r in tl.static_range(BLOCK_T - 1, -1, -1):
             m = arrive(m, of, r, dfinal_state, d, channels, 0, channels, 1, True)
             dh = douts[r] + m
@@ -178,10 +178,11 @@ def backward(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dout, a, b = countable(dout, a, b)
     p = Problem(b, cu_seqlens, a, dout)
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     dinitial = None if initial_state is None else states_of_empty_documents(b, cu_seqlens, dfinal_state)
-    shared = {"dout": dout, "dfinal_state": dfinal_state, "a": a, **strides(a=a, dout=dout), **p.shared}
+    shared = {"dout": dout, "dfinal_state": dfinal_state, "a": a, **strides("td", a=a, dout=dout), **p.shared}
     arriving = None
     if p.segments > 1:
         local, product = p.of_segments(b), p.of_segments(b)
@@ -191,7 +192,7 @@ def backward(
         _walk_back,
         p.grid,
         **shared,
-        **strides(b=b),
+        **strides("td", b=b),
         b=b,
         chunk_states=chunk_states,
         initial_state=initial_state,

@@ -23,6 +23,7 @@ from packc.ops.tritonsrc.tokens import (
     among,
     at_token,
     channels_of,
+    countable,
     documents_of,
     enter,
     load_tokens,
@@ -32,8 +33,9 @@ from packc.ops.tritonsrc.tokens import (
     wide,
 )
 
-BLOCK_D = 64  # channels of a program
-NOT_SPECIALIZED = ["L", "channels", "unit", "segment", "segments"]
+BLOCK_D = 128  # channels of a program
+NOT_SPECIALIZED = ["L", "segment", "segments", "a_b", "b_b", "dout_b"]
+APART = ["a_d", "b_d", "dout_d"]  # channels lie a length apart, if they are not neighbours
 CONFIGS = [triton.Config({"BLOCK_T": 8}, num_warps=1), triton.Config({"BLOCK_T": 16}, num_warps=2)]
 
 
@@ -55,7 +57,7 @@ def load_decays(pointers, a_t, token, d, channels, L, BLOCK_T: tl.constexpr):
 
 
 @autotuned(CONFIGS, key=["channels", "OUTPUT"])
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *(f"{x}_{axis}" for x in "ab" for axis in "btd")])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=APART)
 def _walk(
     a,
     b,
@@ -69,7 +71,6 @@ def _walk(
     product,
     L,
     channels,
-    unit,
     segment,
     segments,
     a_b,
@@ -85,7 +86,7 @@ def _walk(
     BLOCK_D: tl.constexpr,
 ):
     row, at, first = place(channels, segments, BLOCK_D)
-    d = channels_of(first, unit, WIDE, BLOCK_D)
+    d = channels_of(first, WIDE, BLOCK_D)
     in_d = d < channels
     document += row * L
     segment_of = (row * segments + at) * channels
@@ -100,7 +101,7 @@ def _walk(
         inputs = load_tokens(at_token(b, row, token, d, b_b, b_t, b_d), b_t, token, d, channels, L, BLOCK_T)
         of = documents_of(document, token, L, True, BLOCK_T)
         if OUTPUT:
-            out_at = at_token(out, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
+            out_at = at_token(out, row, token, d, L, channels, 1)
         for r in tl.static_range(BLOCK_T):
             h = enter(h, of, r, initial_state, d, channels, 0, channels, 1, True)
             h = decays[r] * h + inputs[r]
@@ -134,7 +135,6 @@ class Problem:
             "document": self.document,
             "L": self.tokens,
             "channels": self.channels,
-            "unit": 1,
             "segment": self.segment,
             "segments": self.segments,
             "WIDE": wide(b, *tensors),
@@ -162,11 +162,12 @@ def no_states(b: Tensor) -> Tensor:
 def forward(
     a: Tensor, b: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = countable(a, b)
     p = Problem(b, cu_seqlens, a)
     final = states_of_empty_documents(b, cu_seqlens, initial_state) if output_final_state else None
     out = b.new_empty(b.shape)
     kept = b.new_empty((p.rows * (p.tokens // CHUNK) * p.channels,), dtype=torch.float32)
-    operands = {"a": a, "b": b, "initial_state": initial_state, **strides(a=a, b=b), **p.shared, "CHUNK": CHUNK}
+    operands = {"a": a, "b": b, "initial_state": initial_state, **strides("td", a=a, b=b), **p.shared, "CHUNK": CHUNK}
     entering = None
     if p.segments > 1:
         local, product = p.of_segments(b), p.of_segments(b)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.selective_scan.triton_forward import (
-    BLOCK_D,
     enter_rows,
     padded_tokens,
     prepare,
@@ -30,13 +29,14 @@ from packc.ops.selective_scan.triton_forward import (
 )
 from packc.ops.selective_scan.triton_segments import pass_states
 from packc.ops.selective_scan.triton_tokens import clear_states, gated_gradients, place, step_sizes
-from packc.ops.tritonsrc.activations import silu_slope
+from packc.ops.tritonsrc.activations import sigmoid, silu_slope
 from packc.ops.tritonsrc.launch import autotuned, launch
 from packc.ops.tritonsrc.tokens import (
     among,
     arrive,
     at_token,
     channels_of,
+    countable,
     documents_of,
     enter,
     load_channels,
@@ -50,15 +50,17 @@ from packc.ops.tritonsrc.tokens import (
 )
 
 _NOT_SPECIALIZED = [
-    *("unit", "rows", "L", "padded", "segment", "segments", "chunks"),
-    *(f"{name}_{axis}" for name in ("u", "delta", "dout", "z", "ddelta") for axis in "btd"),
+    *("rows", "L", "padded", "segment", "segments", "chunks"),
+    *(f"{name}_b" for name in ("u", "delta", "dout", "z", "ddelta")),
 ]
-_CONFIGS = [triton.Config({"BLOCK_T": 4}, num_warps=1), triton.Config({"BLOCK_T": 8}, num_warps=2)]
-_AMPERE = [triton.Config({"BLOCK_T": 2}, num_warps=1)]
+_CHANNELS = [f"{name}_d" for name in ("u", "delta", "dout", "z", "ddelta")]  # apart by a length, if not neighbours
+# Channels of a program, and tokens of its tiles. Twice the channels and half the tokens take a seventh fewer
+# instructions, and twice the memory for states between tiles, which then leave the second-level cache.
+_BLOCK_D, _BLOCK_T = 64, 4
 
 
-@autotuned(_CONFIGS[:1], key=["channels", "states", "PACKED"])
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@autotuned([triton.Config({"BLOCK_T": 4}, num_warps=1)], key=["channels", "states", "PACKED"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_CHANNELS)
 def _edges(
     dout,
     dfinal_state,
@@ -75,7 +77,6 @@ def _edges(
     channels,
     states,
     groups,
-    unit,
     segment,
     segments,
     delta_b,
@@ -95,7 +96,7 @@ def _edges(
 ):
     """The gradient a g that leaves each segment to the left when none arrives from the right."""
     row, at, _, group, first, end = place(channels, groups, segments, BLOCK_D)
-    d = channels_of(first, unit, WIDE, BLOCK_D)
+    d = channels_of(first, WIDE, BLOCK_D)
     in_d = d < end
     carry += (row * segments + at) * states * channels
     clear_states(carry, d, in_d, channels, states, BLOCK_D)
@@ -182,8 +183,8 @@ def _enter_tiles(
         token += BLOCK_T
 
 
-@autotuned(_CONFIGS, key=["channels", "states", "PACKED"], ampere=_AMPERE)
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@autotuned([triton.Config({"BLOCK_T": _BLOCK_T}, num_warps=1)], key=["channels", "states", "PACKED"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_CHANNELS)
 def _walk_back(
     dout,
     dfinal_state,
@@ -216,7 +217,6 @@ def _walk_back(
     channels,
     states,
     groups,
-    unit,
     segment,
     segments,
     chunks,
@@ -244,7 +244,7 @@ def _walk_back(
     BLOCK_D: tl.constexpr,
 ):
     row, at, block, group, first, end = place(channels, groups, segments, BLOCK_D)
-    d = channels_of(first, unit, WIDE, BLOCK_D)
+    d = channels_of(first, WIDE, BLOCK_D)
     in_d = d < end
     segment_of = row * segments + at
     states_of = states * channels
@@ -302,12 +302,13 @@ def _walk_back(
                 rate = tl.load(A + n * channels + d, in_d, 0.0)
                 dA_n = tl.load(dA + n * channels + d, in_d, 0.0)
                 at_n = tl.cast(n, tl.int64) * padded + token
-                decays, hs, decayed, new_ys, new_dxs, new_dtimes = (), (), (), (), (), ()
+                decays, decayed, new_ys, new_dxs, new_dtimes = (), (), (), (), ()
                 for r in tl.static_range(BLOCK_T):
                     a = tl.exp2(dts[r] * rate)
                     ah = a * enter(h, of, r, initial_state, d, end, n, channels, states, PACKED)
                     h = ah + xs[r] * tl.load(B + at_n + r)
-                    decays, hs, decayed = decays + (a,), hs + (h,), decayed + (ah,)
+                    decays, decayed = decays + (a,), decayed + (ah,)
+                    tl.store(dC + at_n + r, tl.sum(dys[r] * h, 0))
                     if z is not None:
                         new_ys = new_ys + (ys[r] + h * tl.load(C + at_n + r),)
                 for r in tl.static_range(BLOCK_T - 1, -1, -1):
@@ -318,7 +319,6 @@ def _walk_back(
                         if of[r] != of[r + 1]:
                             store_own(dinitial_state, m, of[r + 1], d, end, n, channels, states)
                     tl.store(dB + at_n + r, tl.sum(g * xs[r], 0))
-                    tl.store(dC + at_n + r, tl.sum(dys[r] * hs[r], 0))
                     through = g * decayed[r]
                     new_dxs = (dxs[r] + g * tl.load(B + at_n + r),) + new_dxs
                     new_dtimes = (dtimes[r] + through * rate,) + new_dtimes
@@ -330,11 +330,11 @@ def _walk_back(
                 tl.store(dA + n * channels + d, dA_n, in_d)
             tl.debug_barrier()
             m_source = carry
-            du_at = at_token(du, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
+            du_at = at_token(du, row, token, d, L, channels, 1)
             ddelta_at = at_token(ddelta, row, token, d, ddelta_b, ddelta_t, ddelta_d)
             dz_at = dz
             if z is not None:
-                dz_at = at_token(dz, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
+                dz_at = at_token(dz, row, token, d, L, channels, 1)
             # Read again, and sums kept in memory: registers are the loop's over states.
             bias = load_channels(delta_bias, d, in_d, BLOCK_D)
             skip = load_channels(D, d, in_d, BLOCK_D)
@@ -346,7 +346,7 @@ def _walk_back(
                 u_r = tl.load(u_at + r * u_t, inside, 0.0).to(tl.float32)
                 ddelta_r = dtimes[r] * 0.6931471805599453 + dxs[r] * u_r
                 if SOFTPLUS:
-                    ddelta_r *= tl.sigmoid(tl.load(delta_at + r * delta_t, inside, 0.0).to(tl.float32) + bias)
+                    ddelta_r *= sigmoid(tl.load(delta_at + r * delta_t, inside, 0.0).to(tl.float32) + bias)
                 store_token(ddelta_at + r * ddelta_t, ddelta_r, d, end, in_t)
                 store_token(du_at + r * channels, dxs[r] * dts[r] + dys[r] * skip, d, end, in_t)
                 sum_dbias += tl.where(inside, ddelta_r, 0.0)
@@ -379,7 +379,8 @@ def backward(
     initial_state: Tensor | None,
     channel_first_ddelta: bool,
 ) -> tuple[Tensor, ...]:
-    p = prepare(u, A, B, C, cu_seqlens)
+    u, delta, dout, z = countable(u, delta, dout, z)
+    p = prepare(u, A, B, C, cu_seqlens, _BLOCK_D)
     packed = cu_seqlens is not None
     D, delta_bias, initial_state, dfinal_state = (
         None if x is None else x.contiguous() for x in (D, delta_bias, initial_state, dfinal_state)
@@ -398,8 +399,8 @@ def backward(
     dB, dC = (u.new_empty(by_block, dtype=torch.float32) for _ in range(2))
     if p.tokens > 0:
         enter_rows(arriving[:, -1], None if packed else dfinal_state)
-        shared: dict[str, Any] = {**p.sizes, **strides(delta=delta, dout=dout, z=z)}
-        shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": BLOCK_D}
+        shared: dict[str, Any] = {**p.sizes, **strides("td", delta=delta, dout=dout, z=z)}
+        shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": _BLOCK_D}
         shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": p.C, "z": z}
         shared |= {"delta_bias": delta_bias, "document": p.document}
         grid = (p.rows * p.segments * p.blocks,)
@@ -408,12 +409,12 @@ def backward(
             launch(_edges, grid, **{k: x for k, x in shared.items() if k != "chunks"}, carry=carry, total=total)
             pass_states(carry, total, p.A, p.document, arriving, p.tokens, p.segment, reverse=True)
         leaving = torch.empty_like(arriving)
-        tiles = CHUNK // min(config.kwargs["BLOCK_T"] for config in _CONFIGS + _AMPERE)
+        tiles = CHUNK // _BLOCK_T
         launch(
             _walk_back,
             grid,
             **shared,
-            **strides(u=u, ddelta=ddelta),
+            **strides("td", u=u, ddelta=ddelta),
             chunk_states=chunk_states,
             u=u,
             B=p.B,

@@ -27,6 +27,7 @@ from packc.ops.tritonsrc.tokens import (
     among,
     at_token,
     channels_of,
+    countable,
     documents_of,
     enter,
     load_channels,
@@ -39,7 +40,7 @@ from packc.ops.tritonsrc.tokens import (
     zeros,
 )
 
-BLOCK_D = 64  # channels of a program
+_BLOCK_D = 128  # channels of a program: a thread has four, which share loads of B and C
 TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
 
 
@@ -51,10 +52,8 @@ TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile r
     key=["channels", "states", "PACKED", "OUTPUT"],
 )
 @triton.jit(
-    do_not_specialize=[
-        *("unit", "L", "padded", "segment", "segments", "chunks"),
-        *("u_b", "u_t", "u_d", "delta_b", "delta_t", "delta_d", "z_b", "z_t", "z_d"),
-    ]
+    do_not_specialize=["L", "padded", "segment", "segments", "chunks", "u_b", "delta_b", "z_b"],
+    do_not_specialize_on_alignment=["u_d", "delta_d", "z_d"],  # channels lie a length apart, if they are not neighbours
 )
 def _walk(
     u,
@@ -77,7 +76,6 @@ def _walk(
     channels,
     states,
     groups,
-    unit,
     segment,
     segments,
     chunks,
@@ -99,7 +97,7 @@ def _walk(
     BLOCK_D: tl.constexpr,
 ):
     row, at, _, group, first, end = place(channels, groups, segments, BLOCK_D)
-    d = channels_of(first, unit, WIDE, BLOCK_D)
+    d = channels_of(first, WIDE, BLOCK_D)
     in_d = d < end
     states_of = states * channels
     begin = at * segment
@@ -153,7 +151,7 @@ def _walk(
             z_at = u_at
             if z is not None:
                 z_at = at_token(z, row, token, d, z_b, z_t, z_d)
-            out_at = at_token(out, row, token, d, L * tl.cast(channels, tl.int64), channels, unit)
+            out_at = at_token(out, row, token, d, L, channels, 1)
             for r in tl.static_range(BLOCK_T):
                 inside = among(d, end, token + r < L)
                 y = ys[r] + skip * tl.load(u_at + r * u_t, inside, 0.0).to(tl.float32)
@@ -183,11 +181,11 @@ class Problem(NamedTuple):
     sizes: dict[str, int]  # under the kernels' names
 
 
-def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Problem:
+def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, block_d: int) -> Problem:
     rows, tokens, channels = u.shape
     states = A.shape[1]
     groups = B.shape[2] if B.ndim == 4 else 1
-    blocks = groups * triton.cdiv(channels // max(groups, 1), BLOCK_D)
+    blocks = groups * triton.cdiv(channels // max(groups, 1), block_d)
     segment = segment_tokens(rows, tokens, blocks, CHUNK, u.device)
     chunks = triton.cdiv(tokens, CHUNK)
     segments = triton.cdiv(tokens, segment)
@@ -211,7 +209,6 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
             "channels": channels,
             "states": states,
             "groups": groups,
-            "unit": 1,
             "segment": segment,
             "segments": segments,
             "chunks": chunks,
@@ -242,7 +239,8 @@ def forward(
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = prepare(u, A, B, C, cu_seqlens)
+    u, delta, z = countable(u, delta, z)
+    p = prepare(u, A, B, C, cu_seqlens, _BLOCK_D)
     packed = cu_seqlens is not None
     D, delta_bias, initial_state = (None if x is None else x.contiguous() for x in (D, delta_bias, initial_state))
     out = u.new_empty(u.shape)
@@ -256,13 +254,14 @@ def forward(
             "PACKED": packed,
             "WIDE": wide(u, delta, z),
             "CHUNK": CHUNK,
-            "BLOCK_D": BLOCK_D,
+            "BLOCK_D": _BLOCK_D,
             "final_state": final_state,
             "initial_state": initial_state,
             "delta_bias": delta_bias,
             "document": p.document,
         }
-        operands = {"u": u, "delta": delta, "A": p.A, "B": p.B} | p.sizes | strides(u=u, delta=delta, z=z) | options
+        operands = {"u": u, "delta": delta, "A": p.A, "B": p.B, **strides("td", u=u, delta=delta, z=z)}
+        operands |= p.sizes | options
         grid = (p.rows * p.segments * p.blocks,)
         carry = u.new_empty((p.rows, p.segments, p.states, p.channels), dtype=torch.float32)
         if p.segments > 1:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
+
+from packc.ops.tritonsrc import chips
 
 
 def interpreted() -> bool:
@@ -21,7 +24,7 @@ def _probe():
 
 
 def autotuned(
-    configs: list[triton.Config], key: list[str], ampere: list[triton.Config] | None = None
+    configs: list[triton.Config], key: list[str], before_hopper: list[triton.Config] | None = None
 ) -> Callable[[Any], Any]:
     """``triton.autotune`` over a short list whose winners are kept on disk.
 
@@ -29,23 +32,24 @@ def autotuned(
         configs: what is tried. The interpreter has nothing to time and takes the first.
         key: arguments that models fix (channels, states; dtypes follow by themselves), never a number of tokens: a
             batch of a new length must not tune again.
-        ampere: what is tried instead on NVIDIA chips before sm_90, where the compiler runs out of registers sooner.
+        before_hopper: what is tried instead on NVIDIA chips before sm_90, and where kernels are compiled as for them
+            (``chips``): the compiler runs out of registers sooner.
     """
-
-    def on_this_chip(all_configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-        old = torch.version.hip is None and torch.cuda.get_device_capability() < (9, 0)
-        return ampere if old and ampere is not None else configs
 
     def tune(kernel: Any) -> Any:
         if interpreted():
             return triton.autotune(configs=configs[:1], key=key)(kernel)
+
+        def on_this_chip(_configs: list[triton.Config], _arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+            return tuned.offered(triton.runtime.driver.active.get_current_target())
+
         tuned = triton.autotune(
-            configs=configs + (ampere or []),
+            configs=configs + (before_hopper or []),
             key=key,
             prune_configs_by={"early_config_prune": on_this_chip},
             cache_results=True,
         )(kernel)
-        tuned.shipped = {"ampere": ampere or configs, "later": configs}
+        tuned.offered = functools.partial(chips.offered, kernel, configs, before_hopper)
         return tuned
 
     return tune
@@ -56,6 +60,14 @@ def launch(kernel: Any, grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple
     if not callable(grid) and 0 in grid:
         return
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), _compiling(kernel, device):
         # Said aloud because Triton 3.10 changes the default.
         kernel[grid](**arguments, enable_fp_fusion=True)
+
+
+@functools.cache
+def _compiling(kernel: Any, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Called with the device current."""
+    if interpreted():
+        return contextlib.nullcontext()
+    return chips.compiling(kernel, triton.runtime.driver.active.get_current_target())

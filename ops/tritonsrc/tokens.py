@@ -2,9 +2,11 @@
 
 A program holds the tokens of a tile as a tuple of vectors over channels and walks them one by one, so that the
 recurrence is a chain of FMAs within a thread whichever way it runs, and a document is left by selecting: 0 times a
-neighbour's NaN would be NaN. Channels of a block lie ``unit`` apart, a 1 that Triton is not told of: it would widen
-loads over channels and then move values between threads to match.
+neighbour's NaN would be NaN. A thread has neighbouring channels, and loads them at once where they are neighbours in
+memory.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -12,9 +14,9 @@ from torch import Tensor
 
 
 @triton.jit
-def channels_of(first, unit, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
+def channels_of(first, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
     """A block's channels, in 64 bits if some tensor spans more than 32 can count: they take registers all along."""
-    d = (first + tl.arange(0, BLOCK_D)) * unit
+    d = first + tl.arange(0, BLOCK_D)
     return d.to(tl.int64) if WIDE else d
 
 
@@ -30,7 +32,7 @@ def load_channels(x, d, in_d, BLOCK_D: tl.constexpr):
 @triton.jit
 def at_token(x, row, token, d, x_b, x_t, x_d):
     """Pointers to a token's channels. Tokens count in 64 bits, channels in as many as ``channels_of`` chose."""
-    return x + (row * x_b + token.to(tl.int64) * x_t) + d * x_d
+    return x + (row * x_b + token) * x_t + d * x_d
 
 
 @triton.jit
@@ -125,11 +127,28 @@ def store_own(own, value, document, d, end, n, channels, states):
     tl.store(at_own(own, document, d, n, channels, states), value, among(d, end, document >= 0))
 
 
-def strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_b``, ``_t`` and ``_d`` of every ``(B, L, D)`` tensor."""
-    return {
-        f"{name}_{axis}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, axis in enumerate("btd")
-    }
+def countable(*tensors: Tensor | None) -> list[Any]:
+    """Tensors ``(B, L, ...)`` whose rows lie whole tokens apart; others copied.
+
+    Kernels count tokens from row to row. So Triton, which is told what a token's stride is a multiple of and never a
+    row's, which new lengths change, knows the same of every address, and loads several values at once.
+    """
+    return [x if x is None or _rows_of_tokens(x) else x.contiguous() for x in tensors]
+
+
+def _rows_of_tokens(x: Tensor) -> bool:
+    row, token = x.stride()[:2]
+    return x.shape[0] == 1 or row == 0 or (token > 0 and row % token == 0)
+
+
+def strides(axes: str, **tensors: Tensor | None) -> dict[str, int]:
+    """Of :func:`countable` tensors ``<name>_b``, in tokens, and ``<name>_`` with each of ``axes``, in elements."""
+    found = {}
+    for name, x in tensors.items():
+        row, *others = [0] * (1 + len(axes)) if x is None else x.stride()
+        found[f"{name}_b"] = row // max(others[0], 1) if x is not None and x.shape[0] > 1 else 0
+        found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=True)}
+    return found
 
 
 def wide(*tensors: Tensor | None) -> bool:

@@ -113,6 +113,7 @@ CALLS["linear_attention"] = {
     "bf16, ssd, packed": linear_attention(torch.bfloat16, True, 128, 64, ssd=True),
     "fp32, ssd, packed": linear_attention(torch.float32, True, 128, 64, ssd=True),
     "bf16, packed": linear_attention(torch.bfloat16, True, 128, 128),
+    "bf16, rows": linear_attention(torch.bfloat16, False, 128, 128),
     "fp16, rows, one head, no decay": linear_attention(torch.float16, False, 32, 64, H=1),
 }
 

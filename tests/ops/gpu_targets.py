@@ -19,8 +19,11 @@ import torch
 import triton
 from gpu_launches import CALLS
 from launches import instead_of_launch
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from packc.ops.tritonsrc import chips
 
 
 class Chip(NamedTuple):
@@ -34,6 +37,9 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+# Bytes. The ptxas that comes with Triton up to 3.7 keeps a value of three of the scan's kernels on the stack, of one
+# that it gives 96 registers and might give 255.
+SPILLS_ALLOWED = 0 if Version(triton.__version__) >= Version("3.8") else 8
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -55,7 +61,8 @@ class Resources(NamedTuple):
     spilled: int  # bytes on NVIDIA, registers on AMD
     registers: int
     shared_memory: int  # bytes
-    assembly: str
+    wide_loads: int | None  # of two registers or more a thread; not counted on AMD
+    wgmma: bool
 
 
 def recorded(run) -> list[Launch]:
@@ -66,9 +73,9 @@ def recorded(run) -> list[Launch]:
     return launches
 
 
-def configs(launch: Launch, chip: str) -> list[triton.Config]:
-    shipped = getattr(launch.kernel, "shipped", None)
-    return [triton.Config({}, num_warps=4)] if shipped is None else shipped["ampere" if chip == "sm_80" else "later"]
+def configs(launch: Launch, chip: Chip) -> list[triton.Config]:
+    offered = getattr(launch.kernel, "offered", None)
+    return [triton.Config({}, num_warps=4)] if offered is None else offered(chip.target)
 
 
 def compiled(launch: Launch, config: triton.Config, chip: Chip) -> Resources:
@@ -83,7 +90,8 @@ def compiled(launch: Launch, config: triton.Config, chip: Chip) -> Resources:
         elif isinstance(value, torch.Tensor) or (type(value) is int and _aligned(value, parameter)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
-    result = triton.compile(source, target=chip.target, options={"enable_fp_fusion": True, **options})
+    with chips.compiling(function, chip.target):
+        result = triton.compile(source, target=chip.target, options={"enable_fp_fusion": True, **options})
     return (_amd if chip.target.backend == "hip" else _nvidia)(result)
 
 
@@ -108,22 +116,29 @@ def _type(value: Any, parameter: Any) -> str:
 
 
 def _nvidia(result: Any) -> Resources:
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", result.asm["ptx"])
+    wide = sum(int(many or 1) * int(bits) >= 64 for many, bits in loads)
+    wgmma = "wgmma.mma_async" in result.asm["ptx"]
+    return Resources(*spills_and_registers(result.asm["cubin"]), result.metadata.shared, wide, wgmma)
+
+
+def spills_and_registers(cubin: bytes) -> tuple[int, int]:
     # Without a driver Triton fills in neither registers nor spills, but the binary can be asked. What spills goes on
     # the stack, and nothing else of these kernels does.
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
+        file.write(cubin)
         file.flush()
         told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", told)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Resources(stack + local, registers, result.metadata.shared, result.asm["ptx"])
+    return stack + local, registers
 
 
 def _amd(result: Any) -> Resources:
     text = result.asm["amdgcn"]
     # Scalar registers spill into lanes of vector registers, not into memory: they do not count.
     spilled, registers = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_spill_count", "vgpr_count"))
-    return Resources(spilled, registers, result.metadata.shared, text)
+    return Resources(spilled, registers, result.metadata.shared, None, False)
 
 
 def few(op: str) -> list[tuple[str, str]]:
@@ -140,7 +155,7 @@ def main(op: str, everything: bool) -> None:
         chips = [chip for name, chip in pairs if name == call]
         for launch in recorded(calls[call]):
             for name in chips:
-                chip, shipped = CHIPS[name], configs(launch, name)
+                chip, shipped = CHIPS[name], configs(launch, CHIPS[name])
                 one = (turn + list(CHIPS).index(name)) % len(shipped)
                 for config in shipped if everything else shipped[one : one + 1]:
                     types = {key: getattr(value, "dtype", value) for key, value in launch.arguments.items()}
@@ -161,6 +176,8 @@ def main(op: str, everything: bool) -> None:
                                 "registers": result.registers,
                                 "shared_memory": result.shared_memory,
                                 "limit": chip.shared_memory,
+                                "wide_loads": result.wide_loads,
+                                "wgmma": result.wgmma,
                             }
                         ),
                         flush=True,

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from selective_scan_data import offsets, relative_error, reproducible_like
+from selective_scan_data import make_inputs, offsets, relative_error, reproducible_like
 from torch import Tensor
 
 from packc import ops
@@ -52,8 +52,8 @@ def _gated_delta_rule(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int
     return {"q": torch.randn(B, L, G, K), "k": k, "v": torch.randn(B, L, H, V), "g": g, "beta": beta}
 
 
-def _gated_delta_rule_per_channel(B: int, L: int) -> dict[str, Tensor]:
-    return _gated_delta_rule(B, L) | {"g": F.logsigmoid(torch.randn(B, L, 2, 5) + 2)}
+def _gated_delta_rule_per_channel(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3) -> dict[str, Tensor]:
+    return _gated_delta_rule(B, L, H, G, K, V) | {"g": F.logsigmoid(torch.randn(B, L, H, K) + 2)}
 
 
 MIXERS = {
@@ -62,6 +62,33 @@ MIXERS = {
     "linear_attention": Mixer(ops.linear_attention, _attention, (2, 5, 3), ("g",)),
     "linear_scan": Mixer(ops.linear_scan, _linear_scan, (21,)),
     "ssd": Mixer(ops.ssd, _ssd, (2, 3, 5), ("A", "D", "dt_bias"), {"dt_softplus": True, "dt_limit": (0.01, 2.0)}),
+}
+
+
+def _selective_scan(B: int, L: int, D: int = 3, N: int = 2) -> dict[str, Tensor]:
+    return make_inputs(B, L, D, N)
+
+
+def _convolution(B: int, L: int, D: int = 3, W: int = 4) -> dict[str, Tensor]:
+    return {"x": torch.randn(B, L, D), "weight": torch.randn(D, W), "bias": torch.randn(D)}
+
+
+def _channel_first(B: int, L: int) -> dict[str, Tensor]:
+    return _convolution(B, L) | {"x": torch.randn(B, 3, L).mT}
+
+
+def _halves(B: int, L: int) -> dict[str, Tensor]:
+    return {name: x.half() for name, x in _convolution(B, L).items()}
+
+
+# Those whose promises have tests of their own.
+OTHERS = {
+    "selective_scan": Mixer(
+        ops.selective_scan, _selective_scan, (3, 2), ("A", "D", "delta_bias"), {"delta_softplus": True}
+    ),
+    "causal_conv1d": Mixer(ops.causal_conv1d, _convolution, (3, 3)),
+    "causal_conv1d of channel-first inputs": Mixer(ops.causal_conv1d, _channel_first, (3, 3)),
+    "causal_conv1d of halves": Mixer(ops.causal_conv1d, _halves, (3, 3)),
 }
 
 
@@ -86,27 +113,32 @@ def run(
     state: Tensor | None = None,
     dout: Tensor | None = None,
     dfinal: Tensor | None = None,
+    output_final_state: bool = True,
 ) -> dict[str, Tensor]:
     """``out``, ``final_state`` and ``d<name>`` of every input, for the given (or reproducible) output gradients."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     if state is not None:
         leaves["initial_state"] = state.detach().requires_grad_()
-    out, final = mixer.function(**leaves, **mixer.options, cu_seqlens=cu_seqlens, output_final_state=True)
-    dout = reproducible_like(out) if dout is None else dout.to(out.dtype)
-    dfinal = reproducible_like(final) if dfinal is None else dfinal.to(final.dtype)
-    grads = torch.autograd.grad([out, final], list(leaves.values()), [dout, dfinal])
-    return {"out": out.detach(), "final_state": final.detach()} | {
+    call = mixer.function(**leaves, **mixer.options, cu_seqlens=cu_seqlens, output_final_state=output_final_state)
+    results = dict(zip(("out", "final_state"), call if output_final_state else (call,), strict=False))
+    douts = [
+        reproducible_like(x) if grad is None else grad.to(x.dtype)
+        for x, grad in zip(results.values(), (dout, dfinal), strict=False)
+    ]
+    grads = torch.autograd.grad(list(results.values()), list(leaves.values()), douts)
+    return {name: x.detach() for name, x in results.items()} | {
         f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)
     }
 
 
-def exactly(
-    mixer: Mixer, inputs: dict[str, Tensor], *args: Tensor | None, **kwargs: Tensor | None
-) -> dict[str, Tensor]:
+def exactly(mixer: Mixer, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """In fp64, which the reference computes."""
-    wide = [x if x is None or not x.is_floating_point() else x.double() for x in args]
-    more = {name: x if x is None or not x.is_floating_point() else x.double() for name, x in kwargs.items()}
-    return run(mixer, in_dtype(mixer, inputs, torch.float64), *wide, **more)
+    more = {name: _wide(x) for name, x in kwargs.items()}
+    return run(mixer, in_dtype(mixer, inputs, torch.float64), *map(_wide, args), **more)
+
+
+def _wide(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def assert_close(results: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float = 1e-5) -> None:

@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 import triton
 from gpu_launches import CALLS
-from gpu_targets import CHIPS, few
+from gpu_targets import CHIPS, SPILLS_ALLOWED, few
 from packaging.version import Version
-
-# Bytes. The ptxas that comes with Triton up to 3.7 keeps a value of three of the scan's kernels on the stack, of one
-# that it gives 96 registers and might give 255.
-ALLOWED = 0 if Version(triton.__version__) >= Version("3.8") else 8
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -27,9 +23,18 @@ def test_kernels_compile_without_spills(op, pytestconfig):
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["chip"] for kernel in kernels} == (set(CHIPS) if everything else {chip for _, chip in few(op)})
-    spilled = [kernel for kernel in kernels if kernel["spilled"] > ALLOWED]
+    spilled = [kernel for kernel in kernels if kernel["spilled"] > SPILLS_ALLOWED]
     too_large = [kernel for kernel in kernels if kernel["shared_memory"] > kernel["limit"]]
-    assert (spilled, too_large) == ([], [])
+    narrow = [kernel for kernel in kernels if kernel["wide_loads"] == 0 and reads_neighbours(kernel)]
+    unsound = [kernel for kernel in kernels if kernel["wgmma"] and Version(triton.__version__) < Version("3.9")]
+    assert (spilled, too_large, narrow, unsound) == ([], [], [], [])
+
+
+def reads_neighbours(kernel):
+    """Whether it should read several values at once: with or without documents, what a model hands over lies so."""
+    apart = ("channel-first", "one channel", "token ids")
+    one_a_thread = ("_document_of_token", "_invert", "_pass_states", "final_states", "initial_state_grads")
+    return not any(name in kernel["call"] for name in apart) and kernel["kernel"] not in one_a_thread
 
 
 def test_no_chip_is_left_out():

@@ -1,40 +1,21 @@
 """A tuned kernel can be launched twice: a tuner launches it a hundred times on the same memory before it counts."""
 
-import importlib
-import pkgutil
-
 import pytest
 import torch
 import triton
 from implementations import implementation
-from launches import instead_of_launch
-from mixers import MIXERS, Mixer, run
-from selective_scan_data import make_inputs, offsets
+from launches import instead_of_launch, tuned_kernels
+from mixers import MIXERS, OTHERS, run
+from selective_scan_data import offsets
 
-from packc import ops
-
-
-def convolution(B, L):
-    return {"x": torch.randn(B, L, 3), "weight": torch.randn(3, 4), "bias": torch.randn(3)}
-
-
-def channel_first(B, L):
-    return convolution(B, L) | {"x": torch.randn(B, 3, L).mT}
-
-
-MIXERS = MIXERS | {
-    "selective_scan": Mixer(
-        ops.selective_scan, lambda B, L: make_inputs(B, L, D=3, N=2), (3, 2), options={"delta_softplus": True}
-    ),
-    "causal_conv1d": Mixer(ops.causal_conv1d, convolution, (3, 3)),
-    "causal_conv1d of channel-first inputs": Mixer(ops.causal_conv1d, channel_first, (3, 3)),
-}
+MIXERS = MIXERS | OTHERS
 # Tokens enough for two chunks or segments, of whole tiles, where kernels go on from one to the next; ssd's kernels are
 # those of linear_attention.
 QUICK = {
     "selective_scan": [68],
     "causal_conv1d": [5],
     "causal_conv1d of channel-first inputs": [5],
+    "causal_conv1d of halves": [5],
     "linear_scan": [68],
     "ssd": [68],
     "gated_delta_rule": [5],
@@ -67,17 +48,11 @@ def launch_twice(mixer, lengths, packed=True):
     return kernels
 
 
-def tuned_kernels():
-    names = [name for _, name, _ in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.") if ".triton_" in name]
-    attributes = [(name, *item) for name in names for item in vars(importlib.import_module(name)).items()]
-    return {x: f"{module}.{name}" for module, name, x in attributes if isinstance(x, triton.runtime.Autotuner)}
-
-
 @KERNELS
 def test_every_tuned_kernel_launched_twice_leaves_the_memory_of_one_launch(kernels):
     with implementation(kernels):
         launched = {kernel for op, lengths in QUICK.items() for kernel in launch_twice(MIXERS[op], lengths)}
-    assert launched == tuned_kernels().keys()
+    assert launched == tuned_kernels()
 
 
 @pytest.mark.slow
