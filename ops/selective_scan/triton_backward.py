@@ -56,10 +56,13 @@ _NOT_SPECIALIZED = [
 _CHANNELS = [f"{name}_d" for name in ("u", "delta", "dout", "z", "ddelta")]  # apart by a length, if not neighbours
 # Channels of a program, and tokens of its tiles. Twice the channels and half the tokens take a seventh fewer
 # instructions, and twice the memory for states between tiles, which then leave the second-level cache.
-_BLOCK_D, _BLOCK_T = 64, 4
+_BLOCK_D = 64
+_CONFIGS = [triton.Config({"BLOCK_T": 4}, num_warps=1)]
+# All registers there are: ptxas takes fewer of its own accord, for the sake of more warps, and spills.
+_BEFORE_HOPPER = [triton.Config({"BLOCK_T": 2}, num_warps=1, maxnreg=255)]
 
 
-@autotuned([triton.Config({"BLOCK_T": 4}, num_warps=1)], key=["channels", "states", "PACKED"])
+@autotuned(_CONFIGS, key=["channels", "states", "PACKED"])
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_CHANNELS)
 def _edges(
     dout,
@@ -183,7 +186,7 @@ def _enter_tiles(
         token += BLOCK_T
 
 
-@autotuned([triton.Config({"BLOCK_T": _BLOCK_T}, num_warps=1)], key=["channels", "states", "PACKED"])
+@autotuned(_CONFIGS, key=["channels", "states", "PACKED"], before_hopper=_BEFORE_HOPPER)
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_CHANNELS)
 def _walk_back(
     dout,
@@ -409,7 +412,7 @@ def backward(
             launch(_edges, grid, **{k: x for k, x in shared.items() if k != "chunks"}, carry=carry, total=total)
             pass_states(carry, total, p.A, p.document, arriving, p.tokens, p.segment, reverse=True)
         leaving = torch.empty_like(arriving)
-        tiles = CHUNK // _BLOCK_T
+        tiles = CHUNK // min(config.kwargs["BLOCK_T"] for config in _CONFIGS + _BEFORE_HOPPER)
         launch(
             _walk_back,
             grid,
