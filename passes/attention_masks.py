@@ -7,6 +7,8 @@ written but tried, on padding masks of every kind, and whatever the other inputs
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -26,18 +28,20 @@ _MOST_NODES = 500
 def hides_padding(graph: Graph, attention_mask: fx.Node) -> bool:
     """Whether no token sees a padded key, whatever the padding mask is; False if that cannot be found out."""
     needed = _made_from(graph, attention_mask)
-    sizes = [_number(size) for size in value_of(attention_mask).shape]
-    batch, length = (_number(size) for size in value_of(graph.mask).shape)
-    if needed is None or None in (*sizes, batch, length) or torch.Size(sizes).numel() > _LARGEST:
+    sizes, of_mask = _sizes(attention_mask), _sizes(graph.mask)
+    if needed is None or sizes is None or of_mask is None or prod(sizes) > _LARGEST:
         return False
+    batch, length = of_mask
     if sizes[-1] != length or sizes[-2] not in (1, length) or sizes[0] not in (1, batch):
         return False
     others = [n for n in needed if n.op == "placeholder" and n is not graph.mask and isinstance(value_of(n), Tensor)]
+    if any(_sizes(other) is None for other in others):
+        return False
     try:
         return all(
             _hides(graph.gm, needed, attention_mask, {graph.mask: padding, **{other: fill(other) for other in others}})
             for padding in _paddings(graph.mask, batch, length)
-            for fill in (_zeros, _ones, _random)
+            for fill in ((_zeros, _ones, _random) if others else (_zeros,))
         )
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         log.info("%s could not be tried: %r", attention_mask.name, error)
@@ -96,20 +100,23 @@ def _number(value: Any) -> int | float | bool | None:
     return value if isinstance(value, (int, float, bool)) else None
 
 
+def _sizes(node: fx.Node) -> list[int] | None:
+    """The shape of a value, as the example has it; None where nobody knows before the graph runs."""
+    sizes = [_number(size) for size in value_of(node).shape]
+    known = [size for size in sizes if isinstance(size, int)]
+    return known if len(known) == len(sizes) else None
+
+
 def _zeros(node: fx.Node) -> Tensor:
-    return _filled(node, 0)
+    return torch.zeros(_sizes(node) or (), dtype=value_of(node).dtype)
 
 
 def _ones(node: fx.Node) -> Tensor:
-    return _filled(node, 1)
-
-
-def _filled(node: fx.Node, number: int) -> Tensor:
-    return torch.full([_number(size) for size in value_of(node).shape], number, dtype=value_of(node).dtype)
+    return torch.ones(_sizes(node) or (), dtype=value_of(node).dtype)
 
 
 def _random(node: fx.Node) -> Tensor:
-    dtype, shape = value_of(node).dtype, [_number(size) for size in value_of(node).shape]
+    dtype, shape = value_of(node).dtype, _sizes(node) or []
     values = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     if dtype == torch.bool:
         return values > 0.5
@@ -117,15 +124,15 @@ def _random(node: fx.Node) -> Tensor:
     return (values * 8 - 4 if dtype.is_floating_point else values * max([1, *shape])).to(dtype)
 
 
-def _paddings(mask: fx.Node, batch: Any, length: Any) -> list[Tensor]:
-    """Padding masks with nothing padded, with padding on the left, on the right, on both sides, and with holes."""
+def _paddings(mask: fx.Node, batch: int, length: int) -> Iterator[Tensor]:
+    """Masks of which each row in turn has padding nowhere, on the left, on the right, on both sides, and anywhere."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(length)
-    probes = [torch.ones(batch, length, dtype=torch.bool)]
-    for _ in range(3):
-        first, end = torch.rand(2, batch, 1, generator=generator).sort(0).values.mul(length + 1).long().unbind(0)
-        on_the_left, on_the_right = positions >= first, positions < end
-        probes += [on_the_left, on_the_right, on_the_left & on_the_right]
-        probes.append(torch.rand(batch, length, generator=generator) < 0.5)
-    like = value_of(mask)
-    return [probe.to(like.dtype) for probe in probes]
+    for turn in range(5):
+        rows = []
+        for row in range(batch):
+            first, end = (torch.rand(2, generator=generator).sort().values * (length + 1)).long().tolist()
+            left, right = positions >= first, positions < end
+            kinds = (right | True, left, right, left & right, torch.rand(length, generator=generator) < 0.5)
+            rows.append(kinds[(turn + row) % 5])
+        yield torch.stack(rows).to(value_of(mask).dtype)

@@ -84,9 +84,9 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for node, ask in graph.asks(ZeroAtPadding):
         if ask.value not in graph.zero:
             raise NotPackable(_describe(node, f"sums {ask.value.name} over tokens, which is not masked at padding"))
-    for node, hides in graph.asks(HidesPadding):
-        if not hides_padding(graph, hides.mask):
-            raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
+    for mask, node in {ask.mask: node for node, ask in graph.asks(HidesPadding)}.items():  # of all layers, usually one
+        if not hides_padding(graph, mask):
+            raise NotPackable(_describe(node, f"{mask.name} is not seen to hide padding from tokens"))
     for node, reason in graph.tokens.refusals.items():
         for operand in node.all_input_nodes:
             if operand in forms.packed_only and operand not in graph.zero and not reads_as_is(operand, graph.tokens):
