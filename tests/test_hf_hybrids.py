@@ -69,9 +69,9 @@ def test_a_decoder_of_attention_alone_packs_around_it(family):
     model = tiny_decoder(family)
     compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
     for rows in (RIGHT, LEFT, HOLE):
-        batch = batch_of(rows)
+        batch = batch_with_cache(rows)
         assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
-    report = packc.explain(model)(**batch_of(RIGHT))
+    report = packc.explain(model)(**batch_with_cache(RIGHT))
     assert (report.tokens, {boundary.node for boundary in report.boundaries}) == (15, {ATTENTION})
 
 

@@ -205,13 +205,16 @@ def unbind(op: Op) -> Reading:
 
 @register_rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
 def cat(op: Op) -> Reading:
-    """Along features; every part must have the same token axes."""
-    parts, dim = op.args[0], op.args[1]
+    """Along features; every part must have the same token axes. An empty part, as of a new cache, is none."""
+    given, dim = op.args[0], op.args[1]
+    parts = [part for part in given if not any(same_size(size, 0) for size in value_of(part).shape)]
     layouts = {op.layout(part) for part in parts}
     (layout,) = layouts if len(layouts) == 1 else (None,)
     if layout is None or not covers_tokens(layout):
         raise NotTokenwise("joins values of different layouts: " + ", ".join(show(op.layout(p)) for p in parts))
     needs = dict.fromkeys(parts, layout)
+    if len(parts) == 1 and len(given) > 1 and op.target is not aten.stack.default:
+        return Reading(layout, needs, [Call(aten.alias.default, (parts[0],), {})])
     if op.target is not aten.stack.default:
         op.refuse_token_axes([op.dim(dim, len(layout))], layout)
         return Reading(layout, needs)
