@@ -4,6 +4,7 @@ Each is a function of a :class:`~packc.passes.graph.Graph` that returns one.
 """
 
 from packc.passes.choose import choose
+from packc.passes.constants import constants
 from packc.passes.functional import functional
 from packc.passes.graph import Graph
 from packc.passes.layout import layout
@@ -29,6 +30,7 @@ __all__ = [
     "boundaries_of",
     "choose",
     "confirm_mask",
+    "constants",
     "fakify",
     "find_masks",
     "functional",

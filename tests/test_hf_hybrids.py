@@ -71,7 +71,7 @@ def test_a_decoder_of_attention_alone_packs_around_it(family):
     for rows in (RIGHT, LEFT, HOLE):
         batch = batch_with_cache(rows)
         assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
-    report = packc.explain(model)(**batch_with_cache(RIGHT))
+    report = packc.explain(model)(**batch_of(RIGHT))
     assert (report.tokens, {boundary.node for boundary in report.boundaries}) == (15, {ATTENTION})
 
 

@@ -1,0 +1,55 @@
+"""Tensors of numbers written in the model, ``torch.tensor(4)``, become ops that make them.
+
+Of tensors that a graph holds, AOTAutograd takes only those that Dynamo told it of.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from packc.passes.graph import Graph
+from packc.passes.reasons import NotPackable
+
+aten = torch.ops.aten
+
+# What tracing writes around such a tensor, so that nobody writes to the one that the graph holds.
+_COPIES = {aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default}
+
+
+def constants(graph: Graph) -> Graph:
+    """Replace every tensor that the graph holds, together with its copies; no-op elsewhere.
+
+    Raises:
+        NotPackable: one has several numbers.
+    """
+    gm = graph.gm
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        with gm.graph.inserting_before(node):
+            made = _made(gm, value)
+        made.meta = dict(node.meta)
+        for copy in _copies(node):
+            copy.replace_all_uses_with(made)
+            gm.graph.erase_node(copy)
+    gm.recompile()
+    return graph
+
+
+def _made(gm: fx.GraphModule, value: Tensor) -> fx.Node:
+    like = {"dtype": value.dtype, "device": value.device}
+    if value.ndim == 0:
+        return gm.graph.call_function(aten.scalar_tensor.default, (value.item(),), like)
+    if value.numel() == 0:
+        return gm.graph.call_function(aten.zeros.default, (list(value.shape),), like)
+    raise NotPackable(f"the model makes a tensor of numbers, of shape {tuple(value.shape)}")
+
+
+def _copies(node: fx.Node) -> list[fx.Node]:
+    """A tensor and its copies, the last first."""
+    found = [node]
+    for each in found:
+        found.extend(user for user in each.users if user.target in _COPIES)
+    return found[::-1]
