@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from packc import config
+from packc.options import split_options
 from packc.passes import Boundary, Requirements, is_mixer, module_path
 
 if TYPE_CHECKING:
@@ -101,24 +103,38 @@ class Report:
 _seen: contextvars.ContextVar[list[GraphReport] | None] = contextvars.ContextVar("packc_explained", default=None)
 
 
-def explain(model: Callable[..., Any]) -> Callable[..., Report]:
+def explain(model: Callable[..., Any], *, options: dict[str, Any] | None = None) -> Callable[..., Report]:
     """Run a model once on a batch as packc would compile it, and say what became of it.
 
     Graphs are rewritten and run without code generation, so this takes seconds where compiling takes minutes. Gradients
     are not computed. A model that is compiled already is looked at as it was before.
 
+    Args:
+        model: a module or a function.
+        options: as for ``torch.compile``; of these only packc's own count, and ``packc.strict`` and ``packc.inner`` do
+            not.
+
     Returns:
         A function that takes the model's arguments and returns a :class:`Report`.
+
+    Raises:
+        ValueError: an unknown ``packc.`` option.
     """
     original = getattr(model, "_orig_mod", model)
+    own, _ = split_options(options)
 
     def run(*args: Any, **kwargs: Any) -> Report:
         graphs: list[GraphReport] = []
         token = _seen.set(graphs)
         try:
             # Entries of an explained model are its own, and must not use up what Dynamo grants the compiled one.
-            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64), _not_compiled(original):
-                torch.compile(original, backend=_explaining)(*args, **kwargs)
+            with (
+                torch.no_grad(),
+                torch._dynamo.config.patch(recompile_limit=64),
+                config.patch({**own, "inner": "eager", "strict": False}),
+                _not_compiled(original),
+            ):
+                torch.compile(original, backend=_explaining(repr(config.get_config_copy())))(*args, **kwargs)
         finally:
             _seen.reset(token)
         return _merge(graphs)
@@ -140,24 +156,28 @@ def _not_compiled(model: Any) -> Iterator[None]:
         model._compiled_call_impl = compiled
 
 
-def _explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """packc's backend without code generation, whose graphs report themselves when they run."""
+@functools.cache
+def _explaining(configuration: str) -> Callable[..., Any]:
+    """packc's backend without code generation, whose graphs report themselves when they run.
+
+    One for each configuration: by its backend Dynamo tells what it has compiled of a model already.
+    """
     from packc.compiler import compile_graph
 
-    with config.patch(inner="eager", strict=False):
+    def explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         call, graph = compile_graph(gm, example_inputs, strict=False)
 
-    def reporting(*inputs: Any) -> Any:
-        result = call(*inputs)
-        seen = _seen.get()
-        if seen is not None:
-            seen.append(graph)
-        return result
+        def reporting(*inputs: Any) -> Any:
+            result = call(*inputs)
+            seen = _seen.get()
+            if seen is not None:
+                seen.append(graph)
+            return result
 
-    return reporting
+        return reporting
 
-
-_explaining.__packc_backend__ = True  # type: ignore[attr-defined]
+    explaining.__packc_backend__ = True  # type: ignore[attr-defined]
+    return explaining
 
 
 def _merge(graphs: list[GraphReport]) -> Report:

@@ -125,3 +125,14 @@ def test_explaining_leaves_the_compiled_model_as_it_is():
     assert all(report.tokens == 15 and report.graphs == 1 for report in reports)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(**batch)
+
+
+def test_options_are_those_of_the_compiled_model():
+    def model(x, tokens):
+        return packc.ops.causal_conv1d(x * tokens[..., None], torch.ones(4, 2))
+
+    inputs = torch.randn(3, 8, 4), masks(RIGHT)
+    assert packc.explain(model)(*inputs).tokens is None
+    assert packc.explain(model, options={"packc.mask": "tokens", "packc.strict": True})(*inputs).tokens == 15
+    with pytest.raises(ValueError, match="packc.masc"):
+        packc.explain(model, options={"packc.masc": "tokens"})
