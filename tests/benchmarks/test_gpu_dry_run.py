@@ -43,8 +43,10 @@ def test_all_steps_run_in_order_and_find_all_right(tmp_path):
     names = [step.name for step in plan.steps(dry=True)]
     assert list(dict.fromkeys(facts["step"] for facts in found)) == names
     idle = {facts["step"] for facts in found if "needless" in facts or "skipped" in facts}
-    # Of the ways around a compiler none is needed; there are no newer ptxas, no peers and no tests for a GPU here.
-    assert idle == {"cubins", *plan.VARIANTS, *(name for name in names if name.endswith("newer ptxas"))}
+    # Of the ways around a compiler none is needed; there are no peers and no tests for a GPU here. Somebody may have
+    # laid out what travels.
+    needless = {"cubins", *plan.VARIANTS}
+    assert needless <= idle <= needless | {"compile", *(name for name in names if name.endswith("newer ptxas"))}
     assert_all_right(found, set(names) - idle - {"tests", "peers"})
     assert len(printed.splitlines()) <= 25
     assert len(list(tmp_path.iterdir())) <= 8
