@@ -16,8 +16,10 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.linear_attention.reference import CHUNK
 from packc.ops.tritonsrc import tokens
+from packc.ops.tritonsrc.launch import launch
 
 FIRST, LAST = tl.constexpr(1), tl.constexpr(2)
+_BLOCK = 256
 
 
 class Chunks(NamedTuple):
@@ -31,22 +33,77 @@ class Chunks(NamedTuple):
         return self.table.shape[0]
 
 
+@triton.jit(do_not_specialize=["length", "documents", "bound"])
+def _tabulate(
+    cu_seqlens,
+    table,
+    first,
+    starts,
+    length,  # of a row
+    documents,
+    bound,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a document; the last one ends the lists, and fills the table up."""
+    document = tl.program_id(0)
+    start = document * length
+    chunk = document * tl.cdiv(length, CHUNK)
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + document).to(tl.int32)
+        before = tl.zeros([BLOCK], tl.int32)
+        for other in range(0, document, BLOCK):
+            d = other + tl.arange(0, BLOCK)
+            end = tl.load(cu_seqlens + d + 1, d < document, 0)
+            before += tl.cdiv(end - tl.load(cu_seqlens + d, d < document, 0), CHUNK).to(tl.int32)
+        chunk = tl.sum(before, 0)
+    tl.store(starts + document, start)
+    tl.store(first + document, chunk)
+    if document < documents:
+        size = length
+        begin = 0
+        if cu_seqlens is not None:
+            size = tl.load(cu_seqlens + document + 1).to(tl.int32) - start
+            begin = start
+        for nth in range(0, tl.cdiv(size, CHUNK), BLOCK):
+            n = nth + tl.arange(0, BLOCK)
+            rest = size - n * CHUNK
+            at = table + (chunk + n).to(tl.int64) * 4
+            flags = tl.where(n == 0, FIRST, 0) + tl.where(rest <= CHUNK, LAST, 0)
+            tl.store(at, document, rest > 0)
+            tl.store(at + 1, begin + n * CHUNK, rest > 0)
+            tl.store(at + 2, tl.minimum(rest, CHUNK), rest > 0)
+            tl.store(at + 3, flags, rest > 0)
+    else:
+        for nth in range(chunk, bound, BLOCK):
+            n = nth + tl.arange(0, BLOCK)
+            for column in tl.static_range(4):
+                tl.store(table + n.to(tl.int64) * 4 + column, 0, n < bound)
+
+
 def chunks_of(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
-    """Of the documents of a ``(B, L, ...)`` tensor."""
+    """Of the documents of a ``(B, L, ...)`` tensor: one kernel, since all that is launched here is waited for."""
     rows, length = x.shape[:2]
     count = documents.count(cu_seqlens, x)
-    starts = documents.offsets(cu_seqlens, x)
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        documents.check_offsets(cu_seqlens.long(), length)
     bound = rows * triton.cdiv(length, CHUNK) if cu_seqlens is None else length // CHUNK + count
-    lengths = starts.diff()
-    first = torch.nn.functional.pad(((lengths + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
-    chunk = torch.arange(bound, device=x.device)
-    document = (torch.searchsorted(first, chunk, right=True) - 1).clamp_max(count - 1)
-    within = (chunk - first[document]) * CHUNK
-    rest = lengths[document] - within
-    flags = (within == 0) * FIRST.value + (rest <= CHUNK) * LAST.value
-    begin = within if cu_seqlens is None else starts[document] + within
-    table = torch.stack([document, begin, rest.clamp(0, CHUNK), flags], 1)
-    return Chunks(table.int(), first.int(), starts.int(), count)
+    table, first, starts = (x.new_empty(size, dtype=torch.int32) for size in ((bound, 4), count + 1, count + 1))
+    launch(
+        _tabulate,
+        (count + 1,),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        table=table,
+        first=first,
+        starts=starts,
+        length=length,
+        documents=count,
+        bound=bound,
+        CHUNK=CHUNK,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return Chunks(table, first, starts, count)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ them, and N may be anything. What lies at the start of a chunk is kept for the b
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -260,7 +260,7 @@ def forward(
             "delta_bias": delta_bias,
             "document": p.document,
         }
-        operands = {"u": u, "delta": delta, "A": p.A, "B": p.B, **strides("td", u=u, delta=delta, z=z)}
+        operands: dict[str, Any] = {"u": u, "delta": delta, "A": p.A, "B": p.B, **strides("td", u=u, delta=delta, z=z)}
         operands |= p.sizes | options
         grid = (p.rows * p.segments * p.blocks,)
         carry = u.new_empty((p.rows, p.segments, p.states, p.channels), dtype=torch.float32)

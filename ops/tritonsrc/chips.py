@@ -50,7 +50,8 @@ def offered(
     """What is tried of a kernel's configurations."""
     if _before_hopper(target) or (multiplies(kernel) and _as_before_hopper(target)):
         return configs if before_hopper is None else before_hopper
-    if multiplies(kernel) and _miscompiles_wgmma(target):
+    # On AMD a warp has 64 threads, so that eight have half the registers each.
+    if multiplies(kernel) and (target.backend == "hip" or _miscompiles_wgmma(target)):
         return [config for config in configs if config.num_warps <= 4]
     return configs
 

@@ -70,6 +70,10 @@ def test_who_asks_for_wgmma_gets_it_with_four_warps(unsound, monkeypatch):
     assert chips.offered(WITH_PRODUCTS, [FOUR, EIGHT], [EIGHT], HOPPER) == [FOUR]
 
 
+def test_amd_chips_are_offered_four_warps(sound):
+    assert chips.offered(WITH_PRODUCTS, [FOUR, EIGHT], [EIGHT], AMD) == [FOUR]
+
+
 def test_a_sound_triton_is_left_alone(sound):
     with chips.compiling(WITH_PRODUCTS, HOPPER):
         assert switched() is None
