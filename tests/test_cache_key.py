@@ -40,7 +40,7 @@ def convolutions_in_a_step(block):
     fast(x, mask).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fast(x, mask).backward()
-    return sum(event.name == "packc::causal_conv1d" for event in profile.events())
+    return sum(event.name == "packc_cpu::causal_conv1d" for event in profile.events())
 
 
 def test_a_model_that_checkpoints_from_now_on_is_compiled_again_and_both_are_found_later():
