@@ -29,8 +29,8 @@ PROCESSORS = 132  # of an H100
 # What Triton makes part of a launcher's key, on machines with and without the command ``file``.
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
 
-# Triton up to some release after 3.6 compiles C for every signature.
-LAUNCHERS_OF_SIGNATURES = hasattr(nvidia, "compile_module_from_src")
+# Triton up to 3.6 compiles C for every signature.
+LAUNCHERS_OF_SIGNATURES = hasattr(nvidia, "make_launcher")
 
 
 class StandIn:

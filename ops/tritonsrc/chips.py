@@ -5,7 +5,7 @@ written again while they are still read: by Triton before 3.7, and by every ptxa
 transpose of a product is misread as a left operand before 3.7.1. With more than four warps, some do not wait for others
 that still read. Nearly all of packc's products have a computed left operand; so with such a Triton they are compiled as
 for the chips before Hopper, which is right, and slower. DISABLE_MMA_V3, Triton's own switch, says otherwise: "0" has
-them use wgmma all the same, though not with more than four warps.
+them use wgmma all the same, with four warps where there is a choice.
 """
 
 from __future__ import annotations
