@@ -5,6 +5,8 @@ Of tensors that a graph holds, AOTAutograd takes only those that Dynamo told it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -39,7 +41,7 @@ def constants(graph: Graph) -> Graph:
 
 
 def _made(gm: fx.GraphModule, value: Tensor) -> fx.Node:
-    like = {"dtype": value.dtype, "device": value.device}
+    like: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     if value.ndim == 0:
         return gm.graph.call_function(aten.scalar_tensor.default, (value.item(),), like)
     if value.numel() == 0:
