@@ -22,15 +22,6 @@ aten = torch.ops.aten
 # Ops tagged pointwise need no entry among the rules; that f(0) = 0 is nowhere but here.
 register_zero(
     first_is_zero,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.dropout.default,
     aten.neg.default,
     aten.abs.default,
     aten.silu.default,
@@ -56,8 +47,11 @@ register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), a
     aten.contiguous.default,
     aten.alias.default,
     aten.detach.default,
-    aten.lift_fresh_copy.default,
     aten.dropout.default,
+    zero=first_is_zero,
+)
+@register_rule(
+    aten.lift_fresh_copy.default,
     aten.native_dropout.default,
     aten.bernoulli.default,
     aten.bernoulli.p,

@@ -208,6 +208,8 @@ def cat(op: Op) -> Reading:
     """Along features; every part must have the same token axes. An empty part, as of a new cache, is none."""
     given, dim = op.args[0], op.args[1]
     parts = [part for part in given if not any(same_size(size, 0) for size in value_of(part).shape)]
+    if len({value_of(part).dtype for part in given}) > 1 and len(parts) < len(given):
+        raise NotTokenwise("joins an empty part of another dtype, which counts in the result's")
     layouts = {op.layout(part) for part in parts}
     (layout,) = layouts if len(layouts) == 1 else (None,)
     if layout is None or not covers_tokens(layout):
@@ -217,6 +219,6 @@ def cat(op: Op) -> Reading:
         return Reading(layout, needs, [Call(aten.alias.default, (parts[0],), {})])
     if op.target is not aten.stack.default:
         op.refuse_token_axes([op.dim(dim, len(layout))], layout)
-        return Reading(layout, needs)
+        return Reading(layout, needs, [op.with_args(tensors=parts)])
     at = op.dim(dim, len(layout) + 1)
     return Reading((*layout[:at], OTHER, *layout[at:]), needs)

@@ -30,3 +30,11 @@ def test_a_number_and_an_empty_tensor_are_made_in_the_graph():
 def test_several_numbers_leave_the_graph_unpacked():
     (reason,) = run(lambda x, attention_mask: mix(x, attention_mask) * torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert reason == "the model makes a tensor of numbers, of shape (4,)"
+
+
+def test_an_empty_part_of_another_dtype_counts_in_the_results():
+    def widened(x, attention_mask):
+        return torch.cat([torch.tensor([], dtype=torch.float64), mix(x, attention_mask)])
+
+    (reason,) = run(widened)
+    assert "an empty part of another dtype" in reason
