@@ -37,6 +37,8 @@ class Packing:
     """Why rows were not packed, each reason once."""
     left_padded: int = 0
     """Rows that begin at their first token, with padding before it."""
+    only_tokens: bool = False
+    """Whether no position of padding was packed."""
 
 
 @torch.no_grad()
@@ -71,10 +73,10 @@ def pack_batch(
         return Packing(*_index([(0, length)] * batch, length, mask.device), 0, 0, batch)
     facts = _facts(mask, labels, inside, positions).tolist()  # the one host sync
     spans, reasons = [], dict[str, None]()
-    whole_rows = left_padded = 0
-    for first, end, hole, other_values, first_label, end_label, not_empty, beyond, again in facts:
-        start, stop, why = _span(first, end, length, hole, other_values, first_label, end_label, not_empty)
-        if why is None and one_before and not_empty:
+    whole_rows = left_padded = real = 0
+    for first, end, count, other_values, first_label, end_label, beyond, again in facts:
+        start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
+        if why is None and one_before and count:
             start = max(0, first - 1)
         if why is None and start < first and not before_is_stocks:
             start, stop, why = 0, length, _BEFORE
@@ -90,12 +92,16 @@ def pack_batch(
             whole_rows += 1
             reasons[why] = None
         left_padded += 0 < start == first
+        real += 0 if other_values else count
         spans.append((start, stop))
     if sum(stop - start for start, stop in spans) < 2:
         # The compiled graph is made for two tokens or more. Not a fallback: there is next to nothing to pack.
         spans, whole_rows, left_padded = [(0, length)] * batch, batch, 0
     index, cu_seqlens = _index(spans, length, mask.device)
-    return Packing(index, cu_seqlens, index.shape[0], batch * length, whole_rows, tuple(reasons), left_padded)
+    tokens = index.shape[0]
+    return Packing(
+        index, cu_seqlens, tokens, batch * length, whole_rows, tuple(reasons), left_padded, only_tokens=tokens == real
+    )
 
 
 def unread_batch(mask: Tensor) -> Packing:
@@ -111,19 +117,19 @@ def unread_batch(mask: Tensor) -> Packing:
 
 
 def _span(
-    first: int, end: int, length: int, hole: int, other_values: int, first_label: int, end_label: int, not_empty: int
+    first: int, end: int, count: int, length: int, other_values: int, first_label: int, end_label: int
 ) -> tuple[int, int, str | None]:
     """``[start, stop)`` of one row, and why it is the whole row if it is for a reason."""
     if other_values:
         return 0, length, _VALUES
-    if hole:
+    if end - first != count:
         return 0, length, _HOLE
     if end_label > end:
         return 0, length, _LABEL
     if first_label < first:
         # The label of a left-padded row's first token lies, shifted, on the padding before it; stock counts it. The
         # state that predicts it has seen only zeros, so it may simply be the document's first.
-        if not_empty and first_label == first - 1:
+        if count and first_label == first - 1:
             return first - 1, end, None
         return 0, length, _LABEL
     return first, end, None
@@ -132,7 +138,7 @@ def _span(
 def _facts(
     mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor], positions: Sequence[Tensor]
 ) -> Tensor:
-    """(B, 9): first token, end of tokens, hole?, other values?, first live label, end of live labels, row not empty?,
+    """(B, 8): first token, end of tokens, number of tokens, other values?, first live label, end of live labels,
     another mask's token beyond?, positions start again?"""
     length = mask.shape[1]
     real = mask != 0
@@ -150,11 +156,10 @@ def _facts(
     columns = [
         first,
         end,
-        end - first != count,
+        count,
         (real & (mask != 1)).any(1),
         torch.where(end_label == 0, length, first_label),
         end_label,
-        count > 0,
         beyond,
         again,
     ]

@@ -16,7 +16,7 @@ from packc import config
 from packc.boundaries import ignored_boundaries, positions_inputs
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
-from packc.inner_backend import inner_backend
+from packc.inner_backend import compiled_when_called, inner_backend
 from packc.options import split_options
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
 from packc.passes import (
@@ -105,6 +105,7 @@ def compile_graph(
         graph,
         requirements,
         strict=strict,
+        with_padding=packed.with_padding and compiled_when_called(packed.with_padding, mode, options or {}),
         positions=positions_inputs(gm),
         loss_outside=config.loss_outside or ends_in_a_graph_break(gm),
     )

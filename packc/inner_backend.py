@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from packc import config
@@ -29,6 +30,12 @@ def inner_backend(mode: str | None, options: dict[str, Any]) -> Callable[[fx.Gra
         raise ValueError(f"packc.inner={config.inner!r} takes neither a mode nor Inductor's options: {mode}, {options}")
     name = config.inner
     return lambda gm, inputs: _without_code_generation(gm, inputs, name)
+
+
+def compiled_when_called(gm: fx.GraphModule, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """A graph that few batches need: compiled with the first of them, for any sizes."""
+    compiled: Callable[..., Any] = torch.compile(gm, backend=inner_backend(mode, options), dynamic=True)
+    return compiled
 
 
 def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Any:

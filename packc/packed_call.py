@@ -33,7 +33,8 @@ _LOSS_OUTSIDE = (
 class PackedCall:
     """Packs each batch and runs the compiled graph on it.
 
-    Rows that packing could change run whole in the same compiled graph: they are documents with nothing left out.
+    Rows that packing could change run whole in the same compiled graph: they are documents with nothing left out. But
+    if attention would see their padding, the batch goes through ``with_padding``, a graph in which it hides that.
 
     On fake and meta tensors (estimators of FLOPs and memory) the packed graph runs op by op, with every position a
     token: there is no mask to read, and generated code would not know fakes from tensors.
@@ -46,10 +47,12 @@ class PackedCall:
         requirements: Requirements,
         *,
         strict: bool | None,
+        with_padding: Callable[..., Any] | None = None,
         positions: Sequence[int] = (),
         loss_outside: bool = False,
     ) -> None:
         self.compiled = compiled
+        self.with_padding = with_padding
         self.graph = graph
         self.positions = positions
         self.loss_outside = loss_outside
@@ -80,7 +83,8 @@ class PackedCall:
         for reason in packing.reasons:
             self._say(reason, packing)
         self.last = packing
-        outputs = self.compiled(*inputs, packing.index, packing.cu_seqlens)
+        compiled = self.compiled if packing.only_tokens or self.with_padding is None else self.with_padding
+        outputs = compiled(*inputs, packing.index, packing.cu_seqlens)
         if packing.left_padded and self.labels_may_follow and not self.loss_outside and _trains(outputs):
             # Not under strict either: nothing says that there is such a loss.
             say_once(_LOSS_OUTSIDE, self._warned, strict=False)

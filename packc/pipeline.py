@@ -33,16 +33,20 @@ READ: tuple[Pass, ...] = (
     passes.widen_losses,  # next-token losses over whole rows
     passes.find_masks,  # the inputs that may be the padding mask
 )
-PACK: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
+FIND: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
     passes.layout,  # where batch and sequence are in every value, and how every op reads on tokens
     passes.zeros,  # what is zero at padding
     passes.confirm_mask,  # that the mask is used as one
+    passes.attention_masks,  # what attention lets tokens see
+)
+PACK: tuple[Pass, ...] = (
+    passes.pack_attention,  # attention as a mixer
     passes.choose,  # what is computed packed, padded, or both
     passes.requirements,  # what each batch must be asked
     passes.write,  # the packed graph
 )
 # Without one of these less packs; the others are what packing is.
-_MAY_BE_SKIPPED = (passes.functional, passes.widen_losses)
+_MAY_BE_SKIPPED = (passes.functional, passes.widen_losses, passes.pack_attention)
 
 
 def packed_graph(graph: Graph) -> Graph:
@@ -58,11 +62,14 @@ def packed_graph(graph: Graph) -> Graph:
     reasons: list[NoMask | NotPackable] = []
     for mask in graph.masks:
         try:
-            packed = _run(PACK, replace(graph, mask=mask), skipped)
+            found = _run(FIND, replace(graph, mask=mask), skipped)
+            packed = _run(PACK, found, skipped)
         except (NoMask, NotPackable) as reason:
             reasons.append(reason)
             continue
         _artifact("packc_after", packed.gm)
+        if packed.requirements.only_tokens:
+            return replace(packed, with_padding=_run(PACK, found, {*skipped, passes.pack_attention}).gm)
         return packed
     raise reasons[0]
 

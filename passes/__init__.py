@@ -3,6 +3,7 @@
 Each is a function of a :class:`~packc.passes.graph.Graph` that returns one.
 """
 
+from packc.passes.attention_masks import attention_masks
 from packc.passes.choose import choose
 from packc.passes.constants import constants
 from packc.passes.functional import functional
@@ -11,6 +12,7 @@ from packc.passes.layout import layout
 from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks
 from packc.passes.module_names import module_path
 from packc.passes.normalize import fakify, normalize
+from packc.passes.pack_attention import pack_attention
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.sources import argument_path
@@ -27,6 +29,7 @@ __all__ = [
     "Requirements",
     "WrongMask",
     "argument_path",
+    "attention_masks",
     "boundaries_of",
     "choose",
     "confirm_mask",
@@ -38,6 +41,7 @@ __all__ = [
     "layout",
     "module_path",
     "normalize",
+    "pack_attention",
     "requirements",
     "widen_losses",
     "write",

@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from packc.passes.asks import HidesPadding, ZeroAtPadding
-from packc.passes.attention_masks import hides_padding
 from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.module_names import module_path
@@ -84,9 +83,9 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for node, ask in graph.asks(ZeroAtPadding):
         if ask.value not in graph.zero:
             raise NotPackable(_describe(node, f"sums {ask.value.name} over tokens, which is not masked at padding"))
-    for mask, node in {ask.mask: node for node, ask in graph.asks(HidesPadding)}.items():  # of all layers, usually one
-        if not hides_padding(graph, mask):
-            raise NotPackable(_describe(node, f"{mask.name} is not seen to hide padding from tokens"))
+    for node, hides in graph.asks(HidesPadding):
+        if hides.mask not in graph.seen:
+            raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
     for node, reason in graph.tokens.refusals.items():
         for operand in node.all_input_nodes:
             if operand in forms.packed_only and operand not in graph.zero and not reads_as_is(operand, graph.tokens):
@@ -141,8 +140,7 @@ def _demand_packed(node: fx.Node, tokens: Tokens, forms: Forms) -> None:
 
 def _arguments(node: fx.Node, reading: Reading) -> list[fx.Node]:
     found: list[fx.Node] = []
-    written = [(node.args, node.kwargs)] if reading.calls is None else [each[1:] for each in reading.calls]
-    fx.map_arg(written, found.append)
+    fx.map_arg((node.args, node.kwargs) if reading.call is None else reading.call[1:], found.append)
     return found
 
 

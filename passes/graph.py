@@ -12,6 +12,7 @@ from torch import fx
 from packc.passes.asks import Ask
 from packc.passes.axes import Kind, Layout, covers_tokens
 from packc.passes.reading import Reading
+from packc.passes.visible import Seen
 
 if TYPE_CHECKING:
     from packc.passes.choose import Forms
@@ -59,10 +60,14 @@ class Graph:
     tokens: Tokens = field(default_factory=Tokens)
     zero: set[fx.Node] = field(default_factory=set)
     """Values known to be zero at padding."""
+    seen: dict[fx.Node, Seen] = field(default_factory=dict)
+    """What attention masks that hide padding let tokens see."""
     forms: Forms = None  # type: ignore[assignment]
     """In which forms each value is computed."""
     requirements: Requirements = None  # type: ignore[assignment]
     """What the packed graph asks of each batch."""
+    with_padding: fx.GraphModule | None = None
+    """The packed graph for batches that keep padding, where attention in ``gm`` would see it."""
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,26 +20,29 @@ class NotTokenwise(Exception):
 class Call(NamedTuple):
     """One node of a reading.
 
-    Among its arguments an :class:`~packc.passes.axes.Axis` stands for the size of that axis in the form in which the
-    node is written, a :class:`PaddedNumel` for what it says, and ``RESULT`` for the call before.
+    Among its arguments another call stands for its result, an :class:`~packc.passes.axes.Axis` for the size of that
+    axis in the form in which the node is written, and a :class:`PaddedNumel` for what it says.
     """
 
-    target: OpOverload
+    target: OpOverload | Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def is_mixer(self) -> bool:
+        """Whether it is to be told where documents begin."""
+        return "cu_seqlens" in self.arguments
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its arguments."""
+        return [each.name for each in self.target._schema.arguments] if isinstance(self.target, OpOverload) else []
 
 
 class PaddedNumel(NamedTuple):
     """How many elements a value has in the padded graph, in whatever form the node is written."""
 
     value: fx.Node
-
-
-class _Result(enum.Enum):
-    RESULT = enum.auto()
-
-
-RESULT = _Result.RESULT
 
 
 @dataclass
@@ -51,8 +54,8 @@ class Reading:
     operands: dict[fx.Node, Layout] = field(default_factory=dict)
     """Operands that follow the tokens, and which axis is which; the others are taken as they stand. An operand may have
     size one along a token axis (a scale per row, a table of positions): it is gathered along the axes it does span."""
-    calls: list[Call] | None = None
-    """The nodes to write; None: the op itself."""
+    call: Call | None = None
+    """What to write; None: the op itself."""
     is_padded: bool = False
     """Whether it runs padded, although its operands and its result follow the tokens: scattered before, gathered after
     it. What it gives at padding is not what the padded graph gives there."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from packc.passes.asks import IgnoredLabels, KeepLeft, KeepRight
+from packc.passes.asks import HidesPadding, IgnoredLabels, KeepLeft, KeepRight
 from packc.passes.choose import reads_as_is
 from packc.passes.graph import AnAsk, Graph
 from packc.passes.module_names import module_path
@@ -44,7 +44,9 @@ class Requirements:
     keep_right: str | None = None
     labels: list[Labels] = field(default_factory=list)
     attends: bool = False
-    """Whether some op runs padded and sees zeros at padding: what it gives there is not stock's."""
+    """Whether some attention gives, at padding, what is not stock's."""
+    only_tokens: bool = False
+    """Whether some attention would see the padding of a batch that keeps any."""
     returns_tokens: bool = False
     """Whether some output has values of tokens, zero at padding."""
     mixers: list[tuple[str, str]] = field(default_factory=list)
@@ -61,6 +63,7 @@ def requirements(graph: Graph) -> Graph:
         NotPackable: what must be asked is not known before the model runs.
     """
     inputs, packed, others = graph.placeholders, graph.forms.packed, other_masks(graph)
+    readings = graph.tokens.readings
     result = Requirements(
         mask=inputs.index(graph.mask),
         other_masks=[inputs.index(other) for other in others],
@@ -69,14 +72,15 @@ def requirements(graph: Graph) -> Graph:
         ),
         keep_right=_first(_packed(graph, KeepRight)),
         labels=_labels(graph),
-        attends=any(reading.is_padded and node in packed for node, reading in graph.tokens.readings.items()),
+        attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
+        only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
         returns_tokens=any(
             each in packed and not reads_as_is(each, graph.tokens)
             for each in graph.gm.graph.output_node().all_input_nodes
         ),
         mixers=[
             (str(node.target), module_path(node))
-            for node, reading in graph.tokens.readings.items()
+            for node, reading in readings.items()
             if reading.is_mixer and node in packed
         ],
         padded_mixers=padded_mixers(graph, packed),

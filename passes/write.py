@@ -14,7 +14,7 @@ from packc.passes.choose import is_computed_packed, reads_as_is, switches_mode
 from packc.passes.forms import Packed
 from packc.passes.graph import Graph, is_item
 from packc.passes.normalize import carry_over_from_dynamo
-from packc.passes.reading import RESULT, Call, PaddedNumel, Reading
+from packc.passes.reading import Call, PaddedNumel, Reading
 
 aten = torch.ops.aten
 
@@ -95,28 +95,30 @@ class _Writer:
             layout = self.tokens.layout(node)
             assert layout is not None, f"{node} has several results and runs padded"
             return self.packed.enter(self._copy(node), layout, value_of(node).shape)
-        result: Any = None
-        for call in reading.calls or [Call(node.target, node.args, dict(node.kwargs))]:  # type: ignore[arg-type]
-            target, args, kwargs = self.packed.mixer(call) if reading.is_mixer else call
-            args, kwargs = self._map((args, kwargs), reading, result)
-            result = self._write(target, *args, **kwargs)
+        call = reading.call or Call(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        result = self._write_call(call, reading)
         return self.packed.total(result) if reading.results is Whole.SUM else result
 
-    def _map(self, value: Any, reading: Reading, result: Any) -> Any:
+    def _write_call(self, call: Call, reading: Reading) -> fx.Node:
+        target, args, kwargs = self.packed.mixer(call) if call.is_mixer else call
+        args, kwargs = self._map((args, kwargs), reading)
+        return self._write(target, *args, **kwargs)
+
+    def _map(self, value: Any, reading: Reading) -> Any:
         if isinstance(value, fx.Node):
             if value.graph is self.graph:
                 return value
             return self._operand(value, reading.operands[value]) if value in reading.operands else self._padded(value)
+        if isinstance(value, Call):
+            return self._write_call(value, reading)
         if isinstance(value, Axis):
             return self.packed.size(value)
         if isinstance(value, PaddedNumel):
             return self._padded_numel(value.value)
-        if value is RESULT:
-            return result
         if isinstance(value, (list, tuple)):
-            return type(value)(self._map(v, reading, result) for v in value)
+            return type(value)(self._map(v, reading) for v in value)
         if isinstance(value, dict):
-            return {k: self._map(v, reading, result) for k, v in value.items()}
+            return {k: self._map(v, reading) for k, v in value.items()}
         return value
 
     def _padded(self, node: fx.Node) -> fx.Node:

@@ -29,7 +29,7 @@ class Packed:
         return 1 if axis is BATCH else self.tokens
 
     def mixer(self, call: Call) -> Call:
-        place = [argument.name for argument in call.target._schema.arguments].index("cu_seqlens")
+        place = call.arguments.index("cu_seqlens")
         return call._replace(args=(*call.args[:place], self.cu_seqlens, *call.args[place + 1 :]))
 
     def total(self, value: fx.Node) -> fx.Node:

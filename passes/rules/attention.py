@@ -1,18 +1,23 @@
-"""Attention over padded rows: scattered before it and gathered after it, exact where its mask hides padding."""
+"""Attention: over padded rows, exact where its mask hides padding, or packed, where the mask is of a known form."""
 
 from __future__ import annotations
+
+import operator
+from dataclasses import replace
 
 import torch
 
 from packc.passes.asks import HidesPadding, KeepLeft
-from packc.passes.axes import BATCH, OTHER, SEQ, show
-from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.axes import BATCH, OTHER, SEQ, same_size, show, value_of
+from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
+from packc.passes.visible import Band
 
+aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
 
 
-@register_rule(torch.ops.aten.scaled_dot_product_attention.default)
+@register_rule(aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(op: Op) -> Reading:
     """q, k, v (B, heads, L, channels), of one sequence; the mask (B or 1, heads or 1, L, L), or causal without one."""
     q, k, v, mask = op.args[:4]
@@ -27,3 +32,25 @@ def scaled_dot_product_attention(op: Op) -> Reading:
     else:
         raise NotTokenwise("attends to padding: it has no mask, and is not causal")
     return reading
+
+
+def varlen_attention(op: Op, band: Band, padded: Reading) -> Reading:
+    """The reading of an attention that shows tokens ``band``, given the one that runs it padded."""
+    q, k, v = op.args[:3]
+    if op.argument("dropout_p") != 0:
+        raise NotTokenwise("attention with dropout")
+    heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))
+    if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
+        raise NotTokenwise(f"{heads} heads of queries, {of_keys} of keys and {of_values} of values")
+    dtype = value_of(op.node).dtype  # under autocast it is not that of q
+    operands = [_tokens_first(each, dtype) for each in (q, k, v)]
+    scale = op.argument("scale")
+    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, band.causal, scale, band.window), {})
+    out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
+    return replace(padded, call=out, is_padded=False, is_mixer=True)
+
+
+def _tokens_first(operand: object, dtype: torch.dtype) -> Call:
+    """(B, heads, L, channels) -> (B, L, heads, channels)."""
+    cast = operand if value_of(operand).dtype == dtype else Call(aten.to.dtype, (operand, dtype), {})
+    return Call(aten.transpose.int, (cast, 1, 2), {})

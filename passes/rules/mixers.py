@@ -26,7 +26,7 @@ def _read(op: Op, mixer: Mixer) -> Reading:
     out, *others = value_of(op.node)
     kinds: list[Kind] = [Whole.PER_DOCUMENT, Whole.SAVED]
     results = [(BATCH, SEQ) + (OTHER,) * (out.ndim - 2), *kinds[: len(others)]]
-    reading = Reading(results, needs, [op.with_args()], is_mixer=True)
+    reading = Reading(results, needs, op.with_args(), is_mixer=True)
     if op.argument("initial_state") is not None:
         reading.asks.append(KeepLeft(f"{mixer.name} starts from an initial state, which left padding moves on"))
     else:

@@ -116,4 +116,4 @@ def cast_like(op: Op) -> Reading:
     layout = op.layout(x)
     if not covers_tokens(layout) or value_of(other).device != value_of(x).device:
         raise NotTokenwise("casts a value without token axes, or moves it to another device")
-    return Reading(layout, {x: layout}, [Call(aten.to.dtype, (x, value_of(other).dtype), {})])
+    return Reading(layout, {x: layout}, Call(aten.to.dtype, (x, value_of(other).dtype), {}))

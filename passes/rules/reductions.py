@@ -8,7 +8,7 @@ import torch
 
 from packc.passes.asks import ZeroAtPadding
 from packc.passes.axes import OTHER, Axis, Layout, Whole, covers_tokens, show, value_of
-from packc.passes.reading import RESULT, Call, NotTokenwise, PaddedNumel, Reading
+from packc.passes.reading import Call, NotTokenwise, PaddedNumel, Reading
 from packc.passes.rules.registry import Op, register_rule
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def sum_or_mean(op: Op) -> Reading:
         ):
             raise NotTokenwise("takes the mean over features of symbolic size")
         total = Call(aten.sum.default, (x,), {"dtype": op.node.kwargs.get("dtype")})
-        reading.calls = [total, Call(aten.div.Scalar, (RESULT, PaddedNumel(x)), {})]
+        reading.call = Call(aten.div.Scalar, (total, PaddedNumel(x)), {})
     return reading
 
 

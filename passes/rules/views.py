@@ -53,7 +53,7 @@ def reshape(op: Op) -> Reading:
             size = written[axis]
         sizes.append(_size(kind, size))
     target = aten.reshape.default if written is None else op.target
-    return Reading(out, {x: layout}, [Call(target, (x, sizes), {})])
+    return Reading(out, {x: layout}, Call(target, (x, sizes), {}))
 
 
 def reshaped_layout(layout: Layout, shape: Any, out_shape: Any, batch: Any, length: Any) -> Layout:
@@ -150,7 +150,7 @@ def expand(op: Op) -> Reading:
         if kind is not OTHER and not same_size(out_shape[axis], shape[axis - new]):
             raise NotTokenwise(f"expands its {kind.value} axis")
     written = op.with_args(size=[_size(kind, size) for kind, size in zip(out, sizes, strict=True)])
-    return Reading(out, {x: layout}, [written])
+    return Reading(out, {x: layout}, written)
 
 
 @register_rule(aten.expand_as.default, zero=first_is_zero)
@@ -169,7 +169,7 @@ def slice_(op: Op) -> Reading:
     if layout[dim] is OTHER:
         return Reading(layout, {x: layout})
     if same_size(value_of(op.node).shape[dim], shape[dim]):
-        return Reading(layout, {x: layout}, [Call(aten.alias.default, (x,), {})])
+        return Reading(layout, {x: layout}, Call(aten.alias.default, (x,), {}))
     raise NotTokenwise(f"takes part of the {layout[dim].value} axis")
 
 
@@ -216,9 +216,9 @@ def cat(op: Op) -> Reading:
         raise NotTokenwise("joins values of different layouts: " + ", ".join(show(op.layout(p)) for p in parts))
     needs = dict.fromkeys(parts, layout)
     if len(parts) == 1 and len(given) > 1 and op.target is not aten.stack.default:
-        return Reading(layout, needs, [Call(aten.alias.default, (parts[0],), {})])
+        return Reading(layout, needs, Call(aten.alias.default, (parts[0],), {}))
     if op.target is not aten.stack.default:
         op.refuse_token_axes([op.dim(dim, len(layout))], layout)
-        return Reading(layout, needs, [op.with_args(tensors=parts)])
+        return Reading(layout, needs, op.with_args(tensors=parts))
     at = op.dim(dim, len(layout) + 1)
     return Reading((*layout[:at], OTHER, *layout[at:]), needs)

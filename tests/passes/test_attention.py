@@ -1,4 +1,6 @@
-"""Attention runs padded inside a packed graph where its mask hides padding, and nowhere else."""
+"""Attention is packed where its mask is of a known form, and runs padded where it hides padding in another way."""
+
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import packc
 B, L, H, D = 3, 8, 2, 4
 TAPS = torch.randn(H * D, 3, generator=torch.Generator().manual_seed(1))
 STRICT = {"packc.inner": "aot_eager", "packc.strict": True}
+CONV, ATTENTION = "packc.causal_conv1d.default", "aten.scaled_dot_product_attention.default"
 CAUSAL = torch.ones(L, L, dtype=torch.bool).tril()  # to the graph, an input that may hold anything
 
 
@@ -37,16 +40,30 @@ def also_seen_by_padding(m):
     return causal(m) | (m[:, None, :, None] == 0)  # as where no row may be hidden from everything
 
 
-HIDING = {
+def window(m, size):
+    places = torch.arange(m.shape[1])
+    return causal(m) & (places > places[:, None] - size)
+
+
+PACKED = {
     "causal": causal,
     "additive": additive,
     "of keys": lambda m: m[:, None, None] != 0,
     "of keys, additive": lambda m: (1.0 - m[:, None, None].float()) * -1e9,
-    "causal by a buffer": lambda m: CAUSAL & (m[:, None, None] != 0),
-    "a window": lambda m: causal(m) & ~causal(m).tril(-3),
+    "a window": lambda m: window(m, 3),
+    "a window by a triangle": lambda m: causal(m) & ~causal(m).tril(-3),
+    "a window beyond the batch": lambda m: window(m, 100),
     "of one document": lambda m: causal(m) & (m[:, None, None] == m[:, None, :, None]),
-    "biased": lambda m: additive(m) + TAPS[0, 0],
     "open to padding's own queries": also_seen_by_padding,
+}
+HIDING = {
+    **PACKED,
+    "causal by an input": lambda m: CAUSAL & (m[:, None, None] != 0),
+    "biased": lambda m: additive(m) + TAPS[0, 0],
+    "chunked": lambda m: causal(m) & (torch.arange(m.shape[1]) // 4 == (torch.arange(m.shape[1]) // 4)[:, None]),
+    "both ways, near": lambda m: (window(m, 3) | window(m, 3).mT) & (m[:, None, None] != 0),
+    "all but itself": lambda m: (m[:, None, None] != 0) & ~torch.eye(m.shape[1], dtype=torch.bool),
+    "a head's own": lambda m: torch.cat([window(m, 2), window(m, 3)], 1),
 }
 SHOWING = {
     "padding in the past": lambda m: CAUSAL.expand(B, 1, L, L),
@@ -80,8 +97,9 @@ def test_a_mask_that_hides_padding_lets_the_graph_pack(name, dynamic):
     for rows in (RIGHT, LEFT, BOTH):
         torch.testing.assert_close(step(compiled, x, masks(rows)), step(model, x, masks(rows)), rtol=1e-4, atol=1e-5)
     report = packc.explain(model)(x, masks(RIGHT))
-    assert (report.tokens, len(report.boundaries)) == (15, 1)
-    assert report.boundaries[0].node == "aten.scaled_dot_product_attention.default"
+    assert report.tokens == 15
+    assert [mixer.op for mixer in report.mixers if mixer.packed] == [CONV, ATTENTION][: 1 + (name in PACKED)]
+    assert [boundary.node for boundary in report.boundaries] == [ATTENTION][name in PACKED :]
 
 
 def test_rows_that_stay_whole_attend_as_stock_does():
@@ -172,3 +190,108 @@ def test_a_label_before_a_rows_first_token_keeps_the_row_whole():
     with pytest.warns(UserWarning, match="2 of 3 rows padded: the position before a row"):
         actual = compiled(x, mask, labels)
     torch.testing.assert_close(actual, model(x, mask, labels))
+
+
+@pytest.mark.parametrize("size", [6, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_window_that_ends_beyond_the_first_batches_is_heeded_in_later_ones(size):
+    torch._dynamo.reset()
+
+    def model(x, attention_mask):
+        return attend(x, attention_mask, window(attention_mask, size))
+
+    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=True)
+    for length in (4, 20):
+        x, mask = (
+            torch.randn(B, length, H * D),
+            masks(["1" * length, "1" * (length - 1) + "0", "11" + "0" * (length - 2)]),
+        )
+        with torch._dynamo.config.patch(error_on_recompile=length > 4):
+            torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_too_large_to_be_tried_is_looked_at_again_in_longer_batches(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(sys.modules["packc.passes.attention_masks"], "_LARGEST_BEYOND", 2 * 8**2)
+
+    def model(x, attention_mask):
+        return attend(x, attention_mask, window(attention_mask, 12))
+
+    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=True)
+    for length in (4, 8, 20):
+        x, mask = (
+            torch.randn(B, length, H * D),
+            masks(["1" * length, "1" * (length - 1) + "0", "11" + "0" * (length - 2)]),
+        )
+        with torch._dynamo.config.patch(error_on_recompile=length == 8):
+            torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_pass_it_runs_padded():
+    def model(x, attention_mask):
+        return attend(x, attention_mask, causal(attention_mask))
+
+    skipping = packc.explain(model, options={"packc.skip_passes": "pack_attention"})
+    report = skipping(torch.randn(B, L, H * D), masks(RIGHT))
+    assert ([m.op for m in report.mixers], [b.node for b in report.boundaries]) == ([CONV], [ATTENTION])
+
+
+@pytest.mark.parametrize("rows", [RIGHT, LEFT])
+def test_a_nan_stays_in_its_document(rows):
+    torch._dynamo.reset()
+
+    def model(x, attention_mask):
+        return attend(x, attention_mask, causal(attention_mask))
+
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    x, mask = torch.randn(B, L, H * D), masks(rows)
+    x[1, mask[1].nonzero()[1]] = torch.nan
+    out = compiled(x, mask)
+    assert out[[0, 2]].isfinite().all()
+    assert out[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [({"dropout_p": 0.5}, False), ({"scale": 0.3}, True), ({"dropout_p": 0.0, "enable_gqa": True}, True)],
+)
+def test_options_of_attention(options, packed):
+    torch._dynamo.reset()
+
+    def model(x, attention_mask):
+        return attend(x, attention_mask, causal(attention_mask), **options)
+
+    x, mask = torch.randn(B, L, H * D), masks(RIGHT)
+    report = packc.explain(model)(x, mask)
+    assert [m.op for m in report.mixers] == [CONV, ATTENTION][: 1 + packed]
+    if packed:
+        compiled = torch.compile(model, backend="packc", options=STRICT)
+        torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_heads_and_heads_of_two_widths():
+    torch._dynamo.reset()
+
+    def model(x, attention_mask):
+        x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS)
+        q, k = heads(x), heads(x)[:, :1]
+        mixed = F.scaled_dot_product_attention(q, k, k[..., :3], causal(attention_mask), enable_gqa=True)
+        return mixed.transpose(1, 2).flatten(2)
+
+    x, mask = torch.randn(B, L, H * D), masks(RIGHT)
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
+    assert [m.op for m in packc.explain(model)(x, mask).mixers] == [CONV, ATTENTION]
+
+
+def test_autocast_casts_for_packed_attention_too():
+    torch._dynamo.reset()
+
+    def model(x, attention_mask):
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(x, attention_mask, causal(attention_mask))
+
+    x, mask = torch.randn(B, L, H * D), masks(RIGHT)
+    actual, expected = torch.compile(model, backend="packc", options=STRICT)(x, mask), model(x, mask)
+    real = mask.bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=2e-2, atol=2e-2)
+    assert [m.op for m in packc.explain(model)(x, mask).mixers] == [CONV, ATTENTION]

@@ -1,0 +1,130 @@
+"""The part of a graph that makes an attention mask, run by itself: for other padding, and at other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from packc.passes.axes import value_of
+from packc.passes.graph import Graph
+
+_MOST_NODES = 500
+"""Of what makes a mask; one of more is computed by the model."""
+_LARGEST_CONSTANT = 2**31
+"""From here on a number says "to the end"."""
+
+Sizes = dict[Any, int]
+"""Symbol -> its value; empty for those of the example."""
+
+
+@dataclass
+class MaskGraph:
+    nodes: list[fx.Node]
+    """In order; the last is the attention mask."""
+    padding: fx.Node
+    """The padding mask (B, L)."""
+    others: list[fx.Node]
+    """Further inputs."""
+
+    def run(self, padding: Tensor, fill: Callable[[list[int], torch.dtype], Tensor], at: Sizes) -> Tensor:
+        """The attention mask of this padding mask, every other input made by ``fill(shape, dtype)``.
+
+        Raises:
+            IndexError, RuntimeError, TypeError, ValueError: it cannot be computed here.
+        """
+        values: dict[fx.Node, Any] = {self.padding: padding}
+        for other in self.others:
+            value = value_of(other)
+            values[other] = fill(shape_of(value, at), value.dtype)
+        for node in self.nodes:
+            if node not in values:
+                values[node] = _computed(node, values, at)
+        return values[self.nodes[-1]]
+
+    def constants(self) -> set[int]:
+        """Every whole number that it is made from, as long as a window or a table may be."""
+        found: set[int] = set()
+
+        def note(argument: Any) -> Any:
+            if isinstance(argument, int) and abs(argument) < _LARGEST_CONSTANT:
+                found.add(abs(argument))
+            return argument
+
+        for node in self.nodes:
+            fx.node.map_aggregate((node.args, node.kwargs), note)
+            if node.op == "get_attr":
+                found.update(shape_of(value_of(node), {}))
+                value = _attribute(node)
+                if value.numel() == 1 and not value.is_floating_point():
+                    note(int(value))
+        return found
+
+
+def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
+    """What makes a value; None if that cannot be run by itself."""
+    needed, queue = set[fx.Node](), [value]
+    while queue:
+        if len(needed) > _MOST_NODES:
+            return None
+        node = queue.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if _is_number(value_of(node)):
+            continue  # a size is known without what has it
+        constant = node.op in ("placeholder", "get_attr") and isinstance(value_of(node), Tensor)
+        if not constant and (node.op != "call_function" or node.is_impure()):
+            return None
+        queue.extend(node.all_input_nodes)
+    nodes = [node for node in graph.gm.graph.nodes if node in needed]
+    inputs = [node for node in nodes if node.op == "placeholder" and isinstance(value_of(node), Tensor)]
+    return MaskGraph(nodes, graph.mask, [node for node in inputs if node is not graph.mask])
+
+
+def shape_of(value: Tensor, at: Sizes) -> list[int]:
+    """
+    Raises:
+        ValueError: nobody knows it before the graph runs.
+    """
+    return [int(number(size, at)) for size in value.shape]
+
+
+def number(value: Any, at: Sizes) -> int | float | bool:
+    """A size, or what is computed of sizes, for these values of symbols; others as the example has them."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    expression = value.node.expr
+    if at and not expression.free_symbols.isdisjoint(at):
+        expression = expression.subs(at)
+        if expression.free_symbols:
+            raise ValueError(f"{value} is not known at {at}")
+        kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+        return kind(expression)
+    if value.node.hint is None:
+        raise ValueError(f"{value} is not known before the graph runs")
+    return value.node.hint
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _computed(node: fx.Node, values: dict[fx.Node, Any], at: Sizes) -> Any:
+    if node.op == "get_attr":
+        return _attribute(node).cpu()
+    if _is_number(value_of(node)):
+        return number(value_of(node), at)
+    # On the CPU, where an index out of range is an error and not the end of the process.
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs),
+        lambda x: values[x] if isinstance(x, fx.Node) else torch.device("cpu") if isinstance(x, torch.device) else x,
+    )
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _attribute(node: fx.Node) -> Tensor:
+    return getattr(node.graph.owning_module, str(node.target))

@@ -1,0 +1,32 @@
+"""Packed attention in the place of padded, where its mask says no more than ``varlen_attention`` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from packc.passes.asks import HidesPadding
+from packc.passes.axes import value_of
+from packc.passes.graph import Graph
+from packc.passes.reading import NotTokenwise
+from packc.passes.rules.attention import varlen_attention
+from packc.passes.rules.registry import Op
+from packc.passes.visible import Band
+
+
+def pack_attention(graph: Graph) -> Graph:
+    """Read attention as a mixer.
+
+    Where a batch keeps padding that its mask hides, what it gives is not stock's: such a batch goes through the graph
+    that is written without this pass.
+    """
+    tokens = replace(graph.tokens, readings=dict(graph.tokens.readings))
+    for node, reading in graph.tokens.readings.items():
+        masks = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
+        seen = graph.seen.get(masks[0]) if masks else Band(causal=True)
+        if not reading.is_padded or not isinstance(seen, Band):
+            continue
+        try:
+            tokens.readings[node] = varlen_attention(Op(node, tokens, *value_of(graph.mask).shape), seen, reading)
+        except NotTokenwise:
+            continue  # runs padded
+    return replace(graph, tokens=tokens)

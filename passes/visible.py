@@ -1,0 +1,75 @@
+"""From which tokens see which, by example, to what ``varlen_attention`` calls it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Band:
+    """A token sees its document; with ``causal`` no later token, with ``window`` itself and ``window - 1`` before it."""
+
+    causal: bool
+    window: int | None = None
+
+
+class Other(enum.Enum):
+    """What :func:`packc.ops.varlen_attention` has no arguments for."""
+
+    TOKENS = "some tokens and no padding"
+
+
+Seen = Band | Other
+
+
+@dataclass
+class Pairs:
+    """Pairs of tokens, by how many positions the key is behind the query."""
+
+    seen: set[int] = field(default_factory=set)
+    hidden: set[int] = field(default_factory=set)
+    exact: bool = True
+    """Whether nothing is added to the score of a pair that is seen."""
+
+    def add(self, mask: Tensor, real: Tensor) -> bool:
+        """Note what tokens see through an attention mask; False if one of them sees padding.
+
+        Args:
+            mask: (B or 1, heads or 1, L or 1, L), bool, or floating and added to scores.
+            real: (B, L), bool: at tokens.
+        """
+        visible = mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e8)
+        queries, keys = real[:, None, :, None], real[:, None, None, :]
+        if bool((visible & (queries & ~keys)).any()):
+            return False
+        tokens = queries & keys
+        seen = visible & tokens
+        if mask.dtype != torch.bool:
+            self.exact &= not bool((seen & (mask != 0)).any())
+        self.seen |= _distances(seen)
+        self.hidden |= _distances(tokens & ~visible)
+        return True
+
+    def band(self) -> Seen:
+        ahead_seen, ahead_hidden = (any(d < 0 for d in pairs) for pairs in (self.seen, self.hidden))
+        past_hidden = [d for d in self.hidden if d >= 0]
+        window = min(past_hidden, default=None)
+        by_distance = self.seen.isdisjoint(self.hidden) and not (ahead_seen and ahead_hidden)
+        ends_once = window is None or (window == max(self.seen, default=-1) + 1 and not ahead_seen)
+        if not (self.exact and by_distance and ends_once):
+            return Other.TOKENS
+        return Band(causal=not ahead_seen, window=window)
+
+
+def _distances(pairs: Tensor) -> set[int]:
+    """Of the pairs (B, heads, L, L) that are true: query minus key."""
+    some = pairs.flatten(0, 1).any(0)
+    length = some.shape[0]
+    # Each row one to the right of the row above: one distance a column.
+    skewed = F.pad(some.flip(1), (0, length)).flatten()[: length * (2 * length - 1)].view(length, 2 * length - 1)
+    return set((skewed.any(0).nonzero()[:, 0] - (length - 1)).tolist())
