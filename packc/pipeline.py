@@ -31,6 +31,7 @@ READ: tuple[Pass, ...] = (
     passes.constants,  # no tensors of numbers
     passes.functional,  # no writes in place, where nobody holds a view
     passes.widen_losses,  # next-token losses over whole rows
+    passes.written_out_attention,  # softmax(q @ k) @ v as one op
     passes.find_masks,  # the inputs that may be the padding mask
 )
 FIND: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
@@ -46,7 +47,7 @@ PACK: tuple[Pass, ...] = (
     passes.write,  # the packed graph
 )
 # Without one of these less packs; the others are what packing is.
-_MAY_BE_SKIPPED = (passes.functional, passes.widen_losses, passes.pack_attention)
+_MAY_BE_SKIPPED = (passes.functional, passes.widen_losses, passes.written_out_attention, passes.pack_attention)
 
 
 def packed_graph(graph: Graph) -> Graph:

@@ -19,6 +19,7 @@ from packc.passes.sources import argument_path
 from packc.passes.unpacked import boundaries_of, is_mixer
 from packc.passes.widen_losses import widen_losses
 from packc.passes.write import write
+from packc.passes.written_out_attention import written_out_attention
 from packc.passes.zeros import zeros
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     "requirements",
     "widen_losses",
     "write",
+    "written_out_attention",
     "zeros",
 ]

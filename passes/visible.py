@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Band:
-    """A token sees its document; with ``causal`` no later token, with ``window`` itself and ``window - 1`` before it."""
+    """A token sees its document: with ``causal`` no later token, with ``window`` the last ``window`` up to itself."""
 
     causal: bool
     window: int | None = None

@@ -66,6 +66,7 @@ VIEWS = {
     ),
     "channels first": lambda x, m: (x.transpose(1, 2) * 2).transpose(1, 2),
     "permute": lambda x, m: x.permute(2, 1, 0).exp().permute(2, 1, 0),
+    "channels first by mT": lambda x, m: (x.mT * 2).mT,
     "time first": lambda x, m: x.transpose(0, 1).contiguous().transpose(0, 1),
     "chunk": lambda x, m: x.chunk(2, -1)[0] * x.chunk(2, -1)[1],
     "split": lambda x, m: torch.cat(x.split([1, 3], dim=2)[::-1], -1),

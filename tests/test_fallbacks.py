@@ -126,7 +126,7 @@ def test_a_mistake_in_a_pass_leaves_the_graph_unpacked_and_says_so(monkeypatch):
     def broken(graph):
         raise AssertionError("a mistake")
 
-    monkeypatch.setattr(packc.pipeline, "PACK", (broken, *packc.pipeline.PACK[1:]))
+    monkeypatch.setattr(packc.pipeline, "FIND", (broken, *packc.pipeline.FIND[1:]))
     model, batch = tiny_mamba(), batch_of(RIGHT)
     with pytest.warns(UserWarning, match="please report this: AssertionError"):
         actual = train_step(compiled(model), batch)

@@ -48,7 +48,7 @@ def test_each_pass_logs_its_time_and_the_ops_that_came_and_went(caplog):
     with caplog.at_level(logging.DEBUG, "packc.pipeline"):
         reasons()
     lines = [record.getMessage() for record in caplog.records]
-    for each in (*pipeline.READ, *pipeline.PACK):
+    for each in (*pipeline.READ, *pipeline.FIND, *pipeline.PACK):
         assert any(line.startswith(f"{each.__name__}: ") and " ms" in line for line in lines)
     functional = next(line for line in lines if line.startswith("functional: "))
     assert functional.endswith("+1 aten.add.Tensor, -1 aten.add_.Tensor")

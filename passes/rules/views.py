@@ -127,6 +127,12 @@ def transpose(op: Op) -> Reading:
     return Reading(tuple(out), {x: layout})
 
 
+@register_rule(aten.mT.default, zero=first_is_zero)
+def matrix_transpose(op: Op) -> Reading:
+    x, layout, _ = _input(op)
+    return Reading((*layout[:-2], layout[-1], layout[-2]), {x: layout})
+
+
 @register_rule(aten.permute.default, zero=first_is_zero)
 def permute(op: Op) -> Reading:
     x, layout, _ = _input(op)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import packc
 from packc.passes import Graph, fakify
 from packc.passes.axes import Whole, show
-from packc.pipeline import PACK, READ
+from packc.pipeline import FIND, PACK, READ
 
 TestCase = pytest.importorskip("expecttest").TestCase  # not on every machine that has a GPU
 
@@ -27,7 +27,7 @@ def stages(function, *inputs, dynamic=False):
             graphs[each.__name__] = code(graph.gm)
         (mask,) = graph.masks
         graph = replace(graph, mask=mask)
-        for each in PACK:
+        for each in (*FIND, *PACK):
             graph = each(graph)
         kinds = graph.tokens.kinds
         graphs["layout"] = "\n".join(

@@ -1,0 +1,101 @@
+"""Attention written out as two products and a softmax becomes one op, which has a packed form.
+
+    softmax(q @ k^T * scale + mask) @ v  ->  scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+Equal up to rounding: the op's softmax is in fp32 whatever its inputs are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from packc.passes.axes import is_tensor, value_of
+from packc.passes.graph import Graph
+from packc.passes.nodes import call
+
+aten = torch.ops.aten
+
+_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_CASTS = {aten.to.dtype, aten.alias.default, aten.contiguous.default}
+
+
+class _Scores(NamedTuple):
+    q: fx.Node
+    transposed: fx.Node  # (B, heads, channels, L)
+    scale: float
+    mask: fx.Node | None
+
+
+def written_out_attention(graph: Graph) -> Graph:
+    """Put ``scaled_dot_product_attention`` in the place of every such product; no-op elsewhere."""
+    gm, changed = graph.gm, False
+    for node in list(gm.graph.nodes):
+        scores = _scores(node.args[0]) if node.target in _SOFTMAX and node.args[1] in (-1, 3) else None
+        product = _product(node)
+        if scores is None or product is None:
+            continue
+        out, dropout = product
+        with gm.graph.inserting_before(out):
+            k = call(gm, aten.transpose.int, (scores.transposed, -2, -1), like=out)
+            mask = scores.mask
+            if mask is not None and value_of(mask).dtype not in (torch.bool, value_of(scores.q).dtype):
+                mask = call(gm, aten.to.dtype, (mask, value_of(scores.q).dtype), like=out)
+            attention = call(
+                gm,
+                aten.scaled_dot_product_attention.default,
+                (scores.q, k, out.args[1], mask, dropout, False),
+                {"scale": scores.scale},
+                like=out,
+            )
+        attention.meta["val"] = value_of(out)  # whose dtype is autocast's
+        out.replace_all_uses_with(attention)
+        changed = True
+    if changed:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return graph
+
+
+def _scores(node: Any) -> _Scores | None:
+    """What is under a softmax, back to ``q @ k^T``."""
+    scale, mask = 1.0, None
+    while _has_one_reader(node):
+        args = node.args
+        if node.target is aten.matmul.default:
+            return _Scores(args[0], args[1], scale, mask) if value_of(node).ndim == 4 else None
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(args[1], (int, float)):
+            scale *= args[1]
+        elif node.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(args[1], (int, float)):
+            scale /= args[1]
+        elif (
+            node.target is aten.add.Tensor and mask is None and scale == 1.0 and is_tensor(args[1]) and not node.kwargs
+        ):
+            mask = args[1]
+        elif node.target not in _CASTS:
+            return None
+        node = args[0]
+    return None
+
+
+def _product(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """``probabilities @ v``, and how much of the probabilities is dropped on the way."""
+    dropout = 0.0
+    while _has_one_reader(node):
+        (user,) = node.users
+        if user.args[0] is not node:
+            return None
+        if user.target is aten.matmul.default:
+            return user, dropout
+        if user.target is aten.dropout.default and dropout == 0.0:
+            dropout = user.args[1] if user.args[2] else 0.0  # type: ignore[assignment]
+        elif user.target not in _CASTS:
+            return None
+        node = user
+    return None
+
+
+def _has_one_reader(node: Any) -> bool:
+    return is_tensor(node) and len(node.users) == 1
