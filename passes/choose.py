@@ -69,7 +69,7 @@ def _find_packed_only(graph: Graph, forms: Forms) -> None:
     for node in graph.gm.graph.nodes:
         reading = graph.tokens.readings.get(node)
         sources = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
-        along_tokens = reading is not None and (reading.is_mixer or reading.is_padded)
+        along_tokens = reading is not None and (reading.is_mixer or reading.padded is not None)
         if along_tokens or any(source in forms.packed_only for source in sources):
             forms.packed_only.add(node)
 

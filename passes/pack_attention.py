@@ -23,10 +23,11 @@ def pack_attention(graph: Graph) -> Graph:
     for node, reading in graph.tokens.readings.items():
         masks = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
         seen = graph.seen.get(masks[0]) if masks else Band(causal=True)
-        if not reading.is_padded or not isinstance(seen, Band):
+        if reading.padded is None or seen is None:
             continue
         try:
-            tokens.readings[node] = varlen_attention(Op(node, tokens, *value_of(graph.mask).shape), seen, reading)
-        except NotTokenwise:
-            continue  # runs padded
+            op = Op(node, tokens, *value_of(graph.mask).shape)
+            tokens.readings[node] = varlen_attention(op, seen, reading)
+        except NotTokenwise as reason:
+            tokens.readings[node] = replace(reading, padded=str(reason))
     return replace(graph, tokens=tokens)

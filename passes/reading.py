@@ -56,9 +56,9 @@ class Reading:
     size one along a token axis (a scale per row, a table of positions): it is gathered along the axes it does span."""
     call: Call | None = None
     """What to write; None: the op itself."""
-    is_padded: bool = False
-    """Whether it runs padded, although its operands and its result follow the tokens: scattered before, gathered after
-    it. What it gives at padding is not what the padded graph gives there."""
+    padded: str | None = None
+    """Why it runs padded, although its operands and its result follow the tokens: scattered before, gathered after it.
+    What it gives at padding is not what the padded graph gives there."""
     is_mixer: bool = False
     """Whether it looks along the tokens, and must be told where documents begin."""
     asks: list[Ask] = field(default_factory=list)

@@ -45,7 +45,7 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
             met += [each for mask in hidden for each in inputs_of(mask) if each in reached]
         if met:
             reached[node] = met[0]
-            sequences.meet(node, met, is_mixer=reading is not None and (reading.is_mixer or reading.is_padded))
+            sequences.meet(node, met, is_mixer=reading is not None and (reading.is_mixer or reading.padded is not None))
     return sequences.containing(graph.mask)
 
 

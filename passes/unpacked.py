@@ -30,7 +30,7 @@ def boundaries_of(graph: Graph) -> list[Boundary]:
         if read and node.op == "call_function":
             computed.add(node)
         reading = tokens.readings.get(node)
-        reason = "runs padded" if reading is not None and reading.is_padded else tokens.refusals.get(node)
+        reason = reading.padded if reading is not None else tokens.refusals.get(node)
         if reason is not None and any(covers_tokens(tokens.layout(value)) for value in read):
             found.append(Boundary(f"{node.target}", module_path(node), reason))
     return found

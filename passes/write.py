@@ -91,7 +91,7 @@ class _Writer:
             self.in_padded[node] = written
 
     def _write_reading(self, node: fx.Node, reading: Reading) -> fx.Node:
-        if reading.is_padded:
+        if reading.padded is not None:
             layout = self.tokens.layout(node)
             assert layout is not None, f"{node} has several results and runs padded"
             return self.packed.enter(self._copy(node), layout, value_of(node).shape)

@@ -11,7 +11,7 @@ from packc.passes.asks import HidesPadding, KeepLeft
 from packc.passes.axes import BATCH, OTHER, SEQ, same_size, show, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
-from packc.passes.visible import Band
+from packc.passes.visible import Band, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
@@ -24,7 +24,7 @@ def scaled_dot_product_attention(op: Op) -> Reading:
     layouts = [op.layout(each) for each in (q, k, v)]
     if any(layout != _HEADS_FIRST for layout in layouts):
         raise NotTokenwise(f"attends with {', '.join(map(show, layouts))} where (B, ., L, .) is one sequence's")
-    reading = Reading(_HEADS_FIRST, dict.fromkeys((q, k, v), _HEADS_FIRST), is_padded=True)
+    reading = Reading(_HEADS_FIRST, dict.fromkeys((q, k, v), _HEADS_FIRST), padded="is not packed")
     if mask is not None:
         reading.asks.append(HidesPadding(mask))
     elif op.argument("is_causal"):
@@ -34,20 +34,22 @@ def scaled_dot_product_attention(op: Op) -> Reading:
     return reading
 
 
-def varlen_attention(op: Op, band: Band, padded: Reading) -> Reading:
-    """The reading of an attention that shows tokens ``band``, given the one that runs it padded."""
+def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
+    """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
     q, k, v = op.args[:3]
+    if not isinstance(seen, Band):
+        raise NotTokenwise("shows neither all, nor all before, nor a window: runs padded")
     if op.argument("dropout_p") != 0:
-        raise NotTokenwise("attention with dropout")
+        raise NotTokenwise("drops out probabilities, and runs padded")
     heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))
     if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
-        raise NotTokenwise(f"{heads} heads of queries, {of_keys} of keys and {of_values} of values")
+        raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
     dtype = value_of(op.node).dtype  # under autocast it is not that of q
     operands = [_tokens_first(each, dtype) for each in (q, k, v)]
     scale = op.argument("scale")
-    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, band.causal, scale, band.window), {})
+    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, seen.causal, scale, seen.window), {})
     out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
-    return replace(padded, call=out, is_padded=False, is_mixer=True)
+    return replace(padded, call=out, padded=None, is_mixer=True)
 
 
 def _tokens_first(operand: object, dtype: torch.dtype) -> Call:
