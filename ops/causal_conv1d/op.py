@@ -12,7 +12,7 @@ from torch import Tensor
 from packc.ops import derivatives, dispatch, documents
 from packc.ops.causal_conv1d import cpu, reference
 from packc.ops.flops import flop_formula
-from packc.ops.mixer import Mixer, declare
+from packc.ops.mixer import OldMixer
 
 _library = torch.library.Library("packc", "FRAGMENT")
 # Any strides are read in place, and those of the results do not depend on them: Inductor need not copy anything.
@@ -27,7 +27,7 @@ _library.define(
     "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     tags=_TAGS,
 )
-declare(Mixer("causal_conv1d", per_token=("x",), enter_state=("x",)))
+OldMixer("causal_conv1d", per_token=("x",), enter_state=("x",))
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

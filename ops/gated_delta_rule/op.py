@@ -15,7 +15,7 @@ from packc.ops import derivatives, documents
 from packc.ops.flops import flop_formula
 from packc.ops.gated_delta_rule import kernels
 from packc.ops.linear_attention.reference import CHUNK, chunk_states_shape, state_dtype
-from packc.ops.mixer import Mixer, declare
+from packc.ops.mixer import OldMixer
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define(
@@ -27,7 +27,7 @@ _lib.define(
     "Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)"
 )
-declare(Mixer("gated_delta_rule", per_token=("q", "k", "v", "g", "beta"), enter_state=("k", "v", "beta")))
+OldMixer("gated_delta_rule", per_token=("q", "k", "v", "g", "beta"), enter_state=("k", "v", "beta"))
 
 
 def _forward_fake(

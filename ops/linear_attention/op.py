@@ -14,7 +14,7 @@ from torch import Tensor
 from packc.ops import derivatives, documents
 from packc.ops.flops import flop_formula
 from packc.ops.linear_attention import kernels, reference
-from packc.ops.mixer import Mixer, declare
+from packc.ops.mixer import OldMixer
 
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define(
@@ -26,7 +26,7 @@ _lib.define(
     "Tensor? g, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state)"
 )
-declare(Mixer("linear_attention", per_token=("q", "k", "v", "g"), enter_state=("k", "v")))
+OldMixer("linear_attention", per_token=("q", "k", "v", "g"), enter_state=("k", "v"))
 
 
 def _forward(

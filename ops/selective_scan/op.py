@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from packc.ops import derivatives, dispatch, documents
 from packc.ops.flops import flop_formula
-from packc.ops.mixer import Mixer, declare
+from packc.ops.mixer import OldMixer
 from packc.ops.selective_scan import cpu, reference
 
 _lib = torch.library.Library("packc", "FRAGMENT")
@@ -32,7 +32,7 @@ _lib.define(
     "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
     "Tensor dinitial_state)"
 )
-declare(Mixer("selective_scan", per_token=("u", "delta", "B", "C", "z"), enter_state=("u", "B")))
+OldMixer("selective_scan", per_token=("u", "delta", "B", "C", "z"), enter_state=("u", "B"))
 
 
 def _choose(u: Tensor, *others: Tensor | None) -> str:

@@ -16,7 +16,7 @@ from packc.ops import derivatives, dispatch, documents
 from packc.ops.flops import flop_formula
 from packc.ops.linear_attention import kernels, reference
 from packc.ops.linear_attention.op import backward_flops, forward_flops
-from packc.ops.mixer import Mixer, declare
+from packc.ops.mixer import OldMixer
 from packc.ops.selective_scan.reference import silu_slope
 
 _lib = torch.library.Library("packc", "FRAGMENT")
@@ -29,7 +29,7 @@ _lib.define(
     "Tensor C, Tensor? D, Tensor? z, Tensor? cu_seqlens, Tensor? initial_state) "
     "-> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor dinitial_state)"
 )
-declare(Mixer("ssd", per_token=("x", "dt", "B", "C", "z"), enter_state=("x", "dt", "B")))
+OldMixer("ssd", per_token=("x", "dt", "B", "C", "z"), enter_state=("x", "dt", "B"))
 
 
 def _as_attention(

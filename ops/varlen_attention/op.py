@@ -11,7 +11,7 @@ from torch import Tensor
 
 from packc.ops import derivatives, dispatch
 from packc.ops.flops import flop_formula
-from packc.ops.mixer import Mixer, declare
+from packc.ops.mixer import OldMixer
 from packc.ops.varlen_attention import cpu, cuda, reference
 
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
@@ -30,7 +30,7 @@ _library.define(
     "bool causal, float? scale, int? window) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=_TAGS,
 )
-declare(Mixer("varlen_attention", per_token=("q", "k", "v")))
+OldMixer("varlen_attention", per_token=("q", "k", "v"))
 
 
 def choose(q: Tensor) -> str:
