@@ -55,6 +55,8 @@ class Mixer:
     the sizes, by name); ``"out"`` is ``out``."""
     in_state_dtype: tuple[str, ...] = ()
     """Tensors that kernels get in the state's dtype, as they do states: few values, on which everything hangs."""
+    before: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that ``packc.ops.<name>`` takes as well, and uses up before it calls the op."""
     groups: Groups | None = None
     """Heads or channels that share something."""
     own_layout: tuple[str, ...] = ()
@@ -129,11 +131,11 @@ class Mixer:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """Of all that has gradients."""
+        """Of all that have gradients, and of those used up before."""
         shapes = {name.rstrip("?"): shape for name, shape in self.tensors.items()}
         if self.state is not None:
             shapes["initial_state"] = f"documents {self.state}"
-        return Shapes(self.name, shapes, self.like, self.groups)
+        return Shapes(self.name, shapes | self.before, self.like, self.groups)
 
     def out_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return Shape(self.out or self.tensors[self.like]).of(sizes)

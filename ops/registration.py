@@ -50,10 +50,12 @@ def declare(mixer: Mixer) -> Mixer:
 
 def _forward(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
     prepare, run = _preparation(mixer, mixer.arguments), mixer.forward
+    like = mixer.differentiable.index(mixer.like)
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        kernels, args, _ = prepare(args)
-        return tuple(run(kernels, *args))
+        kernels, given, tensors = prepare(args)
+        out, *others = run(kernels, *given)
+        return (out.to(tensors[like].dtype), *others)
 
     return forward
 
@@ -64,9 +66,9 @@ def _backward(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
         """All contiguous and in their arguments' dtypes; empty for an absent argument."""
-        kernels, args, tensors = prepare(args)
+        kernels, given, tensors = prepare(args)
         results = []
-        for x, grad in zip(tensors, run(kernels, *args), strict=True):
+        for x, grad in zip(tensors, run(kernels, *given), strict=True):
             if x is None or grad is None:
                 results.append(tensors[like].new_empty(0))
             else:

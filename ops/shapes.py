@@ -17,7 +17,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # whose sizes are numbers
 
 
 class Shape:
-    """``"H | H P"``, or ``"B L *D"``: names of sizes, by the number of axes."""
+    """``"H | H P"``, ``"B L *D"`` or ``"D W-1"``: names of sizes, by the number of axes."""
 
     def __init__(self, text: str) -> None:
         self.forms = [tuple(form.replace("*", "").split()) for form in text.split("|")]
@@ -38,7 +38,7 @@ class Shape:
     def of(self, sizes: Sizes, rank: int | None = None) -> tuple[int, ...]:
         """The shape, of the form that has ``rank`` axes or else the first."""
         form = self.forms[0] if rank is None else self._by_rank.get(rank, self.forms[0])
-        shape = tuple([sizes[name] for name in form])
+        shape = tuple([sizes[name] if name in sizes else sizes[name.removesuffix("-1")] - 1 for name in form])
         return (*shape[:-1], *shape[-1]) if self._open else shape
 
     def shown(self, form: int = 0) -> str:
@@ -69,7 +69,7 @@ class Shapes:
         self._defining: list[str] = []  # those that bring a new size
         known = {"documents"}
         for name in (like, *shapes):
-            sizes = set().union(*self.shapes[name].forms)
+            sizes = {size.removesuffix("-1") for form in self.shapes[name].forms for size in form}
             if not sizes <= known:
                 self._defining.append(name)
             known |= sizes
@@ -99,7 +99,7 @@ class Shapes:
         """Raises for sizes that do not fit, all of them numbers, of the arguments in their order."""
         given = [None if x is None else x.shape for x in (cu_seqlens, *tensors)]
         if given != self._sizes_checked:
-            self._explain(dict(zip(self.shapes, tensors, strict=True)), cu_seqlens)
+            self._explain(dict(zip(self.shapes, tensors)), cu_seqlens)  # noqa: B905  not those used up before
             self._sizes_checked = given
 
     def _explain(self, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None) -> None:
