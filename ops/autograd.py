@@ -29,7 +29,8 @@ Node: Any = _SingleLevelFunction
 """A ``torch.autograd.Function`` that a kernel of the dispatcher may apply, by :func:`apply`."""
 
 __all__ = [
-    "Node",
+    "RefusesTangents",
+    "TangentGiven",
     "above_autograd",
     "apply",
     "below_autograd",
@@ -69,22 +70,26 @@ def tangents_given(*args: Any) -> bool:
         return False
     try:
         apply(_Question, *args)
-    except _TangentGiven:
+    except TangentGiven:
         return True
     return False
 
 
-class _TangentGiven(Exception):
-    pass
+class TangentGiven(Exception):
+    """An argument of a :class:`RefusesTangents` has a tangent."""
 
 
-class _Question(Node):
-    """Has no results. Autograd wants its forward derivative if, and only if, an argument has a tangent."""
+class RefusesTangents(Node):
+    """Autograd wants its forward derivative if, and only if, an argument has a tangent."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise TangentGiven
+
+
+class _Question(RefusesTangents):
+    """Has no results."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[()]:
         return ()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise _TangentGiven

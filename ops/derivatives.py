@@ -36,7 +36,7 @@ def register(
     backward: Callable[..., Any],
 ) -> None:
     """The derivatives of ``packc::name``, from formulas as ``torch.library.register_autograd`` takes them."""
-    op = getattr(torch.ops.packc, name).default
+    below = below_autograd(getattr(torch.ops.packc, name).default)
 
     def forward(ctx: Any, *args: Any) -> Any:
         results = below(*args)
@@ -48,27 +48,40 @@ def register(
         with torch.enable_grad(), autograd.set_forward_mode(True):
             return forward(ctx, *args)
 
-    def below(*args: Any) -> Any:
-        with autograd.below_autograd():
-            return op(*args)
-
     untraced(implementation)
     pull_back = staticmethod(untraced(backward))
     nodes: list[Any] = [
-        type(f"packc_{name}", (autograd.Node,), {"forward": staticmethod(f), "backward": pull_back})
+        type(f"packc_{name}", (autograd.RefusesTangents,), {"forward": staticmethod(f), "backward": pull_back})
         for f in (forward, forward_of_a_transform)
     ]
     node, node_of_a_transform = nodes
 
     def differentiable(*args: Any) -> Any:
-        if autograd.tangents_given(*args):
-            with dispatch.reference_only():
-                return implementation(*args)
         if not autograd.gradients_asked(*args):
-            return below(*args)
-        return autograd.apply(node_of_a_transform if autograd.under_a_transform() else node, *args)
+            if not autograd.tangents_given(*args):
+                return below(*args)
+        elif autograd.under_a_transform():
+            if not autograd.tangents_given(*args):
+                return autograd.apply(node_of_a_transform, *args)
+        else:
+            try:
+                return node.apply(*args)
+            except autograd.TangentGiven:
+                pass
+        with dispatch.reference_only():
+            return implementation(*args)
 
     library.impl(name, untraced(differentiable), "Autograd")
+
+
+def below_autograd(op: Any) -> Implementation:
+    """``op`` of arguments of which nobody asks for a derivative."""
+
+    def below(*args: Any) -> Any:
+        with autograd.below_autograd():
+            return op(*args)
+
+    return below
 
 
 def register_gradients(library: torch.library.Library, name: str, implementation: Implementation) -> None:

@@ -72,6 +72,7 @@ def wanted_kernels() -> str:
     """``packc.config.kernels``, checked."""
     if _of_thread.reference_only:
         return "reference"
-    if config.kernels not in ("auto", "reference", "cpu", "triton"):
-        raise ValueError(f'packc.config.kernels must be "auto", "reference", "cpu" or "triton", not {config.kernels!r}')
-    return config.kernels
+    kernels = config.kernels  # once: reading an option is dear
+    if kernels not in ("auto", "reference", "cpu", "triton"):
+        raise ValueError(f'packc.config.kernels must be "auto", "reference", "cpu" or "triton", not {kernels!r}')
+    return kernels

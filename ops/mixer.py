@@ -1,31 +1,168 @@
 """What a mixer is: an op that looks along the tokens of a document, declared once, where its op is defined.
 
-Passes know the ops only through these declarations.
+From its declaration follow the op ``torch.ops.packc.<name>`` and its ``_bwd`` (``registration.py``), and what passes
+know of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packc.ops.shapes import Groups, Shape, Shapes, Sizes
 
 
-@dataclass(frozen=True)
+def run_forward(kernels: Any, *args: Any) -> Any:
+    return kernels.forward(*args)
+
+
+def run_backward(kernels: Any, *args: Any) -> Any:
+    return kernels.backward(*args)
+
+
+@dataclass(frozen=True, eq=False)
 class Mixer:
-    """``torch.ops.packc.<name>``: takes ``cu_seqlens``, ``initial_state``, ``output_final_state``; never looks ahead.
+    """``torch.ops.packc.<name>``. It never looks ahead, and a state of zero stays zero if tokens add nothing to it.
 
-    Its first result is ``(B, L, ...)``; the second, if any, is one per document, and the third is the backward's. A
-    state of zero stays zero as long as tokens add nothing to it.
+    Its arguments, in order: ``tensors``, ``options``, ``cu_seqlens``, and of an op with states ``initial_state`` and
+    ``output_final_state``; without states ``cu_seqlens`` is no option and stands before the options. Its results:
+    ``out``, of an op with states ``final_state`` (of no document unless asked for), and what it ``keeps``.
+
+    Shapes are sizes by name: ``"B L H P"``, with ``B`` rows of ``L`` tokens. ``"H | H P"`` is either; ``"B L *D"`` has
+    any axes behind.
     """
 
     name: str
-    per_token: tuple[str, ...]
-    """Arguments ``(B, L, ...)``."""
+    tensors: Mapping[str, str]
+    """Name and shape of each; ``"name?"`` may be None. Those that begin with B and L are per token."""
+    like: str
+    """The tensor whose dtype and device are ``out``'s, and whose shape is, unless ``out`` is given."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that are no tensors: name and type, as a schema has it."""
+    out: str = ""
+    """Shape of ``out``."""
+    state: str | None = None
+    """Shape of a document's state, in the state's dtype: fp32, or fp64 as soon as one tensor is."""
     enter_state: tuple[str, ...] = ()
     """Arguments of which any one, if zero at a token, keeps it out of the state: for a convolution, its window."""
+    keeps: Mapping[str, str | Callable[..., int]] = field(default_factory=dict)
+    """What the backward gets of the forward beside its arguments, in the state's dtype: name, and shape or length (of
+    the sizes, by name); ``"out"`` is ``out``."""
+    in_state_dtype: tuple[str, ...] = ()
+    """Tensors that kernels get in the state's dtype, as they do states: few values, on which everything hangs."""
+    before: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that ``packc.ops.<name>`` takes as well, and uses up before it calls the op."""
+    groups: Groups | None = None
+    """Heads or channels that share something."""
+    own_layout: tuple[str, ...] = ()
+    """Tensors whose gradients lie in memory as they do: channel-first, if they are."""
+    tags: tuple[torch.Tag, ...] = ()
+    flops: Callable[..., int] = field(kw_only=True)
+    """Of the sizes and options, by name."""
+    backward_flops: Callable[..., int] = field(kw_only=True)
+    kernels: str = ""
+    """Of which op they are, if not of this one: of its folder the functions ``forward`` and ``backward`` in
+    ``reference.py`` and ``triton_op.py``, imported when first wanted, and what ``csrc`` has of that name."""
+    implementations: Mapping[str, Any] | None = None
+    """Instead of these: by the names in ``packc.config.kernels``."""
+    choose: Callable[[str, Tensor], str] | None = None
+    """Which of them runs for ``kernels`` and a tensor ``like``, if not ``dispatch.choose``."""
+    forward: Callable[..., Sequence[Tensor]] = run_forward
+    """``(kernels, *arguments) -> results``, where kernels want their arguments in another way."""
+    backward: Callable[..., Sequence[Tensor | None]] = run_backward
+    """``(kernels, *arguments of the _bwd op) -> gradients`` of the tensors and the initial state."""
+
+    # ---- what follows ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(name.rstrip("?") for name in self.tensors)
+
+    @cached_property
+    def per_token(self) -> tuple[str, ...]:
+        """Arguments ``(B, L, ...)``."""
+        return tuple(name.rstrip("?") for name, shape in self.tensors.items() if "B L" in shape)
+
+    @cached_property
+    def differentiable(self) -> tuple[str, ...]:
+        return (*self.tensor_names, "initial_state") if self.state is not None else self.tensor_names
+
+    @cached_property
+    def arguments(self) -> dict[str, str]:
+        """Of the op: types by name, in order."""
+        tensors = {name.rstrip("?"): "Tensor?" if name.endswith("?") else "Tensor" for name in self.tensors}
+        if self.state is None:
+            return {**tensors, "cu_seqlens": "Tensor", **self.options}
+        states = {"cu_seqlens": "Tensor?", "initial_state": "Tensor?", "output_final_state": "bool"}
+        return {**tensors, **self.options, **states}
+
+    @cached_property
+    def backward_arguments(self) -> dict[str, str]:
+        """Of the ``_bwd`` op."""
+        kept = dict.fromkeys(self.keeps, "Tensor")
+        arguments = {name: kind for name, kind in self.arguments.items() if name != "output_final_state"}
+        # The layout is an argument: strides of a traced tensor need not be those of a later run.
+        layouts = {f"channel_first_d{name}": "bool" for name in self.own_layout}
+        if self.state is None:
+            tensors = {name: arguments.pop(name) for name in self.tensor_names}
+            return {"dout": "Tensor", **tensors, **kept, **arguments}
+        return {"dout": "Tensor", "dfinal_state": "Tensor?", **kept, **arguments, **layouts}
+
+    @cached_property
+    def results(self) -> tuple[str, ...]:
+        states = ("final_state",) if self.state is not None else ()
+        return ("out", *states, *(name for name in self.keeps if name != "out"))
+
+    def schemas(self) -> tuple[str, str]:
+        """Of the op and of its ``_bwd``."""
+
+        def schema(name: str, arguments: Mapping[str, str], results: Sequence[str]) -> str:
+            takes = ", ".join(f"{kind} {argument}" for argument, kind in arguments.items())
+            return f"{name}({takes}) -> ({', '.join(f'Tensor {result}' for result in results)})"
+
+        gradients = [f"d{name}" for name in self.differentiable]
+        forward = schema(self.name, self.arguments, self.results)
+        return forward, schema(f"{self.name}_bwd", self.backward_arguments, gradients)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Of all that have gradients, and of those used up before."""
+        shapes = {name.rstrip("?"): shape for name, shape in self.tensors.items()}
+        if self.state is not None:
+            shapes["initial_state"] = f"documents {self.state}"
+        return Shapes(self.name, shapes | self.before, self.like, self.groups)
+
+    def out_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return Shape(self.out or self.tensors[self.like]).of(sizes)
+
+    def state_shape(self, sizes: Sizes, documents: int) -> tuple[int, ...]:
+        """Of the states of so many documents."""
+        assert self.state is not None
+        return (documents, *Shape(self.state).of(sizes))
+
+    def kept_shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+        shape = self.keeps[name]
+        return Shape(shape).of(sizes) if isinstance(shape, str) else (shape(**sizes),)
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 as soon as one argument is, else fp32."""
+    for x in tensors:
+        if x is not None and x.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 MIXERS: dict[str, Mixer] = {}
+"""All that are declared."""
 
 
-def declare(mixer: Mixer) -> None:
-    assert mixer.name not in MIXERS, f"two declarations of {mixer.name}"
-    MIXERS[mixer.name] = mixer
+class OldMixer:
+    def __init__(self, name, per_token, enter_state=()):
+        self.name, self.per_token, self.enter_state = name, per_token, enter_state
+        MIXERS[name] = self

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.causal_conv1d import op as op
+from packc.ops.causal_conv1d.op import MIXER as MIXER
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -5,7 +5,7 @@ that layout the convolution is W shifted products, no tap can reach another docu
 last W - 1 rows of a document, however short it is.
 """
 
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.mixer import state_dtype
 
 
 class _Layout(NamedTuple):
@@ -50,21 +51,21 @@ def _preactivation(layout: _Layout, rows: Tensor, weight: Tensor, bias: Tensor |
     return sum(taps, rows.new_zeros(()) if bias is None else bias)
 
 
-def causal_conv1d(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
+    silu: bool,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     (B, _, D), W = x.shape, weight.shape[1]
-    wide_x, wide_weight, wide_bias = _wide(x, x), _wide(weight, x), _wide(bias, x)
+    wide_x, wide_weight, wide_bias = _wide(x, weight, bias, initial_state)
     layout = _layout(x, cu_seqlens, W)
     rows = _rows(layout, wide_x, initial_state)
     out = _preactivation(layout, rows, wide_weight, wide_bias)
-    if activation is not None:
+    if silu:
         out = F.silu(out)
     final_state = rows.new_empty(0, D, W - 1)
     if output_final_state:
@@ -73,22 +74,22 @@ def causal_conv1d(
     return rearrange(out, "(b l) d -> b l d", b=B, d=D).to(x.dtype), final_state
 
 
-def causal_conv1d_bwd(
+def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
+    silu: bool,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     (B, _, D), W = x.shape, weight.shape[1]
-    wide_x, wide_weight, wide_bias = _wide(x, x), _wide(weight, x), _wide(bias, x)
+    wide_x, wide_weight, wide_bias = _wide(x, weight, bias, initial_state)
     layout = _layout(x, cu_seqlens, W)
     rows = _rows(layout, wide_x, initial_state)
-    dpre = rearrange(_wide(dout, x), "b l d -> (b l) d")
-    if activation is not None:
+    dpre = rearrange(dout.to(rows.dtype), "b l d -> (b l) d")
+    if silu:
         pre = _preactivation(layout, rows, wide_weight, wide_bias)
         s = torch.sigmoid(pre)
         dpre = dpre * s * (1 + pre * (1 - s))
@@ -102,19 +103,16 @@ def causal_conv1d_bwd(
         # Documents' last rows do not overlap either.
         drows = drows.index_add(0, layout.final, rearrange(dfinal_state.to(drows.dtype), "n d w -> (n w) d"))
     dx = rearrange(drows[layout.tokens], "(b l) d -> b l d", b=B, d=D).to(x.dtype)
-    dbias = drows.new_empty(0) if bias is None else dpre.sum(0).to(bias.dtype)
-    dinitial_state = drows.new_empty(0)
+    dbias = None if bias is None else dpre.sum(0)
+    dinitial_state = None
     if initial_state is not None:
         N = documents.count(cu_seqlens, x)
-        dinitial_state = rearrange(drows[layout.history], "(n w) d -> n d w", n=N, w=W - 1)
-        dinitial_state = dinitial_state.to(initial_state.dtype).contiguous()
-    return dx, dweight.to(weight.dtype), dbias, dinitial_state
+        dinitial_state = rearrange(drows[layout.history], "(n w) d -> n d w", n=N, w=W - 1).contiguous()
+    return dx, dweight, dbias, dinitial_state
 
 
-@overload
-def _wide(tensor: Tensor, x: Tensor) -> Tensor: ...
-@overload
-def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None: ...
-def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """In the dtype of the arithmetic for inputs like ``x``."""
-    return None if tensor is None else tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+def _wide(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = state_dtype(x, weight, bias, initial_state)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -36,18 +36,18 @@ def _small(x: Tensor, W: int) -> bool:
     return x.stride(1) == 1 or W > _NARROW
 
 
-def causal_conv1d(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
+    silu: bool,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     (B, L, D), W = x.shape, weight.shape[1]
     if W > _WIDEST:
-        return reference.causal_conv1d(x, weight, bias, activation, cu_seqlens, initial_state, output_final_state)
+        return reference.forward(x, weight, bias, silu, cu_seqlens, initial_state, output_final_state)
     cu_seqlens, of_token = _boundaries(cu_seqlens, L)
     out = x.new_empty(x.shape)
     launch(
@@ -62,7 +62,7 @@ def causal_conv1d(
         L=L,
         D=D,
         W=W,
-        SILU=activation is not None,
+        SILU=silu,
     )
     N = documents.count(cu_seqlens, x) if output_final_state else 0
     final_state = x.new_empty((N, D, W - 1), dtype=torch.float32)
@@ -79,19 +79,19 @@ def causal_conv1d(
     return out, final_state
 
 
-def causal_conv1d_bwd(
+def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
+    silu: bool,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     (B, L, D), W = x.shape, weight.shape[1]
     if W > _WIDEST:
-        return reference.causal_conv1d_bwd(dout, dfinal_state, x, weight, bias, activation, cu_seqlens, initial_state)
+        return reference.backward(dout, dfinal_state, x, weight, bias, silu, cu_seqlens, initial_state)
     cu_seqlens, of_token = _boundaries(cu_seqlens, L)
     common = {
         **_tensor("dfinal_state", dfinal_state, ("document", "channel", "slot"), "final"),
@@ -99,7 +99,7 @@ def causal_conv1d_bwd(
         **_tensor("initial_state", initial_state, ("document", "channel", "slot"), "state"),
         "cu_seqlens": cu_seqlens,
         "L": L,
-        "SILU": activation is not None,
+        "SILU": silu,
     }
     dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     dbias = None if bias is None else bias.new_empty(bias.shape)
@@ -132,9 +132,8 @@ def causal_conv1d_bwd(
         BLOCK_D=32,
         num_warps=4,
     )
-    none = x.new_empty((0,), dtype=torch.float32)
-    dinitial_state = none if initial_state is None else initial_state.new_empty(initial_state.shape)
-    if dinitial_state.numel():
+    dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
+    if dinitial_state is not None and dinitial_state.numel():
         _launch_states(
             triton_states.initial_state_grads,
             dinitial_state,
@@ -143,7 +142,7 @@ def causal_conv1d_bwd(
             **_tensor("x", x, ("row", "token", "channel")),
             dinitial_state=dinitial_state,
         )
-    return dx, dweight, none.clone() if dbias is None else dbias, dinitial_state
+    return dx, dweight, dbias, dinitial_state
 
 
 def _boundaries(cu_seqlens: Tensor | None, L: int) -> tuple[Tensor | None, Tensor | None]:

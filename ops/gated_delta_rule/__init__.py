@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packc.ops import documents
-from packc.ops.arguments import check_floating, check_shapes
-from packc.ops.gated_delta_rule import op as op
+from packc.ops.gated_delta_rule.op import MIXER
 
 
 def gated_delta_rule(
@@ -63,25 +61,11 @@ def gated_delta_rule(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
-    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
-    check_floating("gated_delta_rule", tensors, v)
     for name, x in (("q", q), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"gated_delta_rule: {name} must be (B, L, heads, channels), not {tuple(x.shape)}")
-    rows, tokens, heads, V = v.shape
-    groups, K = q.shape[2:]
-    if documents.differ(heads % groups if groups else heads, 0):
-        raise ValueError(f"gated_delta_rule: q's {groups} heads do not divide v's {heads}")
-    documents.check_cu_seqlens(cu_seqlens, v, "v")
-    wanted: dict[str, tuple[int, ...]] = {
-        "q": (rows, tokens, groups, K),
-        "k": (rows, tokens, groups, K),
-        "g": (rows, tokens, heads, K) if g.ndim == 4 else (rows, tokens, heads),
-        "beta": (rows, tokens, heads),
-        "initial_state": (documents.count(cu_seqlens, v), heads, K, V),
-    }
-    check_shapes("gated_delta_rule", tensors, wanted, "q", "v")
+    MIXER.shapes.check({"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}, cu_seqlens)
     out, final_state, _ = torch.ops.packc.gated_delta_rule.default(
-        q, k, v, g, beta, max(K, 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
+        q, k, v, g, beta, max(q.shape[3], 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
     )
     return (out, final_state) if output_final_state else out

@@ -22,7 +22,8 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.linear_attention.reference import CHUNK, chunk_states, state_dtype
+from packc.ops.linear_attention.reference import CHUNK, chunk_states
+from packc.ops.mixer import state_dtype
 
 
 class Gradients(NamedTuple):
@@ -143,6 +144,7 @@ def forward(
 def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
+    kept: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,

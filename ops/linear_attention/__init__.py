@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packc.ops import documents
-from packc.ops.arguments import check_floating, check_shapes
-from packc.ops.linear_attention import op as op
+from packc.ops.linear_attention.op import MIXER
 
 
 def linear_attention(
@@ -59,26 +57,13 @@ def linear_attention(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
-    tensors = {"q": q, "k": k, "v": v, "g": g, "initial_state": initial_state}
-    check_floating("linear_attention", tensors, v)
     for name, x in (("q", q), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"linear_attention: {name} must be (B, L, heads, channels), not {tuple(x.shape)}")
-    rows, tokens, heads, V = v.shape
-    groups, K = q.shape[2:]
-    if documents.differ(heads % groups if groups else heads, 0):
-        raise ValueError(f"linear_attention: q's {groups} heads do not divide v's {heads}")
-    documents.check_cu_seqlens(cu_seqlens, v, "v")
-    wanted = {
-        "q": (rows, tokens, groups, K),
-        "k": (rows, tokens, groups, K),
-        "g": (heads,) if g is not None and g.ndim == 1 else (rows, tokens, heads),
-        "initial_state": (documents.count(cu_seqlens, v), heads, K, V),
-    }
-    check_shapes("linear_attention", tensors, wanted, "q", "v")
+    MIXER.shapes.check({"q": q, "k": k, "v": v, "g": g, "initial_state": initial_state}, cu_seqlens)
     if g is not None:
-        g = (g if g.dtype == torch.float64 else g.float()).expand(rows, tokens, heads)
+        g = (g if g.dtype == torch.float64 else g.float()).expand(v.shape[:3])
     out, final_state, _ = torch.ops.packc.linear_attention.default(
-        q, k, v, g, max(K, 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
+        q, k, v, g, max(q.shape[3], 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
     )
     return (out, final_state) if output_final_state else out

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.mixer import state_dtype
 
 CHUNK = 64
 """The state that enters every chunk of so many tokens of a document, but the first, is kept for the backward."""
@@ -57,11 +58,6 @@ class Arguments(NamedTuple):
     one: list[Tokens]
     initial_state: Tensor
     stretches: list[tuple[slice, range]]  # documents that are walked together, and their tokens
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 as soon as one argument is, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def prepare(
@@ -105,6 +101,11 @@ def chunk_states_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     """
     rows, tokens, heads, V = v.shape
     return (rows, (tokens + CHUNK - 1) // CHUNK, heads, k.shape[3], (V + 15) // 16 * 16)
+
+
+def chunk_states_length(B: int, L: int, H: int, K: int, V: int, **_: Any) -> int:
+    """Of all of them, flattened."""
+    return B * ((L + CHUNK - 1) // CHUNK) * H * K * ((V + 15) // 16 * 16)
 
 
 def chunk_states(kept: Mapping[int, Tensor], k: Tensor, v: Tensor) -> Tensor:
@@ -165,6 +166,7 @@ def forward(
 def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
+    kept: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packc.ops import documents
-from packc.ops.linear_scan import op as op
+from packc.ops.linear_scan.op import MIXER
 
 
 def linear_scan(
@@ -51,22 +50,7 @@ def linear_scan(
         ValueError: shapes do not fit each other (nothing is broadcast), or ``cu_seqlens`` does not rise from 0 to L. On
             CUDA that is not looked at, which would wait for the device: offsets must be right.
     """
-    for name, x in (("a", a), ("b", b), ("initial_state", initial_state)):
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"linear_scan: {name} must be a floating-point tensor, not {x.dtype}")
-        if x is not None and x.device != b.device:
-            raise ValueError(f"linear_scan: {name} is on {x.device}, b on {b.device}")
-    if b.ndim < 2:
-        raise ValueError(f"linear_scan: b must be (B, L, ...), not {tuple(b.shape)}")
-    documents.check_cu_seqlens(cu_seqlens, b, "b")
-    _check_shape("a", a, tuple(b.shape), b)
-    if initial_state is not None:
-        _check_shape("initial_state", initial_state, (documents.count(cu_seqlens, b), *b.shape[2:]), b)
+    MIXER.shapes.check({"a": a, "b": b, "initial_state": initial_state}, cu_seqlens)
     out, final_state, _ = torch.ops.packc.linear_scan.default(a, b, cu_seqlens, initial_state, output_final_state)
     return (out, final_state) if output_final_state else out
 
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], b: Tensor) -> None:
-    """Raises for another shape. Sizes that only a run can tell are left to the kernels."""
-    if x.ndim != len(shape) or any(documents.differ(m, n) for m, n in zip(x.shape, shape, strict=True)):
-        raise ValueError(f"linear_scan: {name} must have shape {shape}, not {tuple(x.shape)}, with b {tuple(b.shape)}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.mixer import state_dtype
 
 CHUNK = 16
 """The state that leaves every whole chunk of so many tokens of a row is kept for the backward.
@@ -39,11 +40,6 @@ class Arguments(NamedTuple):
     b: Tensor
     initial_state: Tensor
     stretches: list[tuple[slice, range]]  # documents that are walked together, and their tokens
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 as soon as one argument is, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def prepare(a: Tensor, b: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> Arguments:
@@ -86,6 +82,7 @@ def forward(
 def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
+    chunk_states: Tensor,
     a: Tensor,
     b: Tensor,
     cu_seqlens: Tensor | None,

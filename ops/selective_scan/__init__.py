@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packc.ops import documents
-from packc.ops.selective_scan import op as op
+from packc.ops.selective_scan.op import MIXER
 
 
 def selective_scan(
@@ -66,72 +65,10 @@ def selective_scan(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    MIXER.shapes.check({**tensors, "initial_state": initial_state}, cu_seqlens)
     out, final_state, _ = torch.ops.packc.selective_scan.default(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, output_final_state
     )
     return (out, final_state) if output_final_state else out
 
-
-def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raises for arguments that do not fit. Sizes that only a run can tell are left to the kernels."""
-    tensors = {
-        "u": u,
-        "delta": delta,
-        "A": A,
-        "B": B,
-        "C": C,
-        "D": D,
-        "z": z,
-        "delta_bias": delta_bias,
-        "initial_state": initial_state,
-    }
-    for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"selective_scan: {name} must be a floating-point tensor, not {x.dtype}")
-        if x is not None and x.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {x.device}, u on {u.device}")
-    if u.ndim != 3:
-        raise ValueError(f"selective_scan: u must be (B, L, D), not {tuple(u.shape)}")
-    rows, tokens, channels = u.shape
-    if A.ndim != 2 or documents.differ(A.shape[0], channels):
-        raise ValueError(f"selective_scan: A must be (D, N) with u's D = {channels}, not {tuple(A.shape)}")
-    documents.check_cu_seqlens(cu_seqlens, u, "u")
-    states = A.shape[1]
-    if B.ndim not in (3, 4) or C.ndim != B.ndim:
-        raise ValueError(
-            "selective_scan: B and C must both be (B, L, N) or both (B, L, G, N), "
-            f"not {tuple(B.shape)} and {tuple(C.shape)}"
-        )
-    groups = B.shape[2:-1]
-    if groups and (documents.differ(channels % groups[0], 0)):
-        raise ValueError(f"selective_scan: B's G = {groups[0]} groups do not divide u's D = {channels} channels")
-    wanted = {
-        "delta": (rows, tokens, channels),
-        "B": (rows, tokens, *groups, states),
-        "C": (rows, tokens, *groups, states),
-        "D": (channels,),
-        "z": (rows, tokens, channels),
-        "delta_bias": (channels,),
-        "initial_state": (documents.count(cu_seqlens, u), channels, states),
-    }
-    for name, shape in wanted.items():
-        x = tensors[name]
-        if x is None:
-            continue
-        if x.ndim != len(shape) or any(documents.differ(a, b) for a, b in zip(x.shape, shape, strict=True)):
-            raise ValueError(
-                f"selective_scan: {name} must have shape {tuple(shape)}, not {tuple(x.shape)}, with u "
-                f"{tuple(u.shape)} and A {tuple(A.shape)}"
-            )

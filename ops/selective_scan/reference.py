@@ -21,6 +21,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.mixer import state_dtype
 
 CHUNK = 64
 """The state that enters every chunk of so many tokens is kept for the backward."""
@@ -55,11 +56,6 @@ class Arguments(NamedTuple):
     tokens: list[Token]
     stretches: list[Stretch]
     initial_state: Tensor
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 as soon as one argument is, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def prepare(
@@ -172,6 +168,7 @@ class Gradients(NamedTuple):
 def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
+    chunk_states: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -183,6 +180,7 @@ def backward(
     delta_softplus: bool,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
+    channel_first_ddelta: bool,
 ) -> Gradients:
     """Written out, since an op's kernel runs below autograd. The states are walked again and all kept."""
     args = prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state)
@@ -220,7 +218,7 @@ def backward(
         ddelta = ddelta * torch.sigmoid(args.raw_delta)
     return Gradients(
         u=du.to(u.dtype),
-        delta=ddelta.to(delta.dtype),
+        delta=(ddelta.mT.contiguous().mT if channel_first_ddelta else ddelta).to(delta.dtype),
         A=dA.to(A.dtype),
         B=dB.view(B.shape).to(B.dtype),
         C=dC.view(C.shape).to(C.dtype),

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packc.ops import documents
-from packc.ops.arguments import check_floating, check_shapes
-from packc.ops.ssd import op as op
+from packc.ops.ssd.op import MIXER
 
 
 def ssd(
@@ -70,31 +68,8 @@ def ssd(
             not looked at, which would wait for the device: offsets must be right.
     """
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    tensors["initial_state"] = initial_state
-    check_floating("ssd", tensors, x)
-    if x.ndim != 4:
-        raise ValueError(f"ssd: x must be (B, L, H, P), not {tuple(x.shape)}")
-    rows, tokens, heads, P = x.shape
-    if B.ndim not in (3, 4) or C.ndim != B.ndim:
-        raise ValueError(
-            f"ssd: B and C must both be (B, L, N) or both (B, L, G, N), not {tuple(B.shape)} and {tuple(C.shape)}"
-        )
-    groups, N = B.shape[2:-1], B.shape[-1]
-    if groups and documents.differ(heads % groups[0] if groups[0] else heads, 0):
-        raise ValueError(f"ssd: B's {groups[0]} groups do not divide x's {heads} heads")
-    documents.check_cu_seqlens(cu_seqlens, x, "x")
-    wanted = {
-        "dt": (rows, tokens, heads),
-        "A": (heads,),
-        "B": (rows, tokens, *groups, N),
-        "C": (rows, tokens, *groups, N),
-        "D": (heads,) if D is not None and D.ndim == 1 else (heads, P),
-        "z": (rows, tokens, heads, P),
-        "dt_bias": (heads,),
-        "initial_state": (documents.count(cu_seqlens, x), heads, P, N),
-    }
-    check_shapes("ssd", tensors, wanted, "x", "B")
-    if not groups:
+    MIXER.shapes.check({**tensors, "initial_state": initial_state}, cu_seqlens)
+    if B.ndim == 3:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
     dt = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
     out, final_state, _ = torch.ops.packc.ssd.default(

@@ -31,7 +31,7 @@ def with_mask_mod(
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.masked(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
 
-    chosen = choose(q)
+    chosen = choose("varlen_attention", q)
     if chosen == "cpu" and dispatch.wanted_kernels() == "cpu":
         raise ValueError('packc.config.kernels = "cpu": varlen_attention takes mask_mod by its reference only')
     if chosen != "triton" or autograd.under_a_transform() or autograd.tangents_given(q, k, v):

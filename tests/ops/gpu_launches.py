@@ -69,9 +69,9 @@ def causal_conv1d(dtype, packed, stateful, channel_first=False, W=4):
         x = tensor(1, D, T).transpose(1, 2) if channel_first else tensor(1, T, 2 * D)[..., :D]
         documents = tensor(65, dtype=torch.int32) if packed else None
         state = tensor(64 if packed else 1, D, W - 1, dtype=torch.float32) if stateful else None
-        common = (x, tensor(D, W), None if stateful else tensor(D), "silu", documents, state)
-        triton_op.causal_conv1d(*common, stateful)
-        triton_op.causal_conv1d_bwd(tensor(1, T, D), state, *common)
+        common = (x, tensor(D, W), None if stateful else tensor(D), True, documents, state)
+        triton_op.forward(*common, stateful)
+        triton_op.backward(tensor(1, T, D), state, *common)
 
     return run
 

@@ -1,0 +1,21 @@
+"""The Triton kernels, imported when they are first wanted: for q, k, v and dout of one dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from packc.ops.linear_attention import triton_backward, triton_forward
+from packc.ops.tritonsrc.operands import alike
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_forward.forward(*alike(q, k, v), *rest)
+
+
+def backward(
+    dout: Tensor, dfinal_state: Tensor | None, chunk_states: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    dout, q, k, v = alike(dout, q, k, v)
+    return triton_backward.backward(dout, dfinal_state, chunk_states, q, k, v, *rest)

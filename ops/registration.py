@@ -1,0 +1,229 @@
+"""What follows from a mixer's declaration: ``packc::<name>`` and ``packc::<name>_bwd``, with fakes, FLOPs and autograd.
+
+A call goes down like this, every step of it decided when it runs::
+
+    packc.ops.ssd                       checks its arguments (ops/ssd/__init__.py)
+    packc::ssd      key Autograd        a node of autograd's graph if one is wanted (ops/derivatives.py)
+    packc::ssd      key CPU, CUDA       :func:`_kernel`: looks at sizes, chooses an implementation, brings states in
+                                        their dtype, and runs it
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from operator import itemgetter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from packc.ops import autograd, derivatives, dispatch, documents
+from packc.ops.flops import flop_formula
+from packc.ops.mixer import MIXERS, Mixer, state_dtype
+from packc.ops.shapes import Sizes
+
+_library = torch.library.Library("packc", "FRAGMENT")
+
+
+def declare(mixer: Mixer) -> Mixer:
+    """Registers the ops of ``mixer``."""
+    assert mixer.name not in MIXERS, f"two declarations of {mixer.name}"
+    MIXERS[mixer.name] = mixer
+    kernels = {mixer.name: _forward(mixer), f"{mixer.name}_bwd": _backward(mixer)}
+    fakes = {mixer.name: _forward_fake(mixer), f"{mixer.name}_bwd": _backward_fake(mixer)}
+    for (name, kernel), schema in zip(kernels.items(), mixer.schemas(), strict=True):
+        _library.define(schema, tags=mixer.tags)
+        _library.impl(name, kernel, "CPU")
+        _library.impl(name, kernel, "CUDA")
+        torch.library.register_fake(f"packc::{name}", fakes[name], lib=_library)
+    _count_flops(mixer)
+    derivatives.register(_library, mixer.name, kernels[mixer.name], *_differentiation(mixer))
+    derivatives.register_gradients(_library, f"{mixer.name}_bwd", kernels[f"{mixer.name}_bwd"])
+    return mixer
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
+    prepare, run = _preparation(mixer, mixer.arguments), mixer.forward
+    like = mixer.differentiable.index(mixer.like)
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        kernels, given, tensors = prepare(args)
+        out, *others = run(kernels, *given)
+        return (out.to(tensors[like].dtype), *others)
+
+    return forward
+
+
+def _backward(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
+    prepare, run = _preparation(mixer, mixer.backward_arguments), mixer.backward
+    like = mixer.differentiable.index(mixer.like)
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        """All contiguous and in their arguments' dtypes; empty for an absent argument."""
+        kernels, given, tensors = prepare(args)
+        results = []
+        for x, grad in zip(tensors, run(kernels, *given), strict=True):
+            if x is None or grad is None:
+                results.append(tensors[like].new_empty(0))
+            else:
+                results.append(grad if grad.dtype is x.dtype else grad.to(x.dtype))
+        return tuple(results)
+
+    return backward
+
+
+def _preparation(mixer: Mixer, arguments: dict[str, str]) -> Callable[[tuple[Any, ...]], tuple[Any, list[Any], Any]]:
+    """Of the arguments of one of the ops: an implementation, what it gets, and the tensors that have gradients."""
+    places = list(arguments)
+    names, shapes = mixer.differentiable, mixer.shapes
+    tensors_of = itemgetter(*map(places.index, names))
+    cu_seqlens, like = places.index("cu_seqlens"), places.index(mixer.like)
+    states = ("initial_state", "dfinal_state", *mixer.in_state_dtype)
+    in_state_dtype = [n for n, name in enumerate(places) if name in states]
+    implementation = _implementations(mixer)
+
+    def prepare(args: tuple[Any, ...]) -> tuple[Any, list[Any], Any]:
+        tensors = tensors_of(args)
+        shapes.check_sizes(tensors, args[cu_seqlens])
+        dtype = state_dtype(*tensors)
+        kernels = implementation(dtype, args[like])
+        converted = list(args)
+        for n in in_state_dtype:
+            if converted[n] is not None:
+                converted[n] = converted[n].to(dtype)
+        return kernels, converted, tensors
+
+    return prepare
+
+
+def _implementations(mixer: Mixer) -> Callable[[torch.dtype, Tensor], Any]:
+    """Which implementation runs. float64 is the reference's."""
+    folder = mixer.kernels or mixer.name
+    loaded: dict[str, Any] = {}
+
+    def implementation(dtype: torch.dtype, like: Tensor) -> Any:
+        choose = mixer.choose or dispatch.choose
+        choice = "reference" if dtype is torch.float64 else choose(folder, like)
+        if mixer.implementations is not None:
+            return mixer.implementations[choice]
+        if choice not in loaded:
+            loaded[choice] = _load(folder, choice)
+        return loaded[choice]
+
+    return implementation
+
+
+def _load(folder: str, choice: str) -> Any:
+    if choice == "cpu":
+        cpu = torch.ops.packc_cpu
+        return SimpleNamespace(
+            forward=getattr(cpu, folder).default, backward=getattr(cpu, f"{folder}_bwd").default
+        )
+    return importlib.import_module(f"packc.ops.{folder}.{'triton_op' if choice == 'triton' else choice}")
+
+
+# ---- fakes -----------------------------------------------------------------------------------------------------------
+
+
+def _sizes(mixer: Mixer, given: dict[str, Any]) -> Sizes:
+    return mixer.shapes.sizes({name: None if (x := given[name]) is None else x.shape for name in mixer.tensor_names})
+
+
+def _forward_fake(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        given = dict(zip(mixer.arguments, args, strict=True))
+        like, sizes = given[mixer.like], _sizes(mixer, given)
+        dtype = state_dtype(*(given[name] for name in mixer.differentiable))
+        results = [like.new_empty(mixer.out_shape(sizes))]
+        if mixer.state is not None:
+            states = documents.count(given["cu_seqlens"], like) if given["output_final_state"] else 0
+            results.append(like.new_empty(mixer.state_shape(sizes, states), dtype=dtype))
+        kept = (mixer.kept_shape(name, sizes) for name in mixer.keeps if name != "out")
+        return (*results, *(like.new_empty(shape, dtype=dtype) for shape in kept))
+
+    return forward
+
+
+def _backward_fake(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        given = dict(zip(mixer.backward_arguments, args, strict=True))
+
+        def gradient(name: str) -> Tensor:
+            x = given[name]
+            if x is None:
+                return given[mixer.like].new_empty(0)
+            if given.get(f"channel_first_d{name}"):
+                return x.new_empty(x.mT.shape).mT
+            return x.new_empty(x.shape)
+
+        return tuple(map(gradient, mixer.differentiable))
+
+    return backward
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def _count_flops(mixer: Mixer) -> None:
+    """torch's counter calls formulas with shapes in the place of tensors."""
+
+    def formula(flops: Callable[..., int], arguments: dict[str, str]) -> Callable[..., int]:
+        def count(*args: Any, out_shape: Any = None, **named: Any) -> int:
+            given = dict(zip(arguments, args)) | named  # noqa: B905  the rest is named, or left at its default
+            shapes = {name: given.get(name) for name in mixer.tensor_names}
+            return flops(**mixer.shapes.sizes(shapes), **{name: given[name] for name in mixer.options})
+
+        return count
+
+    op, backward = getattr(torch.ops.packc, mixer.name), getattr(torch.ops.packc, f"{mixer.name}_bwd")
+    flop_formula(op)(formula(mixer.flops, mixer.arguments))
+    flop_formula(backward)(formula(mixer.backward_flops, mixer.backward_arguments))
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _differentiation(mixer: Mixer) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """How a node of autograd's graph keeps what the ``_bwd`` op wants, and calls it."""
+    backward_op = getattr(torch.ops.packc, f"{mixer.name}_bwd").default
+    below = derivatives.below_autograd(backward_op)
+    names, results = list(mixer.arguments), mixer.results
+    kept = [results.index(name) for name in mixer.keeps]
+    unknown = [results.index(name) for name in mixer.keeps if name != "out"]  # has no derivative
+    tensors = [n for n, kind in enumerate(mixer.arguments.values()) if kind.startswith("Tensor")]
+    others = [n for n in range(len(names)) if n not in tensors]
+    saved = [*(names[n] for n in tensors), *mixer.keeps]
+    of_backward = itemgetter(*mixer.backward_arguments)
+
+    def setup_context(ctx: Any, args: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
+        ctx.options = {names[n]: args[n] for n in others}
+        ctx.save_for_backward(*[args[n] for n in tensors], *[found[n] for n in kept])
+        ctx.mark_non_differentiable(*[found[n] for n in unknown])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = dict(zip(saved, ctx.saved_tensors, strict=True)) | ctx.options
+        given["dout"] = douts[0]
+        if douts[0] is None:
+            given["dout"] = given[mixer.like].new_zeros(mixer.out_shape(_sizes(mixer, given)))
+        if mixer.state is not None:
+            given["dfinal_state"] = douts[1] if ctx.options["output_final_state"] else None
+        for name in mixer.own_layout:
+            given[f"channel_first_d{name}"] = _is_channel_first(given[name])
+        # What was kept has no tangents: with one, there would be no node.
+        differentiated = torch.is_grad_enabled() or autograd.under_a_transform() or autograd.tangents_given(*douts)
+        grads = (backward_op if differentiated else below)(*of_backward(given))
+        found = {name: x for name, x in zip(mixer.differentiable, grads, strict=True) if given[name] is not None}
+        return tuple([found.get(name) for name in names])
+
+    return setup_context, backward
+
+
+def _is_channel_first(x: Tensor) -> bool:
+    return statically_known_true(x.stride(1) == 1) and not statically_known_true(x.stride(2) == 1)
