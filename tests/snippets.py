@@ -59,6 +59,9 @@ POINTWISE = {
 }
 VIEWS = {
     "flatten tokens": lambda x, m: F.silu(x.view(-1, H)).view(H, H, H),
+    "flatten tokens with heads": lambda x, m: F.softmax(x.view(H, H, 2, 2).reshape(-1, 2), -1).reshape(H, H, H),
+    "flatten tokens with heads parted on the way": lambda x, m: F.softmax(x.reshape(-1, 2), -1).reshape(H, H, H),
+    "flatten tokens with all features": lambda x, m: (x.reshape(-1) * 2).view(H * H, 2, 2).view(-1, 2).view(H, H, H),
     "flatten tokens and features apart": lambda x, m: x.reshape(H * H, 2, 2).sum(-1).view(H, H, 2),
     "heads": lambda x, m: x.view(H, H, 2, 2).transpose(1, 2).softmax(-1).transpose(1, 2).flatten(2),
     "rearrange": lambda x, m: einops.rearrange(
