@@ -59,6 +59,8 @@ class Graph:
     tokens: Tokens = field(default_factory=Tokens)
     zero: set[fx.Node] = field(default_factory=set)
     """Values known to be zero at padding."""
+    zero_before: set[fx.Node] = field(default_factory=set)
+    """Values known to be zero at padding before a row's first token: these, and what mixers make of zeros."""
     forms: Forms = None  # type: ignore[assignment]
     """In which forms each value is computed."""
     requirements: Requirements = None  # type: ignore[assignment]
