@@ -59,6 +59,6 @@ class Reading:
     is_mixer: bool = False
     """Whether it looks along the tokens, and must be told where documents begin."""
     zero_from: tuple[fx.Node, ...] = ()
-    """Of a mixer, operands of which any one, zero at padding before a row's tokens, makes its first result zero there."""
+    """Of a mixer, operands of which any one, zero at padding before a row's tokens, makes its result zero there."""
     asks: list[Ask] = field(default_factory=list)
     """What must hold for it to be exact where padding is left out."""

@@ -87,6 +87,31 @@ VIEWS = {
     "expanded as another": lambda x, m: x[..., :1].expand_as(x[..., :1]) * x,
     "repeat interleave by view": lambda x, m: x[..., None].expand(H, H, H, 2).reshape(H, H, 2 * H),
 }
+
+
+def filled_by_parts(x):
+    y = torch.empty(H, H, 3, H, dtype=x.dtype)
+    y[:, :, :, :1] = x[:, :, None, :1]
+    y[..., 1:] = x[:, :, None, 1:]
+    return y.sum(2)
+
+
+def written_to_a_part(x):
+    y = x * 2
+    y[..., 0] = x[..., 1]
+    y[..., 1::2] += 1
+    first = y.transpose(1, 2)[:, 0]
+    first.mul_(3)
+    y[..., 2].fill_(0.5)
+    return y * first[..., None]
+
+
+WRITES = {
+    "filled by parts": lambda x, m: filled_by_parts(x),
+    "written to a part": lambda x, m: written_to_a_part(x),
+    "filled like another": lambda x, m: torch.select_scatter(x.new_zeros(H, H, H), x[..., 0], 2, 1) + x,
+    "parts put in": lambda x, m: torch.slice_scatter(x, torch.select_scatter(x, x[..., 0], 2, 1)[..., :2], 2, 1, 3),
+}
 PRODUCTS = {
     "linear": lambda x, m: F.linear(F.linear(x, W), W, W[0]),
     "matmul with a weight": lambda x, m: x @ W,
@@ -137,4 +162,4 @@ REDUCTIONS = {
         + aten.nll_loss(x.view(-1, H), m.flatten(), None, 0, -100).view(H, H)
     ),
 }
-SNIPPETS = {**POINTWISE, **VIEWS, **PRODUCTS, **REDUCTIONS}
+SNIPPETS = {**POINTWISE, **VIEWS, **WRITES, **PRODUCTS, **REDUCTIONS}

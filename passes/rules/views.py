@@ -123,7 +123,7 @@ def _regroup(kinds: Layout, sizes: Any, out_sizes: Any, batch: Any, length: Any)
             if len(out_sizes) > len(start) and _starts_with(out_sizes, *map(of_tokens.__getitem__, start)):
                 return [*start, *[OTHER] * (len(out_sizes) - len(start))]
         features, kept = _product(sizes[tokens:]), _product(out_sizes[1:])
-        if kinds[0] is FLAT and len(out_sizes) == 1 or (kinds[0] is not FLAT and same_size(features % kept, 0)):
+        if (kinds[0] is FLAT and len(out_sizes) == 1) or (kinds[0] is not FLAT and same_size(features % kept, 0)):
             return [FLAT] + [OTHER] * (len(out_sizes) - 1)
     raise NotTokenwise(f"axes {show(kinds)} of {tuple(sizes)} are regrouped as {tuple(out_sizes)}")
 
