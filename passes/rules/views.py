@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -213,7 +214,13 @@ def unbind(op: Op) -> Reading:
     return Reading([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
 
 
-@register_rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
+def _parts_are_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
+    return all(map(is_zero, args[0]))
+
+
+@register_rule(
+    aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default, zero=_parts_are_zero
+)
 def cat(op: Op) -> Reading:
     """Along features; every part must have the same token axes. An empty part, as of a new cache, is none."""
     given, dim = op.args[0], op.args[1]
