@@ -50,6 +50,10 @@ class Mixer:
     """Shape of a document's state, in the state's dtype: fp32, or fp64 as soon as one tensor is."""
     enter_state: tuple[str, ...] = ()
     """Arguments of which any one, if zero at a token, keeps it out of the state: for a convolution, its window."""
+    gives_zero: tuple[str, ...] = ()
+    """Arguments of which any one, if zero at a token and before it, makes its result zero there, from no state on."""
+    unless: tuple[str, ...] = ()
+    """Arguments with which it does not."""
     keeps: Mapping[str, str | Callable[..., int]] = field(default_factory=dict)
     """What the backward gets of the forward beside its arguments, in the state's dtype: name, and shape or length (of
     the sizes, by name); ``"out"`` is ``out``."""
@@ -160,9 +164,3 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 MIXERS: dict[str, Mixer] = {}
 """All that are declared."""
-
-
-class OldMixer:
-    def __init__(self, name, per_token, enter_state=()):
-        self.name, self.per_token, self.enter_state = name, per_token, enter_state
-        MIXERS[name] = self

@@ -122,9 +122,7 @@ def _implementations(mixer: Mixer) -> Callable[[torch.dtype, Tensor], Any]:
 def _load(folder: str, choice: str) -> Any:
     if choice == "cpu":
         cpu = torch.ops.packc_cpu
-        return SimpleNamespace(
-            forward=getattr(cpu, folder).default, backward=getattr(cpu, f"{folder}_bwd").default
-        )
+        return SimpleNamespace(forward=getattr(cpu, folder).default, backward=getattr(cpu, f"{folder}_bwd").default)
     return importlib.import_module(f"packc.ops.{folder}.{'triton_op' if choice == 'triton' else choice}")
 
 

@@ -66,6 +66,14 @@ def gated_delta_rule(
             raise ValueError(f"gated_delta_rule: {name} must be (B, L, heads, channels), not {tuple(x.shape)}")
     MIXER.shapes.check({"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}, cu_seqlens)
     out, final_state, _ = torch.ops.packc.gated_delta_rule.default(
-        q, k, v, g, beta, max(q.shape[3], 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        max(q.shape[3], 1) ** -0.5 if scale is None else scale,
+        cu_seqlens,
+        initial_state,
+        output_final_state,
     )
     return (out, final_state) if output_final_state else out

@@ -31,6 +31,7 @@ MIXER = declare(
         options={"scale": "float"},
         state="H K V",
         enter_state=("k", "v", "beta"),
+        gives_zero=("k", "v", "beta"),
         keeps={"chunk_states": chunk_states_length},
         in_state_dtype=("g", "beta"),
         groups=Groups("G", "H", "q's {G} heads do not divide v's {H}"),

@@ -64,6 +64,13 @@ def linear_attention(
     if g is not None:
         g = (g if g.dtype == torch.float64 else g.float()).expand(v.shape[:3])
     out, final_state, _ = torch.ops.packc.linear_attention.default(
-        q, k, v, g, max(q.shape[3], 1) ** -0.5 if scale is None else scale, cu_seqlens, initial_state, output_final_state
+        q,
+        k,
+        v,
+        g,
+        max(q.shape[3], 1) ** -0.5 if scale is None else scale,
+        cu_seqlens,
+        initial_state,
+        output_final_state,
     )
     return (out, final_state) if output_final_state else out

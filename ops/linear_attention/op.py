@@ -55,6 +55,7 @@ MIXER = declare(
         options={"scale": "float"},
         state="H K V",
         enter_state=("k", "v"),
+        gives_zero=("k", "v"),
         keeps={"chunk_states": chunk_states_length},
         in_state_dtype=("g",),
         groups=Groups("G", "H", "q's {G} heads do not divide v's {H}"),

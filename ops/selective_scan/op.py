@@ -46,6 +46,7 @@ MIXER = declare(
         options={"delta_softplus": "bool"},
         state="D N",
         enter_state=("u", "B"),
+        gives_zero=("u",),
         keeps={"chunk_states": _chunk_states},
         groups=Groups("G", "D", "B's G = {G} groups do not divide u's D = {D} channels"),
         # The projection that made it takes the gradient without a copy.

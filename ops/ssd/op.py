@@ -108,6 +108,7 @@ MIXER = declare(
         like="x",
         state="H P N",
         enter_state=("x", "dt", "B"),
+        gives_zero=("x",),
         keeps={"chunk_states": _chunk_states},
         in_state_dtype=("dt", "A"),
         groups=Groups("G", "H", "B's {G} groups do not divide x's {H} heads"),

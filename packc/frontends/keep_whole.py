@@ -15,8 +15,9 @@ log = logging.getLogger(__name__)
 PackedForm = Callable[..., Any]
 """Takes a call of the original function and makes it with packc's ops, or returns NotImplemented: the original runs.
 
-Dynamo inlines it, so it is plain code on tensors. It names the original's parameters, in order, and takes ``*args`` and
-``**kwargs`` for those a later version of the library may add.
+Dynamo inlines it, so it is plain code on tensors. It names the original's parameters, in order, and takes ``*args`` for
+those a later version of the library may add; a call that gives one of these by its name goes to the original. What it
+gets as ``**kwargs`` is what the original takes so.
 """
 
 # Copies of the originals, by attributes: what Dynamo reads off a global it can guard, a bare closure it cannot.
@@ -39,9 +40,12 @@ def not_captured() -> dict[str, str]:
 def keep_whole(module: ModuleType, name: str, packed_form: PackedForm) -> None:
     """From now on Dynamo traces calls of ``module.name`` through ``packed_form`` when it traces for packc."""
     qualified = f"{module.__name__}.{name}"
-    original = _python_function(getattr(module, name, None), name)
+    attribute = getattr(module, name)
+    if isinstance(attribute, FunctionType) and attribute.__module__ != module.__name__:
+        return  # imported there: it is met in its own module
+    original = _python_function(attribute, name)
     if original is None:
-        reason: str | None = f"{module.__name__} has no function {name} (transformers >= 5.15 has)"
+        reason: str | None = "it is no Python function"
     elif not _same_parameters(original, packed_form):
         reason = f"its parameters are not those packc knows: {inspect.signature(original)}"
     else:
@@ -65,21 +69,25 @@ def _python_function(attribute: object, name: str) -> FunctionType | None:
 
 
 def _same_parameters(original: Callable[..., Any], packed_form: PackedForm) -> bool:
-    def named(function: Callable[..., Any]) -> list[str]:
-        parameters = inspect.signature(function).parameters.values()
-        return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    known = _named(packed_form)
+    return _named(original)[: len(known)] == known
 
-    known = named(packed_form)
-    return named(original)[: len(known)] == known
+
+def _named(function: Callable[..., Any]) -> list[str]:
+    """The parameters that have names, in order."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _substitute(original: FunctionType, packed_form: PackedForm) -> str | None:
     """Register the polyfill of ``original``; returns the reason when it could not be."""
     key = f"{original.__name__}_{len(vars(_untouched))}"
     setattr(_untouched, key, _copy(original))
+    known = _named(packed_form)
+    unknown = _named(original)[len(known) :] if known else []  # a form that names none takes any
 
     def polyfill(*args: Any, **kwargs: Any) -> Any:
-        if packc_is_tracing():
+        if packc_is_tracing() and all(kwargs.get(name) is None for name in unknown):
             result = packed_form(*args, **kwargs)
             if result is not NotImplemented:
                 return result
