@@ -53,17 +53,18 @@ _NOT_SPECIALIZED = [
     *("rows", "L", "padded", "segment", "segments", "chunks"),
     *(f"{name}_b" for name in ("u", "delta", "dout", "z", "ddelta")),
 ]
-_CHANNELS = [f"{name}_d" for name in ("u", "delta", "dout", "z", "ddelta")]  # apart by a length, if not neighbours
-# Channels of a program, and tokens of its tiles. Twice the channels and half the tokens take a seventh fewer
-# instructions, and twice the memory for states between tiles, which then leave the second-level cache.
-_BLOCK_D = 64
+_APART = [f"{name}_d" for name in ("u", "delta", "dout", "z", "ddelta")]  # apart by a length, if not neighbours
+# Channels of a program: a thread has four, which share the shuffles of sums over channels. Where documents have states
+# of their own, registers are short.
+_BLOCK_D, _BLOCK_D_STATES = 128, 64
+_CHANNELS = 1024  # of programs that a processor has registers for
 _CONFIGS = [triton.Config({"BLOCK_T": 4}, num_warps=1)]
 # All registers there are: ptxas takes fewer of its own accord, for the sake of more warps, and spills.
 _BEFORE_HOPPER = [triton.Config({"BLOCK_T": 2}, num_warps=1, maxnreg=255)]
 
 
 @autotuned(_CONFIGS, key=["channels", "states", "PACKED"])
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_CHANNELS)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_APART)
 def _edges(
     dout,
     dfinal_state,
@@ -187,7 +188,7 @@ def _enter_tiles(
 
 
 @autotuned(_CONFIGS, key=["channels", "states", "PACKED"], before_hopper=_BEFORE_HOPPER)
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_CHANNELS)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_APART)
 def _walk_back(
     dout,
     dfinal_state,
@@ -247,6 +248,8 @@ def _walk_back(
     BLOCK_D: tl.constexpr,
 ):
     row, at, block, group, first, end = place(channels, groups, segments, BLOCK_D)
+    if PACKED:  # what is known takes no registers
+        row = tl.cast(0, tl.int64)
     d = channels_of(first, WIDE, BLOCK_D)
     in_d = d < end
     segment_of = row * segments + at
@@ -383,8 +386,10 @@ def backward(
     channel_first_ddelta: bool,
 ) -> tuple[Tensor, ...]:
     u, delta, dout, z = countable(u, delta, dout, z)
-    p = prepare(u, A, B, C, cu_seqlens, _BLOCK_D)
     packed = cu_seqlens is not None
+    own_states = packed and (initial_state is not None or dfinal_state is not None)
+    block_d = _BLOCK_D_STATES if own_states else _BLOCK_D
+    p = prepare(u, A, B, C, cu_seqlens, block_d, _CHANNELS // block_d)
     D, delta_bias, initial_state, dfinal_state = (
         None if x is None else x.contiguous() for x in (D, delta_bias, initial_state, dfinal_state)
     )
@@ -403,7 +408,7 @@ def backward(
     if p.tokens > 0:
         enter_rows(arriving[:, -1], None if packed else dfinal_state)
         shared: dict[str, Any] = {**p.sizes, **strides("td", delta=delta, dout=dout, z=z)}
-        shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": _BLOCK_D}
+        shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": block_d}
         shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": p.C, "z": z}
         shared |= {"delta_bias": delta_bias, "document": p.document}
         grid = (p.rows * p.segments * p.blocks,)

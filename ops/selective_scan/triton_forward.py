@@ -41,6 +41,7 @@ from packc.ops.tritonsrc.tokens import (
 )
 
 _BLOCK_D = 128  # channels of a program: a thread has four, which share loads of B and C
+_WARPS = 16  # that a processor has registers for
 TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
 
 
@@ -181,12 +182,12 @@ class Problem(NamedTuple):
     sizes: dict[str, int]  # under the kernels' names
 
 
-def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, block_d: int) -> Problem:
+def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, block_d: int, warps: int) -> Problem:
     rows, tokens, channels = u.shape
     states = A.shape[1]
     groups = B.shape[2] if B.ndim == 4 else 1
     blocks = groups * triton.cdiv(channels // max(groups, 1), block_d)
-    segment = segment_tokens(rows, tokens, blocks, CHUNK, u.device)
+    segment = segment_tokens(rows, tokens, blocks, CHUNK, u.device, warps)
     chunks = triton.cdiv(tokens, CHUNK)
     segments = triton.cdiv(tokens, segment)
     return Problem(
@@ -240,7 +241,7 @@ def forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, delta, z = countable(u, delta, z)
-    p = prepare(u, A, B, C, cu_seqlens, _BLOCK_D)
+    p = prepare(u, A, B, C, cu_seqlens, _BLOCK_D, _WARPS)
     packed = cu_seqlens is not None
     D, delta_bias, initial_state = (None if x is None else x.contiguous() for x in (D, delta_bias, initial_state))
     out = u.new_empty(u.shape)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 import triton
 
-_WARPS_PER_PROCESSOR = 16
 
+def segment_tokens(rows: int, tokens: int, blocks: int, chunk: int, device: torch.device, warps: int = 16) -> int:
+    """Tokens of a segment, a multiple of ``chunk``, for programs of one warp over ``blocks`` blocks of channels.
 
-def segment_tokens(rows: int, tokens: int, blocks: int, chunk: int, device: torch.device) -> int:
-    """Tokens of a segment, a multiple of ``chunk``, for programs of one warp over ``blocks`` blocks of channels."""
+    A processor is given ``warps`` of them.
+    """
     chunks = triton.cdiv(max(tokens, 1), chunk)
-    wanted = triton.cdiv(_processors(device) * _WARPS_PER_PROCESSOR, max(rows * blocks, 1))
+    wanted = triton.cdiv(_processors(device) * warps, max(rows * blocks, 1))
     return triton.cdiv(chunks, min(wanted, chunks)) * chunk
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def channels_of(first, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A block's channels, in 64 bits if some tensor spans more than 32 can count: they take registers all along."""
+    """A block's channels, in 64 bits where 32 do not do (``wide``): they take registers all along."""
     d = first + tl.arange(0, BLOCK_D)
     return d.to(tl.int64) if WIDE else d
 
@@ -31,8 +31,9 @@ def load_channels(x, d, in_d, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def at_token(x, row, token, d, x_b, x_t, x_d):
-    """Pointers to a token's channels. Tokens count in 64 bits, channels in as many as ``channels_of`` chose."""
-    return x + (row * x_b + token) * x_t + d * x_d
+    """Pointers to a token's channels. Tokens and channels are counted in as many bits as ``channels_of`` chose."""
+    nth = tl.cast(row * x_b + token, d.dtype)
+    return x + tl.cast(nth, tl.int64) * x_t + d * x_d
 
 
 @triton.jit
@@ -152,5 +153,9 @@ def strides(axes: str, **tensors: Tensor | None) -> dict[str, int]:
 
 
 def wide(*tensors: Tensor | None) -> bool:
-    """Whether a channel's offset within a token of some ``(B, L, D)`` tensor needs more than 32 bits."""
-    return any(x is not None and x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
+    """Whether 32 bits do not count the tokens of a ``(B, L, D)`` tensor, or of its dense copy, or channels' offsets."""
+    return any(x is not None and max(_tokens_spanned(x), x.shape[2] * x.stride(2)) >= 2**31 for x in tensors)
+
+
+def _tokens_spanned(x: Tensor) -> int:
+    return x.shape[0] * max(x.shape[1], x.stride(0) // max(x.stride(1), 1))

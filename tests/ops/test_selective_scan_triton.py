@@ -19,6 +19,7 @@ from selective_scan_data import (
 from packc import config
 from packc.ops import selective_scan
 from packc.ops.selective_scan import triton_backward, triton_forward
+from packc.ops.tritonsrc.tokens import wide
 
 PER_TOKEN = ("out", "du", "ddelta", "dB", "dC", "dz")
 
@@ -42,7 +43,7 @@ def reference(inputs, cu_seqlens=None, state=None, **options):
 # ---- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("B", "L", "D", "N", "G"), [(2, 7, 3, 2, None), (1, 9, 6, 2, 3), (1, 5, 70, 1, None)])
+@pytest.mark.parametrize(("B", "L", "D", "N", "G"), [(2, 7, 3, 2, None), (1, 9, 6, 2, 3), (1, 5, 130, 1, None)])
 def test_agrees_with_the_fp64_reference(B, L, D, N, G):
     inputs, state = make_inputs(B, L, D, N, G), torch.randn(B, D, N)
     assert_all_close(scan_and_grads(inputs, initial_state=state), reference(inputs, state=state))
@@ -116,6 +117,12 @@ def test_wide_channel_strides_count_in_64_bits(monkeypatch):
     for module in (triton_backward, triton_forward):
         monkeypatch.setattr(module, "wide", lambda *_: True)
     assert_all_close(scan_and_grads(inputs), expected, 0)
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [((2**16, 2**15), 1), ((1, 2), 2**31)])
+def test_what_32_bits_do_not_count_is_wide(tokens, channels):
+    assert wide(torch.empty((*tokens, channels), dtype=torch.bool, device="meta"))
+    assert not wide(torch.empty((tokens[0], tokens[1] - 1, channels - 1), dtype=torch.bool, device="meta"))
 
 
 def test_the_backward_is_deterministic():
