@@ -12,10 +12,15 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Band:
-    """A token sees its document: with ``causal`` no later token, with ``window`` the last ``window`` up to itself."""
+    """A token sees its document; with ``window`` what is nearer, and with ``causal`` no later token."""
 
     causal: bool
     window: int | None = None
+
+    def shows(self, distance: int) -> bool:
+        """Whether a token sees one that is so many positions before it."""
+        near = self.window is None or (self.window > 0 and abs(distance) < self.window)
+        return near and not (self.causal and distance < 0)
 
 
 class Other(enum.Enum):
@@ -56,14 +61,10 @@ class Pairs:
         return True
 
     def band(self) -> Seen:
-        ahead_seen, ahead_hidden = (any(d < 0 for d in pairs) for pairs in (self.seen, self.hidden))
-        past_hidden = [d for d in self.hidden if d >= 0]
-        window = min(past_hidden, default=None)
-        by_distance = self.seen.isdisjoint(self.hidden) and not (ahead_seen and ahead_hidden)
-        ends_once = window is None or (window == max(self.seen, default=-1) + 1 and not ahead_seen)
-        if not (self.exact and by_distance and ends_once):
-            return Other.TOKENS
-        return Band(causal=not ahead_seen, window=window)
+        behind = [distance for distance in self.hidden if distance >= 0]
+        band = Band(causal=not any(distance < 0 for distance in self.seen), window=min(behind, default=None))
+        as_said = all(map(band.shows, self.seen)) and not any(map(band.shows, self.hidden))
+        return band if self.exact and as_said else Other.TOKENS
 
 
 def _distances(pairs: Tensor) -> set[int]:

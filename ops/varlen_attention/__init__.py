@@ -38,7 +38,8 @@ def varlen_attention(
         cu_seqlens: ``(N + 1,)``, int32 or int64, rising from 0 to T; documents may be empty.
         causal: a token sees no later token.
         scale: of the scores; ``K ** -0.5`` without it.
-        window: a token sees itself and the ``window - 1`` tokens before it; at least 1, and only with ``causal``.
+        window: at least 1. A token sees itself, the ``window - 1`` tokens before it and, without ``causal``, as many
+            after it.
         mask_mod: FlexAttention's ``mask_mod(b, h, q_idx, kv_idx) -> bool``, of query heads and of positions *in the
             packed row*; b is 0. A token sees what this, too, lets it see; one that sees nothing becomes 0. On CPU, and
             for fp64, it runs in plain torch: in memory quadratic in the longest document. Under ``torch.compile`` it
@@ -70,8 +71,8 @@ def varlen_attention(
             raise _refused(tensor, TypeError, f"{name} must be of q's dtype {q.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"varlen_attention: {name} is on {tensor.device}, q on {q.device}")
-    if window is not None and (not causal or window < 1):
-        raise ValueError(f"varlen_attention: window must be at least 1 and causal; got {window} with causal={causal}")
+    if window is not None and window < 1:
+        raise ValueError(f"varlen_attention: window must be at least 1; got {window}")
     if mask_mod is not None:
         return with_mask_mod(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
     return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)[0]

@@ -25,7 +25,7 @@ _BLOCK = 256  # queries; the mask of a block is (256, 255 + window)
 
 
 class _Piece(NamedTuple):
-    """Queries ``[a, b)`` and keys ``[c, b)`` of each of ``n`` documents of ``L`` tokens, the first at ``begin``."""
+    """Queries ``[a, b)`` and keys ``[c, d)`` of each of ``n`` documents of ``L`` tokens, the first at ``begin``."""
 
     begin: int
     n: int
@@ -33,14 +33,15 @@ class _Piece(NamedTuple):
     a: int
     b: int
     c: int
+    d: int
 
     def queries(self, tensor: Tensor) -> Tensor:
         """Those of ``(T, H, ...)``: a view ``(n, H, b - a, ...)``."""
         return self._documents(tensor)[:, self.a : self.b].transpose(1, 2)
 
     def keys(self, tensor: Tensor) -> Tensor:
-        """Those of ``(T, G, ...)``: a view ``(n, G, b - c, ...)``."""
-        return self._documents(tensor)[:, self.c : self.b].transpose(1, 2)
+        """Those of ``(T, G, ...)``: a view ``(n, G, d - c, ...)``."""
+        return self._documents(tensor)[:, self.c : self.d].transpose(1, 2)
 
     def _documents(self, tensor: Tensor) -> Tensor:
         return tensor[self.begin : self.begin + self.n * self.L].unflatten(0, (self.n, self.L))
@@ -53,8 +54,8 @@ def varlen_attention(
     out, logsumexp = q.new_empty(1, T, H, V), q.new_empty(H, T, dtype=torch.float32)
     q, scale, _ = positive(q, scale)
     q, k, v = readable(q, k, v, size=max(K, V))
-    masks = _Masks(window, q.dtype)
-    for piece in _pieces(cu_seqlens, q, window):
+    masks = _Masks(causal, window, q.dtype)
+    for piece in _pieces(cu_seqlens, q, causal, window):
         mask = masks.of(piece)
         part, part_logsumexp = _flash(
             piece.queries(q[0]),
@@ -87,8 +88,8 @@ def varlen_attention_bwd(
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape, dtype=sums), v.new_zeros(v.shape, dtype=sums)
     q, scale, sign = positive(q, scale)
     dout, q, k, v, out = readable(dout, q, k, v, out, size=max(K, V))
-    masks = _Masks(window, torch.float32)
-    for piece in _pieces(cu_seqlens, q, window):
+    masks = _Masks(causal, window, torch.float32)
+    for piece in _pieces(cu_seqlens, q, causal, window):
         mask = masks.of(piece)
         # In fp32 whatever the dtype: for bf16 and fp16 that took a tenth to a half of the time (torch 2.13, AVX2,
         # documents of 16 to 512 tokens), copies included, and it is more exact.
@@ -114,32 +115,37 @@ def varlen_attention_bwd(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _pieces(cu_seqlens: Tensor, q: Tensor, window: int | None) -> Iterator[_Piece]:
+def _pieces(cu_seqlens: Tensor, q: Tensor, causal: bool, window: int | None) -> Iterator[_Piece]:
     starts = documents.offsets(cu_seqlens, q).tolist()
     begin = 0
     for L, run in groupby(end - start for start, end in pairwise(starts)):
         n = sum(1 for _ in run)
         step = L if window is None or window >= L else _BLOCK
         for a in range(0, L, step or 1):
-            yield _Piece(begin, n, L, a, min(a + step, L), 0 if window is None else max(0, a - window + 1))
+            b = min(a + step, L)
+            if window is None:
+                yield _Piece(begin, n, L, a, b, 0, L)
+            else:
+                yield _Piece(begin, n, L, a, b, max(0, a - window + 1), b if causal else min(b + window - 1, L))
         begin += n * L
 
 
 class _Masks:
     """What to add to scores where a window ends inside a document; made once for all pieces of a shape."""
 
-    def __init__(self, window: int | None, dtype: torch.dtype) -> None:
-        self._window, self._dtype = window, dtype
-        self._made: dict[tuple[int, int], Tensor] = {}
+    def __init__(self, causal: bool, window: int | None, dtype: torch.dtype) -> None:
+        self._causal, self._window, self._dtype = causal, window, dtype
+        self._made: dict[tuple[int, int, int], Tensor] = {}
 
     def of(self, piece: _Piece) -> Tensor | None:
-        """``(b - a, b - c)``: 0 where a query sees a key, -inf elsewhere. None if the window holds the document."""
+        """``(b - a, d - c)``: 0 where a query sees a key, -inf elsewhere. None if the window holds the document."""
         if self._window is None or self._window >= piece.L:
             return None
-        rows, columns = piece.b - piece.a, piece.b - piece.c
-        if (rows, columns) not in self._made:
+        # The last: the column that is a row's own token, in the first row.
+        rows, columns, diagonal = shape = piece.b - piece.a, piece.d - piece.c, piece.a - piece.c
+        if shape not in self._made:
             hidden = torch.ones(rows, columns, dtype=torch.bool)
-            diagonal = columns - rows  # the column that is a row's own token, in the first row
-            hidden = hidden.triu(diagonal + 1) | hidden.tril(diagonal - self._window)
-            self._made[rows, columns] = torch.zeros(rows, columns, dtype=self._dtype).masked_fill(hidden, -torch.inf)
-        return self._made[rows, columns]
+            ahead = 1 if self._causal else self._window
+            hidden = hidden.triu(diagonal + ahead) | hidden.tril(diagonal - self._window)
+            self._made[shape] = torch.zeros(rows, columns, dtype=self._dtype).masked_fill(hidden, -torch.inf)
+        return self._made[shape]

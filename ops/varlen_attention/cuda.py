@@ -119,4 +119,4 @@ def _head(K: int, V: int) -> int:
 def _seen(causal: bool, window: int | None) -> dict[str, Any]:
     if window is None:
         return {"is_causal": causal}
-    return {"is_causal": False, "window_size_left": window - 1, "window_size_right": 0}
+    return {"is_causal": False, "window_size_left": window - 1, "window_size_right": 0 if causal else window - 1}

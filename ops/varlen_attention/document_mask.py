@@ -60,7 +60,9 @@ def key_range(cu_seqlens: Tensor, T: int, causal: bool, window: int | None) -> t
     starts = cu_seqlens.long()
     document, token = documents.of_token(starts, T), torch.arange(T, device=starts.device)
     first, last = starts[document], token if causal else starts[document + 1] - 1
-    return first if window is None else torch.maximum(first, token - window + 1), last
+    if window is None:
+        return first, last
+    return torch.maximum(first, token - window + 1), torch.minimum(last, token + window - 1)
 
 
 def build(first: Tensor, last: Tensor, every_tile: bool) -> BlockMask:

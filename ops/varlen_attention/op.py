@@ -39,10 +39,9 @@ def choose(op: str, q: Tensor) -> str:
 
 def _pairs(T: int, causal: bool, window: int | None) -> int:
     """Of a query and a key that it sees, in one document."""
-    if not causal:
-        return T * T
     seen = T if window is None else torch.sym_min(T, window)
-    return T * seen - seen * (seen - 1) // 2
+    before = T * seen - seen * (seen - 1) // 2  # itself included
+    return before if causal else 2 * before - T
 
 
 def _flops(L: int, H: int, K: int, V: int, causal: bool, window: int | None, **_: Any) -> int:

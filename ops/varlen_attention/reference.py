@@ -107,6 +107,8 @@ def _visible(L: int, causal: bool, window: int | None, device: torch.device) -> 
     visible = torch.ones(L, L, dtype=torch.bool, device=device)
     if causal:
         visible = visible.tril()
+    elif window is not None:
+        visible = visible.tril(window - 1)
     return visible if window is None else visible.triu(1 - window)
 
 

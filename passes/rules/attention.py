@@ -38,7 +38,7 @@ def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
     q, k, v = op.args[:3]
     if not isinstance(seen, Band):
-        raise NotTokenwise("shows neither all, nor all before, nor a window: runs padded")
+        raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
     if op.argument("dropout_p") != 0:
         raise NotTokenwise("drops out probabilities, and runs padded")
     heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))

@@ -43,7 +43,7 @@ def test_packed_documents_are_each_document_alone(kernels, lengths, window):
                 assert same(kernels, whole[:, begin:end], part)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 5}, {"window": 5, "causal": False}], ids=str)
 def test_permuting_documents_permutes_outputs(kernels, options):
     lengths, order = [3, 40, 0, 1, 130], [4, 2, 0, 3, 1]
     leaves, cu_seqlens = inputs(lengths)

@@ -16,7 +16,7 @@ from packc.ops import autograd, varlen_attention
 from packc.ops.varlen_attention import cpu, cuda, document_mask, flex, op, reference
 from packc.ops.varlen_attention.with_mask_mod import differentiated_again
 
-SEEN = [(True, None), (False, None), (True, 1), (True, 100), (True, 300)]
+SEEN = [(True, None), (False, None), (True, 1), (True, 100), (True, 300), (False, 1), (False, 100)]
 LENGTHS = [0, 128, 100, 1, 1, 300, 0, 60]
 
 
@@ -222,7 +222,7 @@ def gpu():
         pytest.skip("no CUDA device")
 
 
-OPTIONS = [{}, {"causal": False}, {"window": 1}, {"window": 100, "scale": -0.2}]
+OPTIONS = [{}, {"causal": False}, {"window": 1}, {"window": 100, "scale": -0.2}, {"window": 9, "causal": False}]
 
 
 @pytest.mark.gpu

@@ -43,7 +43,7 @@ def plain(leaves, cu_seqlens, causal=True, scale=None, window=None):
     for begin, end in pairwise(cu_seqlens.tolist()):
         mask = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q.device)
         mask = mask.tril() if causal else mask
-        mask = mask if window is None else mask.triu(1 - window)
+        mask = mask if window is None else mask.triu(1 - window).tril(window - 1)
         part = (tensor[:, :, begin:end] for tensor in (q, k, v))
         if begin < end:
             parts.append(F.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale, enable_gqa=True))

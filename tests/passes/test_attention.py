@@ -53,6 +53,7 @@ PACKED = {
     "a window": lambda m: window(m, 3),
     "a window by a triangle": lambda m: causal(m) & ~causal(m).tril(-3),
     "a window beyond the batch": lambda m: window(m, 100),
+    "a window on both sides": lambda m: (window(m, 3) | window(m, 3).mT) & (m[:, None, None] != 0),
     "of one document": lambda m: causal(m) & (m[:, None, None] == m[:, None, :, None]),
     "open to padding's own queries": also_seen_by_padding,
 }
@@ -61,7 +62,6 @@ HIDING = {
     "causal by an input": lambda m: CAUSAL & (m[:, None, None] != 0),
     "biased": lambda m: additive(m) + TAPS[0, 0],
     "chunked": lambda m: causal(m) & (torch.arange(m.shape[1]) // 4 == (torch.arange(m.shape[1]) // 4)[:, None]),
-    "both ways, near": lambda m: (window(m, 3) | window(m, 3).mT) & (m[:, None, None] != 0),
     "all but itself": lambda m: (m[:, None, None] != 0) & ~torch.eye(m.shape[1], dtype=torch.bool),
     "a head's own": lambda m: torch.cat([window(m, 2), window(m, 3)], 1),
 }
