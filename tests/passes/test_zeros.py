@@ -5,8 +5,8 @@ import torch
 from harness import masks
 from snippets import SNIPPETS, H
 from torch import fx
-from torch.utils import _pytree as pytree
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from packc.passes.rules import zero_rule_for
 
