@@ -7,6 +7,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from packc.passes.graph import Graph, is_item
+from packc.passes.row_wise import BEGIN
 
 
 def functional(graph: Graph) -> Graph:
@@ -48,6 +49,8 @@ def _is_fresh(value: object) -> bool:
         value = value.args[0]  # one result of several
     if not isinstance(value, fx.Node) or not isinstance(value.target, OpOverload):
         return False
+    if value.target is BEGIN:
+        return False  # a function of rows is given the caller's own
     return all(result.alias_info is None for result in value.target._schema.returns)
 
 

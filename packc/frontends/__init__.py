@@ -3,14 +3,14 @@
 import functools
 from types import ModuleType
 
-from packc.frontends import hf_mamba, hf_mamba2
+from packc.frontends import hf_mamba, hf_mamba2, hf_moe
 from packc.frontends.keep_whole import captured, keep_whole, not_captured
 from packc.frontends.traced_call import arguments_of_traced_call
 from packc.import_hook import on_import
 
 __all__ = ["arguments_of_traced_call", "captured", "install", "not_captured"]
 
-_TABLES = (hf_mamba.KEPT_WHOLE, hf_mamba2.KEPT_WHOLE)
+_TABLES = (hf_mamba.KEPT_WHOLE, hf_mamba2.KEPT_WHOLE, hf_moe.KEPT_WHOLE)
 
 
 @functools.cache
