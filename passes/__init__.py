@@ -14,6 +14,7 @@ from packc.passes.module_names import module_path
 from packc.passes.normalize import fakify, normalize
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
+from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
 from packc.passes.unpacked import boundaries_of, is_mixer
 from packc.passes.widen_losses import widen_losses
@@ -41,7 +42,9 @@ __all__ = [
     "module_path",
     "normalize",
     "requirements",
+    "row_wise",
     "widen_losses",
+    "without_marks",
     "write",
     "zeros",
 ]

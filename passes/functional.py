@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from packc.passes.axes import same_size, value_of
 from packc.passes.graph import Graph, call_like, is_item
+from packc.passes.row_wise import BEGIN
 from packc.private_torch import private_torch
 
 with private_torch():
@@ -92,6 +93,8 @@ def _is_fresh(value: object) -> bool:
         value = value.args[0]  # one result of several
     if not isinstance(value, fx.Node) or not isinstance(value.target, OpOverload):
         return False
+    if value.target is BEGIN:
+        return False  # a function of rows is given the caller's own
     return all(result.alias_info is None for result in value.target._schema.returns)
 
 

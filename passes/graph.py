@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import fx
 
 from packc.passes.asks import Ask
@@ -90,3 +91,8 @@ def call_like(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]
 def is_item(node: fx.Node) -> bool:
     """Whether a node is one result of an op with several."""
     return node.target is operator.getitem
+
+
+def switches_mode(node: fx.Node) -> bool:
+    """Whether a node turns grad mode or autocast on or off for what follows."""
+    return node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
