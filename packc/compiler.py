@@ -27,6 +27,7 @@ from packc.passes import (
     WrongMask,
     fakify,
     is_mixer,
+    without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
 from packc.report import GraphReport
@@ -121,7 +122,7 @@ def _unpacked(
 ) -> tuple[Callable[..., Any], GraphReport]:
     """The graph as it was; its mixers are packc's ops all the same."""
     log.info("not packed: %s", reason)
-    compiled, positions = compile_inner(gm, example_inputs), positions_inputs(gm)
+    compiled, positions = compile_inner(without_marks(gm), example_inputs), positions_inputs(gm)
     if positions and any(map(is_mixer, gm.graph.nodes)):
         compiled = UnpackedCall(compiled, positions)
     return compiled, GraphReport.unpacked(gm, reason, boundaries)

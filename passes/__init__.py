@@ -4,6 +4,7 @@ Each is a function of a :class:`~packc.passes.graph.Graph` that returns one.
 """
 
 from packc.passes.attention_masks import attention_masks
+from packc.passes.causal_convs import causal_convs
 from packc.passes.choose import choose
 from packc.passes.constants import constants
 from packc.passes.functional import functional
@@ -15,6 +16,7 @@ from packc.passes.normalize import fakify, normalize
 from packc.passes.pack_attention import pack_attention
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
+from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
 from packc.passes.unpacked import boundaries_of, is_mixer
 from packc.passes.widen_losses import widen_losses
@@ -32,6 +34,7 @@ __all__ = [
     "argument_path",
     "attention_masks",
     "boundaries_of",
+    "causal_convs",
     "choose",
     "confirm_mask",
     "constants",
@@ -44,7 +47,9 @@ __all__ = [
     "normalize",
     "pack_attention",
     "requirements",
+    "row_wise",
     "widen_losses",
+    "without_marks",
     "write",
     "written_out_attention",
     "zeros",

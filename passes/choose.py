@@ -20,6 +20,7 @@ from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.module_names import module_path
 from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
+from packc.passes.row_wise import ops_of, writes_elsewhere
 
 
 @dataclass
@@ -54,14 +55,9 @@ def choose(graph: Graph) -> Graph:
     return replace(graph, forms=forms)
 
 
-def switches_mode(node: fx.Node) -> bool:
-    """Whether a node turns grad mode or autocast on or off for what follows."""
-    return node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
-
-
 def _refuse_mutation(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if writes_elsewhere(node):
             raise NotPackable(_describe(node, "writes in place, which a value with two forms cannot follow"))
 
 
@@ -150,4 +146,6 @@ def is_computed_packed(operand: fx.Node, tokens: Tokens) -> bool:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    targets = [each.target for each in ops_of(node)]
+    overloads = [each for each in targets if isinstance(each, torch._ops.OpOverload)]
+    return any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads)

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from packc.passes.axes import same_size, value_of
-from packc.passes.graph import Graph, is_item
+from packc.passes.graph import Graph, call_like, is_item
+from packc.passes.row_wise import BEGIN
 from packc.private_torch import private_torch
 
 with private_torch():
@@ -92,6 +93,8 @@ def _is_fresh(value: object) -> bool:
         value = value.args[0]  # one result of several
     if not isinstance(value, fx.Node) or not isinstance(value.target, OpOverload):
         return False
+    if value.target is BEGIN:
+        return False  # a function of rows is given the caller's own
     return all(result.alias_info is None for result in value.target._schema.returns)
 
 
@@ -100,11 +103,7 @@ def _replace(graph: fx.Graph, node: fx.Node, views: list[fx.Node]) -> bool:
 
     def call(target: OpOverload, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         with graph.inserting_before(node):
-            made = graph.call_function(target, args, kwargs or {})
-        made.meta = {name: value for name, value in node.meta.items() if name != "val"}
-        values = fx.map_arg((args, kwargs or {}), value_of)
-        made.meta["val"] = target(*values[0], **values[1])
-        return made
+            return call_like(graph, node, target, args, kwargs)
 
     aliases = list(_aliases(views[0], node))
     if any(alias.target not in _PUT_BACK and _read_after(alias, node) for alias in aliases):
@@ -165,7 +164,7 @@ def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
         added = before.ndim - given.ndim
         same = [added <= axis and same_size(size, given.shape[axis - added]) for axis, size in enumerate(before.shape)]
         if all(same):
-            return source  # type: ignore[no-any-return]
+            return source
         sizes = [-1 if kept else size for kept, size in zip(same, before.shape, strict=True)]
         return call(aten.expand.default, (source, sizes)) if all(isinstance(size, int) for size in sizes) else None
     overload = _functional_overload(target)

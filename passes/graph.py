@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import fx
 
 from packc.passes.asks import Ask
-from packc.passes.axes import Kind, Layout, covers_tokens
+from packc.passes.axes import Kind, Layout, covers_tokens, value_of
 from packc.passes.reading import Reading
 from packc.passes.visible import Seen
 
@@ -83,6 +84,20 @@ class Graph:
                     yield node, ask
 
 
+def call_like(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+    """A call more in the padded graph, where it is being inserted, with what is known of the origin of ``like``."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta = {name: value for name, value in like.meta.items() if name != "val"}
+    fakes = fx.map_arg((args, kwargs or {}), value_of)
+    node.meta["val"] = target(*fakes[0], **fakes[1])
+    return node
+
+
 def is_item(node: fx.Node) -> bool:
     """Whether a node is one result of an op with several."""
     return node.target is operator.getitem
+
+
+def switches_mode(node: fx.Node) -> bool:
+    """Whether a node turns grad mode or autocast on or off for what follows."""
+    return node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from packc.passes.axes import same_size, value_of
-from packc.passes.graph import Graph
-from packc.passes.nodes import call
+from packc.passes.graph import Graph, call_like
 
 aten = torch.ops.aten
 
@@ -91,9 +90,9 @@ def _replay(gm: fx.GraphModule, x: Any, steps: list[fx.Node]) -> fx.Node:
         if step.target is aten.slice.Tensor:
             continue  # takes all of another axis
         if step.target in _FLATTENS:
-            x = call(gm, aten.reshape.default, (x, [-1, value_of(x).shape[-1]]), like=step)
+            x = call_like(gm.graph, step, aten.reshape.default, (x, [-1, value_of(x).shape[-1]]))
         else:
-            x = call(gm, step.target, (x, *step.args[1:]), step.kwargs, like=step)
+            x = call_like(gm.graph, step, step.target, (x, *step.args[1:]), step.kwargs)
     return x
 
 
@@ -101,15 +100,15 @@ def _padded_labels(gm: fx.GraphModule, loss: fx.Node, sliced: fx.Node, *, flat: 
     front, back = _dropped(sliced)  # type: ignore[misc]
     ignore_index = _argument(loss, _LOSSES[loss.target][1], -100)  # type: ignore[index]
     batch = _size(gm, value_of(sliced).shape[0], like=loss)
-    rows = call(gm, aten.reshape.default, (loss.args[1], [batch, -1]), like=loss)
+    rows = call_like(gm.graph, loss, aten.reshape.default, (loss.args[1], [batch, -1]))
     # Not constant_pad_nd, whose result has the very length of the example on torch 2.11.
     parts = [rows]
     if front:
-        parts.insert(0, call(gm, aten.new_full.default, (rows, [batch, front], ignore_index), like=loss))
+        parts.insert(0, call_like(gm.graph, loss, aten.new_full.default, (rows, [batch, front], ignore_index)))
     if back:
-        parts.append(call(gm, aten.new_full.default, (rows, [batch, back], ignore_index), like=loss))
-    labels = call(gm, aten.cat.default, (parts, 1), like=loss)
-    return call(gm, aten.reshape.default, (labels, [-1]), like=loss) if flat else labels
+        parts.append(call_like(gm.graph, loss, aten.new_full.default, (rows, [batch, back], ignore_index)))
+    labels = call_like(gm.graph, loss, aten.cat.default, (parts, 1))
+    return call_like(gm.graph, loss, aten.reshape.default, (labels, [-1])) if flat else labels
 
 
 def _size(gm: fx.GraphModule, size: Any, *, like: fx.Node) -> Any:
@@ -120,5 +119,5 @@ def _size(gm: fx.GraphModule, size: Any, *, like: fx.Node) -> Any:
         value = value_of(node)
         for axis in range(value.ndim if isinstance(value, Tensor) else 0):
             if same_size(value.shape[axis], size):
-                return call(gm, aten.sym_size.int, (node, axis), like=like)
+                return call_like(gm.graph, like, aten.sym_size.int, (node, axis))
     raise AssertionError(f"no input has an axis of size {size}")

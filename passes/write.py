@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, Whole, value_of
-from packc.passes.choose import is_computed_packed, reads_as_is, switches_mode
+from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed
-from packc.passes.graph import Graph, is_item
+from packc.passes.graph import Graph, is_item, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.reading import Call, PaddedNumel, Reading
+from packc.passes.row_wise import RowWise
 
 aten = torch.ops.aten
 
@@ -63,10 +64,20 @@ class _Writer:
         return written
 
     def _write(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if isinstance(target, RowWise):
+            return self._write_body(target.body, args)
         node = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:
             node.meta = _carried(self.origin)
         return node
+
+    def _write_body(self, body: fx.Graph, args: tuple[Any, ...]) -> fx.Node:
+        written = dict(zip(body.find_nodes(op="placeholder"), args, strict=True))
+        for node in body.nodes:
+            if node.op == "call_function":
+                written[node] = self.graph.node_copy(node, written.__getitem__)
+                written[node].meta = _carried(node)
+        return written[body.output_node().args[0]]
 
     def _write_padded(self, node: fx.Node) -> None:
         if node in self.tokens.readings and reads_as_is(node, self.tokens):
@@ -77,6 +88,8 @@ class _Writer:
         self.in_padded[node] = self._copy(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
+        if isinstance(node.target, RowWise):
+            return self._write(node.target, *map(self._padded, node.args))  # type: ignore[arg-type]
         copied = self.graph.node_copy(node, self._padded)
         copied.meta = _carried(node)
         return copied

@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from packc.passes.axes import is_tensor, value_of
-from packc.passes.graph import Graph
-from packc.passes.nodes import call
+from packc.passes.graph import Graph, call_like
 
 aten = torch.ops.aten
 
@@ -39,16 +38,16 @@ def written_out_attention(graph: Graph) -> Graph:
             continue
         out, dropout = product
         with gm.graph.inserting_before(out):
-            k = call(gm, aten.transpose.int, (scores.transposed, -2, -1), like=out)
+            k = call_like(gm.graph, out, aten.transpose.int, (scores.transposed, -2, -1))
             mask = scores.mask
             if mask is not None and value_of(mask).dtype not in (torch.bool, value_of(scores.q).dtype):
-                mask = call(gm, aten.to.dtype, (mask, value_of(scores.q).dtype), like=out)
-            attention = call(
-                gm,
+                mask = call_like(gm.graph, out, aten.to.dtype, (mask, value_of(scores.q).dtype))
+            attention = call_like(
+                gm.graph,
+                out,
                 aten.scaled_dot_product_attention.default,
                 (scores.q, k, out.args[1], mask, dropout, False),
                 {"scale": scores.scale},
-                like=out,
             )
         attention.meta["val"] = value_of(out)  # whose dtype is autocast's
         out.replace_all_uses_with(attention)

@@ -3,14 +3,20 @@
 import functools
 from types import ModuleType
 
-from packc.frontends import hf_delta_rule, hf_mamba, hf_mamba2, hf_short_conv
-from packc.frontends.keep_whole import PackedForm, captured, keep_whole, not_captured
+from packc.frontends import hf_delta_rule, hf_mamba, hf_mamba2, hf_moe, hf_short_conv
+from packc.frontends.keep_whole import Around, Method, PackedForm, captured, keep_whole, not_captured
 from packc.frontends.traced_call import arguments_of_traced_call
 from packc.import_hook import on_import
 
 __all__ = ["arguments_of_traced_call", "captured", "install", "not_captured"]
 
-_TABLES = (hf_short_conv.KEPT_WHOLE, hf_mamba.KEPT_WHOLE, hf_mamba2.KEPT_WHOLE, hf_delta_rule.KEPT_WHOLE)
+_TABLES = (
+    hf_short_conv.KEPT_WHOLE,
+    hf_mamba.KEPT_WHOLE,
+    hf_mamba2.KEPT_WHOLE,
+    hf_delta_rule.KEPT_WHOLE,
+    hf_moe.KEPT_WHOLE,
+)
 
 
 @functools.cache
@@ -23,6 +29,6 @@ def install() -> None:
         on_import({modules: functools.partial(_keep_functions_whole, forms) for modules, forms in table.items()})
 
 
-def _keep_functions_whole(forms: dict[str, PackedForm], module: ModuleType) -> None:
+def _keep_functions_whole(forms: dict[str, PackedForm | Around | Method], module: ModuleType) -> None:
     for name in forms.keys() & vars(module).keys():
         keep_whole(module, name, forms[name])

@@ -6,7 +6,7 @@ import torch
 
 from packc import ops
 from packc.frontends.hf import MODELING, heeded
-from packc.frontends.keep_whole import PackedForm
+from packc.frontends.keep_whole import KeptWhole
 
 
 def chunked(
@@ -72,7 +72,7 @@ def _normalised(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
-KEPT_WHOLE: dict[str, dict[str, PackedForm]] = {
+KEPT_WHOLE: KeptWhole = {
     MODELING: {
         "torch_chunk_gated_delta_rule": chunked,
         "torch_recurrent_gated_delta_rule": recurrent,
@@ -80,4 +80,3 @@ KEPT_WHOLE: dict[str, dict[str, PackedForm]] = {
         "recurrent_kimi_delta_attention": recurrent,
     }
 }
-"""Modules -> name of their function -> the same with packc's ops."""

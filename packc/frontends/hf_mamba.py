@@ -9,7 +9,7 @@ import torch
 
 from packc import ops
 from packc.frontends.hf import MODELING
-from packc.frontends.keep_whole import PackedForm
+from packc.frontends.keep_whole import KeptWhole
 
 
 def mamba_selective_scan(
@@ -65,7 +65,4 @@ def _all_none(kwargs: dict[str, Any]) -> bool:
     return all(value is None for value in kwargs.values())
 
 
-KEPT_WHOLE: dict[str, dict[str, PackedForm]] = {
-    MODELING: {form.__name__: form for form in (mamba_selective_scan, mamba_inner_fn)}
-}
-"""Modules -> name of their function -> the same with packc's ops."""
+KEPT_WHOLE: KeptWhole = {MODELING: {form.__name__: form for form in (mamba_selective_scan, mamba_inner_fn)}}

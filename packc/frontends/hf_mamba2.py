@@ -6,7 +6,7 @@ import torch
 
 from packc import ops
 from packc.frontends.hf import MODELING, heeded
-from packc.frontends.keep_whole import PackedForm
+from packc.frontends.keep_whole import KeptWhole
 
 
 def mamba2_chunk_scan(
@@ -49,7 +49,6 @@ def mamba2_split_conv1d_scan_combined(*args: Any, **kwargs: Any) -> None:
     return
 
 
-KEPT_WHOLE: dict[str, dict[str, PackedForm]] = {
+KEPT_WHOLE: KeptWhole = {
     MODELING: {form.__name__: form for form in (mamba2_chunk_scan, mamba2_split_conv1d_scan_combined)}
 }
-"""Modules -> name of their function -> the same with packc's ops."""

@@ -9,7 +9,7 @@ import torch
 
 from packc import ops
 from packc.frontends.hf import MODELING, heeded
-from packc.frontends.keep_whole import PackedForm
+from packc.frontends.keep_whole import KeptWhole
 
 
 def causal_conv1d_fn(
@@ -26,5 +26,4 @@ def causal_conv1d_fn(
     return out.transpose(1, 2)
 
 
-KEPT_WHOLE: dict[str, dict[str, PackedForm]] = {MODELING: {"causal_conv1d_fn": causal_conv1d_fn}}
-"""Modules -> name of their function -> the same with packc's ops."""
+KEPT_WHOLE: KeptWhole = {MODELING: {"causal_conv1d_fn": causal_conv1d_fn}}

@@ -1,8 +1,10 @@
 """Keep one Python function whole in the graphs that packc's backend receives."""
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,25 @@ Dynamo inlines it, so it is plain code on tensors. It names the original's param
 those a later version of the library may add; a call that gives one of these by its name goes to the original. What it
 gets as ``**kwargs`` is what the original takes so.
 """
+
+
+@dataclass(frozen=True)
+class Around:
+    """A packed form that calls the original, which it takes before the original's own arguments."""
+
+    form: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A packed form of a class's method of this name: the name in the table is the class's."""
+
+    name: str
+    form: PackedForm | Around
+
+
+KeptWhole = dict[str, dict[str, PackedForm | Around | Method]]
+"""Modules, by name or pattern -> name of their function or class -> the same with packc's ops."""
 
 # Copies of the originals, by attributes: what Dynamo reads off a global it can guard, a bare closure it cannot.
 _untouched = SimpleNamespace()
@@ -37,13 +58,16 @@ def not_captured() -> dict[str, str]:
     return {name: reason for name, reason in sorted(_outcomes.items()) if reason is not None}
 
 
-def keep_whole(module: ModuleType, name: str, packed_form: PackedForm) -> None:
+def keep_whole(module: ModuleType, name: str, packed_form: PackedForm | Around | Method) -> None:
     """From now on Dynamo traces calls of ``module.name`` through ``packed_form`` when it traces for packc."""
     qualified = f"{module.__name__}.{name}"
     attribute = getattr(module, name)
-    if isinstance(attribute, FunctionType) and attribute.__module__ != module.__name__:
+    if isinstance(attribute, (FunctionType, type)) and attribute.__module__ != module.__name__:
         return  # imported there: it is met in its own module
     original = _python_function(attribute, name)
+    if isinstance(packed_form, Method):
+        qualified = f"{qualified}.{packed_form.name}"
+        original, packed_form = _as_function(attribute, packed_form.name), packed_form.form
     if original is None:
         reason: str | None = "it is no Python function"
     elif not _same_parameters(original, packed_form):
@@ -68,27 +92,45 @@ def _python_function(attribute: object, name: str) -> FunctionType | None:
     return None
 
 
-def _same_parameters(original: Callable[..., Any], packed_form: PackedForm) -> bool:
+def _as_function(owner: object, name: str) -> FunctionType | None:
+    """The function behind a class's method. Dynamo substitutes functions alone, so the method is made to call one."""
+    function = vars(owner).get(name) if isinstance(owner, type) else None
+    if not isinstance(function, FunctionType):
+        return None
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    setattr(owner, name, method)
+    return function
+
+
+def _same_parameters(original: Callable[..., Any], packed_form: PackedForm | Around) -> bool:
     known = _named(packed_form)
     return _named(original)[: len(known)] == known
 
 
-def _named(function: Callable[..., Any]) -> list[str]:
-    """The parameters that have names, in order."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def _named(function: PackedForm | Around) -> list[str]:
+    """The parameters that have names, in order; of a form, those of the original."""
+    parameters = inspect.signature(function.form if isinstance(function, Around) else function).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return names[1:] if isinstance(function, Around) else names
 
 
-def _substitute(original: FunctionType, packed_form: PackedForm) -> str | None:
+def _substitute(original: FunctionType, packed_form: PackedForm | Around) -> str | None:
     """Register the polyfill of ``original``; returns the reason when it could not be."""
     key = f"{original.__name__}_{len(vars(_untouched))}"
     setattr(_untouched, key, _copy(original))
     known = _named(packed_form)
     unknown = _named(original)[len(known) :] if known else []  # a form that names none takes any
 
+    around = isinstance(packed_form, Around)
+    form = packed_form.form if isinstance(packed_form, Around) else packed_form
+
     def polyfill(*args: Any, **kwargs: Any) -> Any:
         if packc_is_tracing() and all(kwargs.get(name) is None for name in unknown):
-            result = packed_form(*args, **kwargs)
+            result = form(getattr(_untouched, key), *args, **kwargs) if around else form(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return getattr(_untouched, key)(*args, **kwargs)

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from packc.passes.axes import Axis, Layout, covers_tokens, is_tensor, same_size, show, value_of
 from packc.passes.graph import Tokens
 from packc.passes.reading import Call, NotTokenwise, Reading
+from packc.passes.row_wise import RowWise
 
 
 class Op:
@@ -28,6 +29,8 @@ class Op:
     def _positional(self) -> tuple[Any, ...]:
         """All arguments in schema order, defaults filled in: rules never ask where a caller wrote one."""
         given = list(self.node.args)
+        if not isinstance(self.target, OpOverload):
+            return tuple(given)
         for argument in self.target._schema.arguments[len(given) :]:
             given.append(self.node.kwargs.get(argument.name, argument.default_value))
         return tuple(given)
@@ -118,6 +121,10 @@ def both_are_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool
 
 def rule_for(target: Any) -> Rule | None:
     """The rule of an op; every op tagged pointwise has the pointwise rule."""
+    if isinstance(target, RowWise):
+        from packc.passes.rules.row_wise import row_wise
+
+        return row_wise
     if not isinstance(target, OpOverload):
         return None
     if target in RULES:

@@ -1,0 +1,71 @@
+"""Mixtures of experts in transformers (>= 5.15): experts are functions of rows, their balancing loss one of tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from packc.frontends.keep_whole import Around, Method, PackedForm
+from packc.ops.row_wise import begin_row_wise, end_row_wise
+
+
+def experts_forward(
+    original: Callable[..., torch.Tensor],
+    self: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Rows (tokens, D) and the experts (tokens, k) of each, with weights -> (tokens, D)."""
+    rows = begin_row_wise([hidden_states, top_k_index, top_k_weights])
+    return end_row_wise(original(self, *rows), hidden_states)
+
+
+def get_interface(self: Any, experts_implementation: str, default: Any) -> Any:
+    """Experts that loop over those which are hit leave Dynamo with as many graphs; these compute the same in one."""
+    return self["grouped_mm"] if experts_implementation == "eager" else NotImplemented
+
+
+def load_balancing_loss_func(
+    gate_logits: Any,
+    num_experts: int | None = None,
+    top_k: int = 2,
+    attention_mask: torch.Tensor | None = None,
+) -> Any:
+    """The share of tokens that choose an expert times its mean probability, summed over experts: equations (4) to (6)
+    of https://huggingface.co/papers/2101.03961. Logits (tokens, num_experts) a layer, the mask (B, L)."""
+    if not isinstance(gate_logits, tuple) or num_experts is None or attention_mask is None:
+        return NotImplemented  # without a mask, padding counts too
+    mask = attention_mask.reshape(-1, 1).to(gate_logits[0].device, torch.float32)
+    chosen = probability = tokens = torch.zeros((), device=mask.device)
+    for logits in gate_logits:
+        probabilities = torch.nn.functional.softmax(logits.to(mask.device), dim=-1)
+        choices = torch.nn.functional.one_hot(torch.topk(probabilities, top_k, dim=-1).indices, num_experts).sum(1)
+        chosen = chosen + (choices * mask).sum(0)
+        probability = probability + (probabilities.float() * mask).sum(0)
+        tokens = tokens + mask.sum()
+    return (chosen / tokens * (probability / tokens)).sum() * num_experts
+
+
+_WITH_A_BALANCING_LOSS = (
+    "granitemoehybrid",
+    "jamba",
+    "minimax",
+    "mixtral",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_moe",
+)
+
+KEPT_WHOLE: dict[str, dict[str, PackedForm | Around | Method]] = {
+    "transformers.integrations.moe": {
+        "batched_mm_experts_forward": Around(experts_forward),
+        "grouped_mm_experts_forward": Around(experts_forward),
+        "ExpertsInterface": Method("get_interface", get_interface),
+    },
+    **{
+        f"transformers.models.{family}.modeling_{family}": {"load_balancing_loss_func": load_balancing_loss_func}
+        for family in _WITH_A_BALANCING_LOSS
+    },
+}
+"""Module -> name of its function or class -> the same with packc's ops."""
