@@ -275,7 +275,7 @@ def backward(
     dv = solve_transposed(du, v.dtype, beta, resolvents, shared)
     of_pairs = grad_pairs(gate, beta, dout, errors, du, scale, shared)
 
-    narrow = 16 if v.dtype == torch.float32 or gate.per_channel else 32
+    narrow = 32 if v.dtype == torch.bfloat16 and not gate.per_channel else 16
     block_k, block_v = min(narrow, block_of(K, v.dtype)), 16
     own_dtype = q.dtype if groups == heads else torch.float32
     dq, dk = (v.new_empty((rows, tokens, heads, K), dtype=own_dtype) for _ in range(2))
