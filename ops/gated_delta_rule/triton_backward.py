@@ -47,6 +47,7 @@ from packc.ops.linear_attention.triton_chunks import (
 from packc.ops.linear_attention.triton_products import (
     dot_by_computed,
     dot_computed,
+    dot_fp32,
     from_start,
     log_decays,
     to_end,
@@ -160,7 +161,7 @@ def _grad_tokens(
             )
             query += dot_by_computed(gradients, tl.trans(state), PRECISION)
             owed = load_dense(wanted, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
-            reader += tl.dot(owed, tl.trans(state), input_precision=PRECISION)
+            reader += dot_fp32(owed, tl.trans(state), PRECISION)
             dstate = load_between(
                 dkept,
                 dfinal,
@@ -183,7 +184,7 @@ def _grad_tokens(
             )
             through += tl.sum(state * dstate, 1)
             error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
-            key += tl.dot(error, tl.trans(dstate), input_precision=PRECISION)
+            key += dot_fp32(error, tl.trans(dstate), PRECISION)
         factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
         if g is not None:
             coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
@@ -232,7 +233,7 @@ def _grad_tokens(
             store_per_token(dg, owed_g, row, token, head, length, itself_b, itself_t, itself_h, CHUNK)
         else:
             ones = tl.where(t[:, None] > t[None, :], 1.0, 0.0)
-            owed_g = tl.cumsum(later, 0, reverse=True) + tl.dot(ones, before, input_precision=PRECISION)
+            owed_g = tl.cumsum(later, 0, reverse=True) + dot_fp32(ones, before, PRECISION)
             owed_g += through[None, :]
             store_dense(dg, owed_g, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
         of_itself = load_per_token(itself, row, token, head, length, itself_b, itself_t, itself_h, CHUNK)[:, None]
@@ -274,7 +275,7 @@ def backward(
     dv = solve_transposed(du, v.dtype, beta, resolvents, shared)
     of_pairs = grad_pairs(gate, beta, dout, errors, du, scale, shared)
 
-    narrow = 16 if v.dtype == torch.float32 or gate.per_channel else 32
+    narrow = 32 if v.dtype == torch.bfloat16 and not gate.per_channel else 16
     block_k, block_v = min(narrow, block_of(K, v.dtype)), 16
     own_dtype = q.dtype if groups == heads else torch.float32
     dq, dk = (v.new_empty((rows, tokens, heads, K), dtype=own_dtype) for _ in range(2))

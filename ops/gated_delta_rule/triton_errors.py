@@ -11,7 +11,7 @@ from torch import Tensor
 
 from packc.ops.gated_delta_rule.triton_gates import load_dense, pair_tile_transposed, store_dense
 from packc.ops.linear_attention.triton_chunks import chunk_of, load_between, load_tile, state_strides, token_strides
-from packc.ops.linear_attention.triton_products import dot_computed
+from packc.ops.linear_attention.triton_products import dot_computed, dot_fp32
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 
@@ -74,7 +74,7 @@ def _recompute_errors(
                 BLOCK_K,
                 BLOCK_V,
             )
-            error -= tl.dot(keys, state, input_precision=PRECISION)
+            error -= dot_fp32(keys, state, PRECISION)
         store_dense(errors, error, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
 
         gradients = load_tile(

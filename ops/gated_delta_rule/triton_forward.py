@@ -35,7 +35,7 @@ from packc.ops.linear_attention.triton_chunks import (
     state_strides,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import dot_by_computed, from_start, log_decays
+from packc.ops.linear_attention.triton_products import dot_by_computed, dot_fp32, from_start, log_decays
 from packc.ops.linear_attention.triton_states import CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
@@ -119,7 +119,7 @@ def _outputs(
                 u, row, token + past, head, tokens, heads, length - past, first_v, V, HALF, BLOCK_V
             )
             weights = tl.load(pair_tile(pairs, tl.program_id(0), head, heads, past, CHUNK, HALF))
-            result += tl.dot(weights, corrections, input_precision=PRECISION)
+            result += dot_fp32(weights, corrections, PRECISION)
         store_dense(out, result * scale, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
 
 
@@ -147,7 +147,7 @@ def forward(
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     readers, u = solve(k, gate, beta, resolvents, shared), solve(v, None, beta, resolvents, shared)
     correct_states(k, gate, beta, readers, u, chunks, states, kept, shared)
-    block_v = block_of(V, torch.float32)
+    block_v = block_of(V, q.dtype)
     launch(
         _outputs,
         (chunks.bound, heads, triton.cdiv(V, block_v)),

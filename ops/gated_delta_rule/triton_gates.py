@@ -178,5 +178,5 @@ def shared_arguments(k: Tensor, v: Tensor, chunks: Chunks, packed: bool) -> dict
         "K": k.shape[3],
         "PACKED": packed,
         "CHUNK": CHUNK,
-        "PRECISION": fp32_products(),
+        "PRECISION": fp32_products(v.dtype),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +19,14 @@ from packc.ops.linear_attention.triton_chunks import (
     store_per_token,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import between, dot_by_computed, log_decays, select
+from packc.ops.linear_attention.triton_products import (
+    between,
+    dot_by_computed,
+    dot_fp32,
+    fp32_products,
+    log_decays,
+    select,
+)
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
@@ -69,7 +77,7 @@ def _grad_pairs(
             error = tl.trans(load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V))
             owed = load_dense(wanted, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             of_query += dot_by_computed(gradients, error, PRECISION)
-            of_reader += tl.dot(owed, error, input_precision=PRECISION)
+            of_reader += dot_fp32(owed, error, PRECISION)
         t = tl.arange(0, CHUNK)
         own = t[:, None] == t[None, :]
         before = t[:, None] > t[None, :]
@@ -131,9 +139,9 @@ def _pull_channels(
                 pair_tile(dpairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), meets(half, CHUNK), 0.0
             )
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first, K, CHUNK, BLOCK_K)
-            of_later += left * tl.dot(weights, keys.to(tl.float32) * left, input_precision=PRECISION)
+            of_later += left * dot_fp32(weights, keys.to(tl.float32) * left, PRECISION)
             later = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first, K, CHUNK, BLOCK_K)
-            of_key += left * tl.dot(tl.trans(weights), later.to(tl.float32) * left, input_precision=PRECISION)
+            of_key += left * dot_fp32(tl.trans(weights), later.to(tl.float32) * left, PRECISION)
         store_dense(dx, of_later, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)
         store_dense(dk, of_key, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)
 
@@ -199,7 +207,8 @@ def pull_channels(q: Tensor, k: Tensor, gate: Gate, of_pairs: PairGradients, sha
             dx=dx,
             dk=dk,
             BLOCK_K=block_k,
-            **shared,
+            # What gates are owed is a difference of two of these.
+            **shared | {"PRECISION": fp32_products(torch.float32)},
             **token_strides(x=x, k=k),
         )
     return pulled

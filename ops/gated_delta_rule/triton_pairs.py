@@ -15,7 +15,7 @@ from torch import Tensor
 from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
 from packc.ops.gated_delta_rule.triton_gates import Gate, load_sums, pair_tile
 from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
-from packc.ops.linear_attention.triton_products import between, dot, log_decays, select
+from packc.ops.linear_attention.triton_products import between, dot, dot_fp32, log_decays, select
 from packc.ops.linear_attention.triton_states import CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
@@ -109,7 +109,7 @@ def _pairs_of_channels(
                 left = decay_to_meeting(
                     sums, coarse, fine, half, row, token, head, rows, tokens, heads, length, first, K, CHUNK, BLOCK_K
                 )
-                met = tl.dot(later * left, tl.trans(keys * left), input_precision=PRECISION)
+                met = dot_fp32(later * left, tl.trans(keys * left), PRECISION)
                 products += tl.where(meets(half, CHUNK), met, 0.0)
         products = tl.where(t[:, None] == t[None, :] + strict * CHUNK, own[:, None], products)
         tl.store(pair_tile(pairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), products)

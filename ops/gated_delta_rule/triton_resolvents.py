@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from packc.ops.gated_delta_rule.triton_channels import meets
 from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token
+from packc.ops.linear_attention.triton_products import dot_fp32, fp32_products
 from packc.ops.tritonsrc.launch import launch
 
 HALF = tl.constexpr(32)
@@ -28,8 +30,8 @@ def _resolve_half(products, factor, PRECISION: tl.constexpr):
     result = tl.where(meets(1, HALF), -products, 0.0)
     for level in range(1, HALF_LEVELS):
         corner = tl.where(meets(1 << level, HALF), products, 0.0)
-        rest = corner + tl.dot(corner, factor * result, input_precision=PRECISION)
-        result -= rest + tl.dot(result, factor * rest, input_precision=PRECISION)
+        rest = corner + dot_fp32(corner, factor * result, PRECISION)
+        result -= rest + dot_fp32(result, factor * rest, PRECISION)
     return result
 
 
@@ -58,10 +60,10 @@ def _resolve(
         if length > HALF:
             at += HALF * CHUNK
             corner = tl.load(at)
-            rest = corner + tl.dot(corner, factor * first, input_precision=PRECISION)
+            rest = corner + dot_fp32(corner, factor * first, PRECISION)
             factor = load_per_token(beta, row, token + HALF, head, length - HALF, beta_b, beta_t, beta_h, HALF)[:, None]
             second = _resolve_half(tl.load(at + HALF), factor, PRECISION)
-            tl.store(at, -rest - tl.dot(second, factor * rest, input_precision=PRECISION))
+            tl.store(at, -rest - dot_fp32(second, factor * rest, PRECISION))
             tl.store(at + HALF, second)
 
 
@@ -72,7 +74,8 @@ def resolve(pairs: Tensor, beta: Tensor, shared: dict[str, Any]) -> Tensor:
         tuple(pairs.shape[:2]),
         pairs=pairs,
         beta=beta,
-        **{name: shared[name] for name in ("table", "heads", "PACKED", "CHUNK", "PRECISION")},
+        **{name: shared[name] for name in ("table", "heads", "PACKED", "CHUNK")},
+        PRECISION=fp32_products(torch.float32),  # errors grow from step to step
         **head_strides(beta=beta),
         num_warps=2,
     )

@@ -24,10 +24,14 @@ from packc.ops.gated_delta_rule.triton_gates import (
     store_dense,
 )
 from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
-from packc.ops.linear_attention.triton_products import from_start, log_decays
+from packc.ops.linear_attention.triton_products import dot_fp32, from_start, log_decays
+from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
-_COLUMNS = 16  # of a program: sm_80 has no registers for more of them
+
+def _columns(channels: int, dtype: torch.dtype) -> int:
+    """Of a program, that registers hold."""
+    return 16 if dtype == torch.float32 else min(32, block_of(channels, dtype))
 
 
 @autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["channels"])
@@ -75,7 +79,7 @@ def _solve(
             )
         factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
         resolvent = tl.load(pair_tile(resolvents, tl.program_id(0), head, heads, 0, CHUNK, CHUNK))
-        value += tl.dot(resolvent, factor * value, input_precision=PRECISION)
+        value += dot_fp32(resolvent, factor * value, PRECISION)
         store_dense(solved, value, row, token, head, tokens, heads, length, first, channels, CHUNK, BLOCK)
 
 
@@ -103,7 +107,7 @@ def _solve_transposed(
         value = load_dense(du, row, token, head, tokens, heads, length, first, V, CHUNK, BLOCK)
         factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
         resolvent = tl.load(pair_tile_transposed(resolvents, tl.program_id(0), head, heads, 0, CHUNK, CHUNK))
-        value += tl.dot(resolvent, factor * value, input_precision=PRECISION)
+        value += dot_fp32(resolvent, factor * value, PRECISION)
         store_dense(du, value, row, token, head, tokens, heads, length, first, V, CHUNK, BLOCK)
         store_dense(dv, factor * value, row, token, head, tokens, heads, length, first, V, CHUNK, BLOCK)
 
@@ -113,15 +117,16 @@ def solve(x: Tensor, gate: Gate | None, beta: Tensor, resolvents: Tensor, shared
     rows, tokens, groups, channels = x.shape
     heads = shared["heads"]
     solved = x.new_empty((rows, tokens, heads, channels), dtype=torch.float32)
+    block = _columns(channels, x.dtype)
     launch(
         _solve,
-        (shared["table"].shape[0], heads, triton.cdiv(channels, _COLUMNS)),
+        (shared["table"].shape[0], heads, triton.cdiv(channels, block)),
         x=x,
         beta=beta,
         resolvents=resolvents,
         solved=solved,
         channels=channels,
-        BLOCK=_COLUMNS,
+        BLOCK=block,
         **(gate or Gate(None, None)).arguments(),
         **{name: value for name, value in shared.items() if name not in ("K", "groups")},
         groups=groups,
@@ -137,15 +142,16 @@ def solve_transposed(
     """dv, in ``dtype``; du ``(B, L, H, V)`` becomes l."""
     V = du.shape[3]
     dv = torch.empty_like(du, dtype=dtype)
+    block = _columns(V, dtype)
     launch(
         _solve_transposed,
-        (shared["table"].shape[0], shared["heads"], triton.cdiv(V, _COLUMNS)),
+        (shared["table"].shape[0], shared["heads"], triton.cdiv(V, block)),
         du=du,
         beta=beta,
         resolvents=resolvents,
         dv=dv,
         V=V,
-        BLOCK=_COLUMNS,
+        BLOCK=block,
         **{name: shared[name] for name in ("table", "tokens", "heads", "PACKED", "CHUNK", "PRECISION")},
         **head_strides(beta=beta),
         num_warps=4,

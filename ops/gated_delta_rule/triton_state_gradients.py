@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,14 +29,15 @@ from packc.ops.linear_attention.triton_chunks import (
 from packc.ops.linear_attention.triton_products import (
     dot_by_computed,
     dot_computed,
+    dot_fp32,
     from_start,
     log_decays,
     to_end,
     whole,
 )
+from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 
-_CHANNELS = 16  # of K in a tile: more would not stay in registers
 _COLUMNS = 32  # of V, of a program
 
 
@@ -137,7 +139,7 @@ def _correct_gradients(
             keys = load_dense(readers, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
             inside = inside_of(K - first_k, V - first_v, BLOCK_K, BLOCK_V)
             running = state_tile(dstates, own, first_k, first_v, K, V, BLOCK_K, BLOCK_V)
-            dstate = tl.load(running, inside, 0.0) - tl.dot(tl.trans(keys), wanted, input_precision=PRECISION)
+            dstate = tl.load(running, inside, 0.0) - dot_fp32(tl.trans(keys), wanted, PRECISION)
             tl.store(running, dstate, inside)
 
 
@@ -176,13 +178,13 @@ def correct_gradients(
         slots=dkept.shape[1],
         V=V,
         WIDE_V=dkept.shape[4],
-        BLOCK_K=_CHANNELS,
+        BLOCK_K=16 if k.dtype == torch.float32 else block_of(k.shape[3], torch.float32),
         BLOCK_V=_COLUMNS,
         **gate.arguments(),
         **{name: value for name, value in shared.items() if name != "table"},
         **token_strides(q=q, k=k, dout=dout),
         **head_strides(beta=beta),
-        # With four, some ptxas keep values on the stack for sm_100.
-        num_warps=8,
+        # fp32 inputs take more registers: with four, some ptxas keep values on the stack for sm_100.
+        num_warps=8 if k.dtype == torch.float32 else 4,
         num_stages=1,
     )

@@ -29,7 +29,7 @@ from packc.ops.linear_attention.triton_chunks import (
     slots_behind,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import dot_by_computed, log_decays, to_end, whole
+from packc.ops.linear_attention.triton_products import dot_by_computed, dot_fp32, log_decays, to_end, whole
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 
@@ -101,7 +101,7 @@ def _correct_states(
             state = tl.load(state_tile(states, own, first_k, first_v, K, V, BLOCK_K, BLOCK_V), inside, 0.0)
             at = state_tile(kept, slot * heads + head, first_k, first_v, K, WIDE_V, BLOCK_K, BLOCK_V)
             tl.store(at, state, inside_of(K - first_k, WIDE_V - first_v, BLOCK_K, BLOCK_V) & (i > 0))
-            errors -= tl.dot(keys, state, input_precision=PRECISION)
+            errors -= dot_fp32(keys, state, PRECISION)
         errors *= load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
         store_dense(u, errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
         left = 1.0

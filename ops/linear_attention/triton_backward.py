@@ -58,7 +58,8 @@ def backward(
 
     shared: dict[str, Any] = {"g": g, "step": step, "table": chunks.table, "scale": float(scale)}
     shared |= {"heads": heads, "groups": groups, "K": K, "V": V, "PACKED": packed, "CHUNK": CHUNK}
-    shared |= {"PRECISION": fp32_products(), "BLOCK_K": block_k, "BLOCK_V": block_v} | head_strides(g=g, step=step)
+    shared |= {"PRECISION": fp32_products(v.dtype), "BLOCK_K": block_k, "BLOCK_V": block_v}
+    shared |= head_strides(g=g, step=step)
     tokens_of = {"q": q, "k": k, "v": v, "dout": dout} | token_strides(q=q, k=k, v=v, dout=dout)
     states = {"dkept": dkept, "dfinal": dfinal, "slots": kept.shape[1], "WIDE_V": kept.shape[4]} | state_strides(
         dfinal=dfinal

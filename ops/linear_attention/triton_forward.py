@@ -192,7 +192,7 @@ def forward(
         WIDE_V=kept.shape[4],
         PACKED=packed,
         CHUNK=CHUNK,
-        PRECISION=fp32_products(),
+        PRECISION=fp32_products(v.dtype),
         BLOCK_K=half_block_of(K, v.dtype),
         BLOCK_V=block_v,
         **token_strides(q=q, k=k, v=v, out=out),

@@ -21,14 +21,13 @@ from packc.ops.linear_attention.triton_products import (
     to_end,
     whole,
 )
-from packc.ops.linear_attention.triton_states import CONFIGS
 from packc.ops.tritonsrc.launch import autotuned
 
 # All registers there are: ptxas takes fewer of its own accord, for the sake of more warps, and spills.
-_EIGHT = triton.Config({}, num_warps=8, num_stages=1, maxnreg=255)
+_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1, maxnreg=255) for warps in (4, 8)]
 
 
-@autotuned([CONFIGS[0], _EIGHT], key=["K", "V", "KEYS"], before_hopper=[_EIGHT])
+@autotuned(_CONFIGS, key=["K", "V", "KEYS"], before_hopper=_CONFIGS[1:])
 @triton.jit(
     do_not_specialize=[
         *("slots", "other_b", "tokens_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")

@@ -1,10 +1,12 @@
 """Products and decays within a chunk, exact enough for fp32 whatever the inputs.
 
-bf16 inputs meet on tensor cores as they are. What is computed, in fp32, meets them as a sum of two bf16 numbers, which
-is exact to 16 bits, a rounding of the inputs to 8; one bf16 number would lose what the fp32 states are for. Everything
-else is multiplied as fp32, by six products of three bf16 parts each: IEEE products would not use tensor cores.
+bf16 and fp16 inputs meet on tensor cores as they are. Where they are the inputs, what is computed, in fp32, is a sum of
+two bf16 numbers to its products, which is exact to 16 bits, a rounding of the inputs to 8 or 11; one bf16 number would
+lose what the fp32 states are for. fp32 inputs are multiplied by six products of three bf16 parts each: IEEE products
+would not use tensor cores.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -14,7 +16,10 @@ from packc.ops.tritonsrc.launch import interpreted
 INTERPRETED = tl.constexpr(interpreted())
 
 
-def fp32_products() -> str:
+def fp32_products(dtype: torch.dtype) -> str:
+    """How fp32 values are multiplied, where the inputs are of ``dtype``."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return "bf16x3"
     # The interpreter does not know it.
     return "ieee" if interpreted() else "bf16x6"
 
@@ -39,7 +44,19 @@ def dot(x, y, PRECISION: tl.constexpr):
     """Both as they are in memory."""
     if x.dtype == tl.bfloat16:
         return _dot_bf16(x, y)
-    return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
+    if x.dtype == tl.float16:
+        return tl.dot(x, y)
+    return dot_fp32(x, y, PRECISION)
+
+
+@triton.jit
+def dot_fp32(x, y, PRECISION: tl.constexpr):
+    """Both in fp32."""
+    if INTERPRETED and PRECISION == "bf16x3":
+        x_high, y_high = _to_bf16(x), _to_bf16(y)
+        x_low, y_low = _to_bf16(x - x_high.to(tl.float32)), _to_bf16(y - y_high.to(tl.float32))
+        return _dot_bf16(x_low, y_high) + _dot_bf16(x_high, y_low) + _dot_bf16(x_high, y_high)
+    return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -49,7 +66,7 @@ def dot_computed(x, y, PRECISION: tl.constexpr):
         high = _to_bf16(x)
         low = _to_bf16(x - high.to(tl.float32))
         return _dot_bf16(high, y) + _dot_bf16(low, y)
-    return tl.dot(x, y.to(tl.float32), input_precision=PRECISION)
+    return dot_fp32(x, y.to(tl.float32), PRECISION)
 
 
 @triton.jit
@@ -58,7 +75,7 @@ def dot_by_computed(x, y, PRECISION: tl.constexpr):
     if x.dtype == tl.bfloat16:
         # As the left operand, each warp splits just its own rows of y; as the right one, every warp would all of it.
         return tl.trans(dot_computed(tl.trans(y), tl.trans(x), PRECISION))
-    return tl.dot(x.to(tl.float32), y, input_precision=PRECISION)
+    return dot_fp32(x.to(tl.float32), y, PRECISION)
 
 
 @triton.jit

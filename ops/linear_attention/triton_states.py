@@ -248,7 +248,7 @@ def carry_states(
         kept=kept,
         scale=float(scale),
         groups=groups,
-        PRECISION=fp32_products(),
+        PRECISION=fp32_products(x.dtype),
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         **token_strides(x=x, y=y),

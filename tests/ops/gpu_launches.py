@@ -144,6 +144,8 @@ def gated_delta_rule(dtype, packed, per_channel):
 
 CALLS["gated_delta_rule"] = {
     "fp32, per channel, packed": gated_delta_rule(torch.float32, True, True),
+    "bf16, per channel, packed": gated_delta_rule(torch.bfloat16, True, True),
+    "fp16, per head, packed": gated_delta_rule(torch.float16, True, False),
     "bf16, per head, rows": gated_delta_rule(torch.bfloat16, False, False),
 }
 

@@ -170,6 +170,19 @@ def test_gradients_of_gates_stay_exact_in_long_documents(kernels, per_channel):
     assert relative_error(run(MIXER, inputs)["dg"], exactly(MIXER, inputs)["dg"]) < 3e-6
 
 
+@gates
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_stays_in_fp32_is_exact_to_16_bits_whatever_the_inputs(kernels, per_channel, dtype):
+    if kernels == "triton" and per_channel and dtype == torch.float16:
+        pytest.skip("slow to interpret, and the same code as with a gate per head")
+    inputs, state = make(L=130, H=1, K=16, V=24, per_channel=per_channel), torch.randn(1, 1, 16, 24)
+    inputs |= {name: inputs[name].to(dtype) for name in "qkv"}
+    given = {"dout": torch.randn(1, 130, 1, 24).to(dtype), "dfinal": torch.randn(1, 1, 16, 24)}
+    results, exact = run(MIXER, inputs, None, state, **given), exactly(MIXER, inputs, None, state, **given)
+    for name in ("final_state", "dinitial_state", "dg", "dbeta"):
+        assert relative_error(results[name], exact[name]) < 2 * 2**-16, name
+
+
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
