@@ -28,10 +28,10 @@ Pass = Callable[[Graph], Graph]
 
 READ: tuple[Pass, ...] = (
     passes.normalize,  # Dynamo's graph -> pre-dispatch ATen
+    passes.row_wise,  # functions of rows, a node each; first, for their marks are read by nobody
     passes.constants,  # no tensors of numbers
     passes.functional,  # no writes in place, where nobody holds a view
     passes.causal_convs,  # convolutions that are causal -> packc's
-    passes.row_wise,  # functions of rows, a node each
     passes.widen_losses,  # next-token losses over whole rows
     passes.written_out_attention,  # softmax(q @ k) @ v as one op
     passes.find_masks,  # the inputs that may be the padding mask

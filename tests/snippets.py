@@ -119,6 +119,13 @@ PRODUCTS = {
     "weight times channels first": lambda x, m: (W @ x.transpose(1, 2)).transpose(1, 2),
     "matmul with a vector": lambda x, m: (x @ W[0])[..., None] * x,
     "per token product": lambda x, m: (x.unsqueeze(-1) @ x.unsqueeze(-2)).sum(-1),
+    "a weight for every head": lambda x, m: (
+        (torch.stack([x, x + 1], 1) @ torch.stack([W, W.T])).sum(1)
+        + torch.baddbmm(W[:2, None], x.view(1, H * H, H).expand(2, -1, -1), torch.stack([W, W.T])).sum(0).view(H, H, H)
+    ),
+    "a weight written out for every token": lambda x, m: (
+        (W[0].expand(H, H, 1, H) @ x[:, :, :, None]).flatten(2) + (x[:, :, None] @ W.expand(1, H, H, H)).flatten(2)
+    ),
     "mm on flat tokens": lambda x, m: torch.mm(x.view(-1, H), W).view(H, H, H),
     "addmm on flat tokens": lambda x, m: torch.addmm(W[0], x.view(-1, H), W).view(H, H, H),
     "batched product": lambda x, m: (

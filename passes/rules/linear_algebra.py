@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import OTHER, Axis, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.axes import FLAT, OTHER, Axis, Layout, covers_tokens, same_size, show, value_of
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules.registry import Op, either_is_zero, register_rule
 
@@ -33,10 +33,25 @@ def linear(op: Op) -> Reading:
 @register_rule(aten.mm.default, aten.matmul.default, aten.bmm.default, zero=either_is_zero)
 def matmul(op: Op) -> Reading:
     """a (..., M, K) @ b (..., K, N), leading axes broadcast: one is a weight, or both have the same tokens."""
-    a, b = op.args[:2]
+    return _product(op, *op.args[:2])
+
+
+@register_rule(aten.baddbmm.default)
+def baddbmm(op: Op) -> Reading:
+    """added (N or 1, M or 1, K) + a (N, M, K) @ b (N, K, P), with nothing added that varies from token to token."""
+    added, a, b = op.args[:3]
+    reading = _product(op, a, b)
+    op.only_labelled(a, b)
+    for kind, size in zip(reading.results, value_of(added).shape, strict=True):  # type: ignore[arg-type]
+        if kind is not OTHER and not same_size(size, 1):
+            raise NotTokenwise(f"adds {added.name}, which varies along its {kind.value} axis")
+    return reading
+
+
+def _product(op: Op, a: fx.Node, b: fx.Node) -> Reading:
     la, lb = _layout_or_other(op, a), _layout_or_other(op, b)
     if len(la) < 2 or len(lb) < 2:
-        return _matmul_vector(op, la, lb)
+        return _times_vector(a, b, la, lb)
     if la[-1] is not OTHER or lb[-2] is not OTHER:
         raise NotTokenwise(f"contracts a token axis: {show(la)} @ {show(lb)}")
     if covers_tokens(la) and covers_tokens(lb):
@@ -44,14 +59,28 @@ def matmul(op: Op) -> Reading:
             raise NotTokenwise(f"multiplies tokens with tokens: {show(la)} @ {show(lb)}")
         return Reading(la, {a: la, b: lb})
     tokens, weight = (a, b) if covers_tokens(la) else (b, a)
-    shape = value_of(weight).shape
-    if len(shape) > value_of(tokens).ndim or not all(same_size(size, 1) for size in shape[:-2]):
-        raise NotTokenwise(f"operand {weight.name} {tuple(shape)} varies along leading axes")
-    return Reading((*la[:-1], OTHER) if tokens is a else (*lb[:-2], OTHER, lb[-1]), {tokens: op.layout(tokens)})  # type: ignore[dict-item]
+    layout = la if tokens is a else lb
+    needs = {tokens: layout} | _along_tokens(weight, value_of(tokens).shape, layout)
+    return Reading((*la[:-1], OTHER) if tokens is a else (*lb[:-2], OTHER, lb[-1]), needs)
 
 
-def _matmul_vector(op: Op, la: Layout, lb: Layout) -> Reading:
-    a, b = op.args[:2]
+def _along_tokens(weight: fx.Node, shape: Any, layout: Layout) -> dict[fx.Node, Layout]:
+    """A weight that is not the same for all tokens, and how it lies along those that it is multiplied with."""
+    sizes = value_of(weight).shape
+    leading = len(sizes) - 2
+    if len(sizes) > len(shape):
+        raise NotTokenwise(f"operand {weight.name} {tuple(sizes)} has more axes than the tokens")
+    kinds, of_tokens = layout[-2 - leading : -2], shape[-2 - leading : -2]
+    varies = [kind is not OTHER and not same_size(size, 1) for kind, size in zip(kinds, sizes, strict=False)]
+    if not any(varies):
+        return {}
+    same = all(same_size(size, n) for size, n, differs in zip(sizes, of_tokens, varies, strict=False) if differs)
+    if not same or FLAT in kinds or not covers_tokens(kinds):
+        raise NotTokenwise(f"operand {weight.name} {tuple(sizes)} varies along leading axes")
+    return {weight: (*kinds, OTHER, OTHER)}
+
+
+def _times_vector(a: fx.Node, b: fx.Node, la: Layout, lb: Layout) -> Reading:
     if len(lb) == 1 and covers_tokens(la) and la[-1] is OTHER:
         return Reading(la[:-1], {a: la})
     if len(la) == 1 and covers_tokens(lb) and lb[-2] is OTHER:

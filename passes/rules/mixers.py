@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 import packc.ops  # noqa: F401  (declares them)
 from packc.ops.mixer import MIXERS, Mixer
 from packc.passes.asks import KeepLeft, KeepRight
 from packc.passes.axes import BATCH, OTHER, SEQ, Kind, Layout, Whole, same_size, show, value_of
+from packc.passes.graph import is_item
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 
@@ -26,7 +28,8 @@ def _read(op: Op, mixer: Mixer) -> Reading:
     out, *others = value_of(op.node)
     kinds: list[Kind] = [Whole.PER_DOCUMENT, Whole.SAVED]
     results = [(BATCH, SEQ) + (OTHER,) * (out.ndim - 2), *kinds[: len(others)]]
-    reading = Reading(results, needs, op.with_args(), is_mixer=True)
+    gives_state = op.argument("output_final_state") and _is_read(op.node, 1)
+    reading = Reading(results, needs, op.with_args(output_final_state=gives_state), is_mixer=True)
     if op.argument("initial_state") is not None:
         reading.asks.append(KeepLeft(f"{mixer.name} starts from an initial state, which left padding moves on"))
     else:
@@ -35,9 +38,13 @@ def _read(op: Op, mixer: Mixer) -> Reading:
         reading.asks.append(KeepLeft(reason, unless_zero=entering))
         if all(op.argument(name) is None for name in mixer.unless):
             reading.zero_from = tuple(arguments[name] for name in mixer.gives_zero)
-    if op.argument("output_final_state"):
+    if gives_state:
         reading.asks.append(KeepRight(f"{mixer.name} returns the state after right padding"))
     return reading
+
+
+def _is_read(node: fx.Node, result: int) -> bool:
+    return any(is_item(user) and user.args[1] == result and user.users for user in node.users)
 
 
 def _layout(op: Op, name: str, value: object) -> Layout:

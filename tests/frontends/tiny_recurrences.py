@@ -9,10 +9,12 @@ import transformers
 from harness import shaken
 
 CONV, DELTA_RULE = "packc.causal_conv1d.default", "packc.gated_delta_rule.default"
+LIGHTNING, SCAN = "packc.linear_attention.default", "packc.linear_scan.default"
 
 _SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0, "use_cache": False}
 _NO_IDS = {"bos_token_id": None, "eos_token_id": None}
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+_FEW = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 _LATENT = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 _GROUPED = {
     "linear_num_key_heads": 2,
@@ -20,11 +22,13 @@ _GROUPED = {
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 8,
 }
+_BATCHED = {"experts_implementation": "batched_mm"}  # the other knows no fp64
 _EXPERTS = {
     "num_experts": 2,
     "num_experts_per_tok": 1,
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 8,
+    **_BATCHED,
 }
 _LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 _DENSE = {"mlp_layer_types": ["dense", "dense"], "moe_intermediate_size": 8, "num_local_experts": 2}
@@ -34,6 +38,8 @@ class Family(NamedTuple):
     build: Callable[[], torch.nn.Module]
     mixers: tuple[str, ...]
     """Of all layers, those of attention aside, in order."""
+    masks: bool = True
+    """Whether mixers see zeros at padding; left padding stays in otherwise."""
 
 
 def _qwen3_next() -> torch.nn.Module:
@@ -67,6 +73,16 @@ def _bailing_hybrid() -> torch.nn.Module:
     return transformers.BailingHybridForCausalLM(config)
 
 
+def _qwen3_5_moe() -> torch.nn.Module:
+    config = transformers.Qwen3_5MoeTextConfig(**_SIZES, **_NO_IDS, **_FEW, **_GROUPED, **_LAYERS, **_EXPERTS)
+    return transformers.Qwen3_5MoeForCausalLM(config)
+
+
+def _lara_mini() -> torch.nn.Module:
+    config = transformers.LaraMiniConfig(**_SIZES, **_NO_IDS, **_FEW, **_GROUPED, **_LAYERS, **_EXPERTS)
+    return transformers.LaraMiniForCausalLM(config)
+
+
 _CONV_LAYERS = {"layer_types": ["conv", "full_attention"]}
 
 
@@ -80,14 +96,39 @@ def _lfm3() -> torch.nn.Module:
     return transformers.Lfm3ForCausalLM(config)
 
 
+def _lfm2_moe() -> torch.nn.Module:
+    experts = {"num_dense_layers": 1, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    config = transformers.Lfm2MoeConfig(**_SIZES, **_NO_IDS, **_HEADS, **_CONV_LAYERS, **experts, **_BATCHED)
+    return transformers.Lfm2MoeForCausalLM(config)
+
+
+def _minimax() -> torch.nn.Module:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 4}
+    return transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(**_SIZES, **_NO_IDS, **_HEADS, **_LAYERS, **experts, **_BATCHED)
+    )
+
+
+def _recurrent_gemma() -> torch.nn.Module:
+    options = {"lru_width": 16, "attention_window_size": 4, "block_types": ["recurrent", "attention"]}
+    return transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(**_SIZES, **_NO_IDS, **_HEADS, **options)
+    )
+
+
 FAMILIES = {
     "qwen3_next": Family(_qwen3_next, (CONV, DELTA_RULE)),
     "qwen3_5": Family(_qwen3_5, (CONV, DELTA_RULE)),
+    "qwen3_5_moe": Family(_qwen3_5_moe, (CONV, DELTA_RULE)),
+    "lara_mini": Family(_lara_mini, (CONV, DELTA_RULE)),
     "olmo_hybrid": Family(_olmo_hybrid, (CONV, DELTA_RULE)),
     "kimi_linear": Family(_kimi_linear, (CONV, DELTA_RULE)),
     "bailing_hybrid": Family(_bailing_hybrid, (CONV, DELTA_RULE)),
     "lfm2": Family(_lfm2, (CONV,)),
+    "lfm2_moe": Family(_lfm2_moe, (CONV,)),
     "lfm3": Family(_lfm3, (CONV,)),
+    "minimax": Family(_minimax, (LIGHTNING,)),
+    "recurrent_gemma": Family(_recurrent_gemma, (CONV, SCAN), masks=False),
 }
 
 
