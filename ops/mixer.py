@@ -21,6 +21,10 @@ class Mixer:
     """Arguments ``(B, L, ...)``."""
     enter_state: tuple[str, ...] = ()
     """Arguments of which any one, if zero at a token, keeps it out of the state: for a convolution, its window."""
+    gives_zero: tuple[str, ...] = ()
+    """Arguments of which any one, if zero at a token and before it, makes its result zero there, from no state on."""
+    unless: tuple[str, ...] = ()
+    """Arguments with which it does not."""
 
 
 MIXERS: dict[str, Mixer] = {}

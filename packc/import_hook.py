@@ -2,36 +2,50 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+Action = Callable[[ModuleType], None]
 
-def on_import(actions: dict[str, Callable[[ModuleType], None]]) -> None:
-    """Run ``actions[name](module)`` now for each module that is there, and at each later import of one of the names.
 
-    Imports nothing itself.
+def on_import(actions: dict[str, Action]) -> None:
+    """Run ``action(module)`` now for each module that is there, and at each later import, whose name matches.
+
+    The keys are names or patterns (``library.*.part``). Imports nothing itself.
     """
-    for name, action in actions.items():
-        if (module := sys.modules.get(name)) is not None:
-            action(module)
-    sys.meta_path.insert(0, _Finder(actions))
+    for name, module in list(sys.modules.items()):
+        _run(_matching(name, actions), module)
+    _FINDER.actions.append(actions)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+def _matching(name: str, actions: dict[str, Action]) -> list[Action]:
+    return [action for pattern, action in actions.items() if fnmatchcase(name, pattern)]
+
+
+def _run(actions: list[Action], module: ModuleType) -> None:
+    for action in actions:
+        action(module)
 
 
 class _Finder:
     """Finds nothing of its own: it has the other finders find the module, and asks to hear when it has run.
 
     It is never removed, so a module that is reloaded, or dropped and imported anew, is heard again. The import of
-    anything else costs one look into a dict.
+    anything else costs a comparison a pattern. There is one: two that hear of one module would ask each other for ever.
     """
 
-    def __init__(self, actions: dict[str, Callable[[ModuleType], None]]) -> None:
-        self.actions = actions
+    def __init__(self) -> None:
+        self.actions: list[dict[str, Action]] = []
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self.actions:
+        found = [action for actions in self.actions for action in _matching(name, actions)]
+        if not found:
             return None
         for finder in sys.meta_path:
             if finder is self:
@@ -39,18 +53,21 @@ class _Finder:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    _call_after_exec(spec.loader, self.actions[name])
+                    _call_after_exec(spec.loader, found)
                 return spec
         return None
 
 
-def _call_after_exec(loader: Any, action: Callable[[ModuleType], None]) -> None:
+_FINDER = _Finder()
+
+
+def _call_after_exec(loader: Any, actions: list[Action]) -> None:
     # An attribute of this one loader, which serves this one import: the module keeps the loader it would have had.
     exec_module = loader.exec_module
 
     def exec_then_call(module: ModuleType) -> None:
         del loader.exec_module
         exec_module(module)
-        action(module)
+        _run(actions, module)
 
     loader.exec_module = exec_then_call

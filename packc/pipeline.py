@@ -30,6 +30,7 @@ READ: tuple[Pass, ...] = (
     passes.normalize,  # Dynamo's graph -> pre-dispatch ATen
     passes.constants,  # no tensors of numbers
     passes.functional,  # no writes in place, where nobody holds a view
+    passes.causal_convs,  # convolutions that are causal -> packc's
     passes.row_wise,  # functions of rows, a node each
     passes.widen_losses,  # next-token losses over whole rows
     passes.find_masks,  # the inputs that may be the padding mask

@@ -3,6 +3,7 @@
 Each is a function of a :class:`~packc.passes.graph.Graph` that returns one.
 """
 
+from packc.passes.causal_convs import causal_convs
 from packc.passes.choose import choose
 from packc.passes.constants import constants
 from packc.passes.functional import functional
@@ -29,6 +30,7 @@ __all__ = [
     "WrongMask",
     "argument_path",
     "boundaries_of",
+    "causal_convs",
     "choose",
     "confirm_mask",
     "constants",

@@ -22,12 +22,13 @@ class Axis(enum.Enum):
     BATCH = "B"  # rows; 1 when packed
     SEQ = "L"  # positions; T when packed
     TOKENS = "BL"  # rows and positions flattened together; T when packed
+    FLAT = "BL."  # and features with them, rows first: heads, normalised each on its own
 
     def __repr__(self) -> str:
         return self.value
 
 
-OTHER, BATCH, SEQ, TOKENS = Axis.OTHER, Axis.BATCH, Axis.SEQ, Axis.TOKENS
+OTHER, BATCH, SEQ, TOKENS, FLAT = Axis.OTHER, Axis.BATCH, Axis.SEQ, Axis.TOKENS, Axis.FLAT
 
 Layout = tuple[Axis, ...]
 
@@ -46,7 +47,7 @@ Kind = Layout | Whole
 
 def covers_tokens(kind: Kind | None) -> TypeGuard[Layout]:
     """Whether a value has one entry per (row, position), and so has a packed form."""
-    return isinstance(kind, tuple) and (TOKENS in kind or (BATCH in kind and SEQ in kind))
+    return isinstance(kind, tuple) and (TOKENS in kind or FLAT in kind or (BATCH in kind and SEQ in kind))
 
 
 def show(kind: Kind | None) -> str:

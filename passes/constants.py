@@ -1,4 +1,4 @@
-"""Tensors of numbers written in the model, ``torch.tensor(4)``, become ops that make them.
+"""Tensors of numbers written in the model, ``torch.tensor(4)``, become ops that make them, of sizes alone.
 
 Of tensors that a graph holds, AOTAutograd takes only those that Dynamo told it of.
 """
@@ -19,8 +19,17 @@ aten = torch.ops.aten
 _COPIES = {aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default}
 
 
+# ``x.new_zeros(sizes)`` asks x for nothing but its dtype and device.
+_OF_ANOTHER = {
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+}
+
+
 def constants(graph: Graph) -> Graph:
-    """Replace every tensor that the graph holds, together with its copies; no-op elsewhere.
+    """Replace every tensor that the graph holds, together with its copies, and those made like another of its dtype.
 
     Raises:
         NotPackable: one has several numbers.
@@ -36,6 +45,10 @@ def constants(graph: Graph) -> Graph:
         for copy in _copies(node):
             copy.replace_all_uses_with(made)
             gm.graph.erase_node(copy)
+    for like, plain in _OF_ANOTHER.items():
+        for node in gm.graph.find_nodes(op="call_function", target=like):
+            node.target, node.args = plain, node.args[1:]
+            node.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device, **node.kwargs}
     gm.recompile()
     return graph
 

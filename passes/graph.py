@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from packc.passes.asks import Ask
-from packc.passes.axes import Kind, Layout, covers_tokens
+from packc.passes.axes import Kind, Layout, covers_tokens, value_of
 from packc.passes.reading import Reading
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Graph:
     tokens: Tokens = field(default_factory=Tokens)
     zero: set[fx.Node] = field(default_factory=set)
     """Values known to be zero at padding."""
+    zero_before: set[fx.Node] = field(default_factory=set)
+    """Values known to be zero at padding before a row's first token: these, and what mixers make of zeros."""
     forms: Forms = None  # type: ignore[assignment]
     """In which forms each value is computed."""
     requirements: Requirements = None  # type: ignore[assignment]
@@ -75,6 +77,15 @@ class Graph:
             for ask in reading.asks:
                 if isinstance(ask, kind):
                     yield node, ask
+
+
+def call_like(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+    """A call more in the padded graph, where it is being inserted, with what is known of the origin of ``like``."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta = {name: value for name, value in like.meta.items() if name != "val"}
+    fakes = fx.map_arg((args, kwargs or {}), value_of)
+    node.meta["val"] = target(*fakes[0], **fakes[1])
+    return node
 
 
 def is_item(node: fx.Node) -> bool:

@@ -58,5 +58,7 @@ class Reading:
     it. What it gives at padding is not what the padded graph gives there."""
     is_mixer: bool = False
     """Whether it looks along the tokens, and must be told where documents begin."""
+    zero_from: tuple[fx.Node, ...] = ()
+    """Of a mixer, operands of which any one, zero at padding before a row's tokens, makes its result zero there."""
     asks: list[Ask] = field(default_factory=list)
     """What must hold for it to be exact where padding is left out."""

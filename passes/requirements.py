@@ -67,7 +67,7 @@ def requirements(graph: Graph) -> Graph:
         mask=inputs.index(graph.mask),
         other_masks=[inputs.index(other) for other in others],
         keep_left=_first(
-            (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero.isdisjoint(ask.unless_zero)
+            (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero_before.isdisjoint(ask.unless_zero)
         ),
         keep_right=_first(_packed(graph, KeepRight)),
         labels=_labels(graph),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from packc.passes.axes import same_size, value_of
-from packc.passes.graph import Graph
+from packc.passes.graph import Graph, call_like
 
 aten = torch.ops.aten
 
@@ -124,8 +124,4 @@ def _size(gm: fx.GraphModule, size: Any, *, like: fx.Node) -> Any:
 
 
 def _call(gm: fx.GraphModule, target: Any, args: tuple, kwargs: Any = None, *, like: fx.Node) -> fx.Node:
-    node = gm.graph.call_function(target, args, kwargs or {})
-    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-    values = fx.map_arg((args, kwargs or {}), value_of)
-    node.meta["val"] = target(*values[0], **values[1])
-    return node
+    return call_like(gm.graph, like, target, args, kwargs)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from packc.passes.axes import value_of
-from packc.passes.graph import Graph
+from packc.passes.graph import Graph, is_item
 from packc.passes.rules import zero_rule_for
 from packc.passes.rules.registry import first_is_zero
 
@@ -34,8 +34,9 @@ _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 
 
 def zeros(graph: Graph) -> Graph:
-    """Find the values that are zero wherever the graph's mask is."""
-    return replace(graph, zero=zero_at_padding(graph, graph.mask))
+    """Find the values that are zero wherever the graph's mask is, or is before the first token of a row."""
+    zero = zero_at_padding(graph, graph.mask)
+    return replace(graph, zero=zero, zero_before=_zero_before_tokens(graph, zero))
 
 
 def zero_at_padding(graph: Graph, mask: fx.Node) -> set[fx.Node]:
@@ -46,6 +47,22 @@ def zero_at_padding(graph: Graph, mask: fx.Node) -> set[fx.Node]:
         if _is_negation(node, one, mask):
             one.add(node)
         elif _is_zero(node, zero, one):
+            zero.add(node)
+    return zero
+
+
+def _zero_before_tokens(graph: Graph, zero: set[fx.Node]) -> set[fx.Node]:
+    """Values that are zero at padding before a row's first token: a mixer has met nothing but zeros there."""
+    zero = set(zero)
+    for node in graph.gm.graph.nodes:
+        reading = graph.tokens.readings.get(node)
+        if reading is not None and reading.is_mixer:
+            found = any(operand in zero for operand in reading.zero_from)
+        elif is_item(node) and (reading := graph.tokens.readings.get(node.args[0])) is not None and reading.is_mixer:
+            found = node.args[1] == 0 and node.args[0] in zero
+        else:
+            found = node.op == "call_function" and graph.tokens.has_axes(node) and _is_zero(node, zero, set())
+        if found:
             zero.add(node)
     return zero
 
@@ -137,11 +154,14 @@ def is_masked(value: fx.Node) -> fx.Node | None:
 
 
 def _is_truth(node: Any) -> bool:
-    while isinstance(node, fx.Node) and node.op == "call_function" and value_of(node).dtype != torch.bool:
-        if not _keeps_zero(node):
+    """Whether a value is false or true, whatever numbers those were made."""
+    while isinstance(node, fx.Node):
+        if getattr(value_of(node), "dtype", None) == torch.bool:  # several results have none
+            return True
+        if node.op != "call_function" or not _keeps_zero(node):
             return False
         node = node.args[0]
-    return isinstance(node, fx.Node) and value_of(node).dtype == torch.bool
+    return False
 
 
 def _is_negation(node: fx.Node, one: set[fx.Node], mask: fx.Node) -> bool:

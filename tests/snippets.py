@@ -59,6 +59,9 @@ POINTWISE = {
 }
 VIEWS = {
     "flatten tokens": lambda x, m: F.silu(x.view(-1, H)).view(H, H, H),
+    "flatten tokens with heads": lambda x, m: F.softmax(x.view(H, H, 2, 2).reshape(-1, 2), -1).reshape(H, H, H),
+    "flatten tokens with heads parted on the way": lambda x, m: F.softmax(x.reshape(-1, 2), -1).reshape(H, H, H),
+    "flatten tokens with all features": lambda x, m: (x.reshape(-1) * 2).view(H * H, 2, 2).view(-1, 2).view(H, H, H),
     "flatten tokens and features apart": lambda x, m: x.reshape(H * H, 2, 2).sum(-1).view(H, H, 2),
     "heads": lambda x, m: x.view(H, H, 2, 2).transpose(1, 2).softmax(-1).transpose(1, 2).flatten(2),
     "rearrange": lambda x, m: einops.rearrange(
@@ -83,6 +86,31 @@ VIEWS = {
     "parts": lambda x, m: torch.cat([*x.split(3, -1), *x.tensor_split(2, -1), *aten.split.sizes(x, [1, 3], 2)], -1),
     "expanded as another": lambda x, m: x[..., :1].expand_as(x[..., :1]) * x,
     "repeat interleave by view": lambda x, m: x[..., None].expand(H, H, H, 2).reshape(H, H, 2 * H),
+}
+
+
+def filled_by_parts(x):
+    y = torch.empty(H, H, 3, H, dtype=x.dtype)
+    y[:, :, :, :1] = x[:, :, None, :1]
+    y[..., 1:] = x[:, :, None, 1:]
+    return y.sum(2)
+
+
+def written_to_a_part(x):
+    y = x * 2
+    y[..., 0] = x[..., 1]
+    y[..., 1::2] += 1
+    first = y.transpose(1, 2)[:, 0]
+    first.mul_(3)
+    y[..., 2].fill_(0.5)
+    return y * first[..., None]
+
+
+WRITES = {
+    "filled by parts": lambda x, m: filled_by_parts(x),
+    "written to a part": lambda x, m: written_to_a_part(x),
+    "filled like another": lambda x, m: torch.select_scatter(x.new_zeros(H, H, H), x[..., 0], 2, 1) + x,
+    "parts put in": lambda x, m: torch.slice_scatter(x, torch.select_scatter(x, x[..., 0], 2, 1)[..., :2], 2, 1, 3),
 }
 PRODUCTS = {
     "linear": lambda x, m: F.linear(F.linear(x, W), W, W[0]),
@@ -134,4 +162,4 @@ REDUCTIONS = {
         + aten.nll_loss(x.view(-1, H), m.flatten(), None, 0, -100).view(H, H)
     ),
 }
-SNIPPETS = {**POINTWISE, **VIEWS, **PRODUCTS, **REDUCTIONS}
+SNIPPETS = {**POINTWISE, **VIEWS, **WRITES, **PRODUCTS, **REDUCTIONS}

@@ -27,7 +27,7 @@ _library.define(
     "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     tags=_TAGS,
 )
-declare(Mixer("causal_conv1d", per_token=("x",), enter_state=("x",)))
+declare(Mixer("causal_conv1d", per_token=("x",), enter_state=("x",), gives_zero=("x",), unless=("bias",)))
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

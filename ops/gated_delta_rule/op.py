@@ -27,7 +27,8 @@ _lib.define(
     "Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)"
 )
-declare(Mixer("gated_delta_rule", per_token=("q", "k", "v", "g", "beta"), enter_state=("k", "v", "beta")))
+_ENTER = ("k", "v", "beta")
+declare(Mixer("gated_delta_rule", per_token=("q", "k", "v", "g", "beta"), enter_state=_ENTER, gives_zero=_ENTER))
 
 
 def _forward_fake(

@@ -26,7 +26,7 @@ _lib.define(
     "Tensor? g, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state)"
 )
-declare(Mixer("linear_attention", per_token=("q", "k", "v", "g"), enter_state=("k", "v")))
+declare(Mixer("linear_attention", per_token=("q", "k", "v", "g"), enter_state=("k", "v"), gives_zero=("k", "v")))
 
 
 def _forward(

@@ -26,7 +26,7 @@ _lib.define(
     "linear_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor a, Tensor b, Tensor? cu_seqlens, "
     "Tensor? initial_state) -> (Tensor da, Tensor db, Tensor dinitial_state)"
 )
-declare(Mixer("linear_scan", per_token=("a", "b"), enter_state=("b",)))
+declare(Mixer("linear_scan", per_token=("a", "b"), enter_state=("b",), gives_zero=("b",)))
 
 
 def _forward_fake(

@@ -32,7 +32,7 @@ _lib.define(
     "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
     "Tensor dinitial_state)"
 )
-declare(Mixer("selective_scan", per_token=("u", "delta", "B", "C", "z"), enter_state=("u", "B")))
+declare(Mixer("selective_scan", per_token=("u", "delta", "B", "C", "z"), enter_state=("u", "B"), gives_zero=("u",)))
 
 
 def _choose(u: Tensor, *others: Tensor | None) -> str:

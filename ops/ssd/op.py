@@ -29,7 +29,7 @@ _lib.define(
     "Tensor C, Tensor? D, Tensor? z, Tensor? cu_seqlens, Tensor? initial_state) "
     "-> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor dinitial_state)"
 )
-declare(Mixer("ssd", per_token=("x", "dt", "B", "C", "z"), enter_state=("x", "dt", "B")))
+declare(Mixer("ssd", per_token=("x", "dt", "B", "C", "z"), enter_state=("x", "dt", "B"), gives_zero=("x",)))
 
 
 def _as_attention(

@@ -3,14 +3,20 @@
 import functools
 from types import ModuleType
 
-from packc.frontends import hf_mamba, hf_mamba2, hf_moe
-from packc.frontends.keep_whole import captured, keep_whole, not_captured
+from packc.frontends import hf_delta_rule, hf_mamba, hf_mamba2, hf_moe, hf_short_conv
+from packc.frontends.keep_whole import Around, Method, PackedForm, captured, keep_whole, not_captured
 from packc.frontends.traced_call import arguments_of_traced_call
 from packc.import_hook import on_import
 
 __all__ = ["arguments_of_traced_call", "captured", "install", "not_captured"]
 
-_TABLES = (hf_mamba.KEPT_WHOLE, hf_mamba2.KEPT_WHOLE, hf_moe.KEPT_WHOLE)
+_TABLES = (
+    hf_short_conv.KEPT_WHOLE,
+    hf_mamba.KEPT_WHOLE,
+    hf_mamba2.KEPT_WHOLE,
+    hf_delta_rule.KEPT_WHOLE,
+    hf_moe.KEPT_WHOLE,
+)
 
 
 @functools.cache
@@ -19,10 +25,10 @@ def install() -> None:
 
     Imports none of these libraries. Eager code and other backends are not affected.
     """
-    on_import({name: _keep_functions_whole for table in _TABLES for name in table})
-
-
-def _keep_functions_whole(module: ModuleType) -> None:
     for table in _TABLES:
-        for name, packed_form in table.get(module.__name__, {}).items():
-            keep_whole(module, name, packed_form)
+        on_import({modules: functools.partial(_keep_functions_whole, forms) for modules, forms in table.items()})
+
+
+def _keep_functions_whole(forms: dict[str, PackedForm | Around | Method], module: ModuleType) -> None:
+    for name in forms.keys() & vars(module).keys():
+        keep_whole(module, name, forms[name])

@@ -1,7 +1,6 @@
-"""The Mamba-1 family of Hugging Face transformers (>= 5.15): its functions, and packc's ops in their place.
+"""The Mamba-1 families of transformers: their functions, and packc's ops in their place.
 
-Those functions are channel-first, (B, D, L); packc's ops are token-major, (B, L, D), and read transposed views in
-place.
+The scan is channel-first, (B, D, L); packc's op is token-major, (B, L, D), and reads transposed views in place.
 """
 
 from typing import Any
@@ -9,22 +8,8 @@ from typing import Any
 import torch
 
 from packc import ops
-from packc.frontends.keep_whole import PackedForm
-
-
-def causal_conv1d_fn(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    # The original refuses seq_idx and cu_seqlens, and it knows what to make of anything newer.
-    if args or not _all_none(kwargs) or activation not in (None, "silu", "swish"):
-        return NotImplemented
-    out: Any = ops.causal_conv1d(hidden_states.transpose(1, 2), weight, bias, activation=activation)
-    return out.transpose(1, 2)
+from packc.frontends.hf import MODELING
+from packc.frontends.keep_whole import KeptWhole
 
 
 def mamba_selective_scan(
@@ -68,7 +53,7 @@ def mamba_selective_scan(
 
 
 def mamba_inner_fn(*args: Any, **kwargs: Any) -> None:
-    """None tells the model to go on with the two functions above; so does the torch code of transformers.
+    """None tells the model to go on with its conv and the scan above; so does the torch code of transformers.
 
     With mamba-ssm installed the original would swallow the whole mixer in one kernel that packc cannot pack, and that
     masks padding once where the unfused path masks it twice: only the latter is right for left padding.
@@ -80,13 +65,4 @@ def _all_none(kwargs: dict[str, Any]) -> bool:
     return all(value is None for value in kwargs.values())
 
 
-KEPT_WHOLE: dict[str, dict[str, PackedForm]] = {
-    f"transformers.models.{family}.modeling_{family}": {form.__name__: form for form in forms}
-    for family, forms in {
-        "mamba": (causal_conv1d_fn, mamba_selective_scan, mamba_inner_fn),
-        "falcon_mamba": (causal_conv1d_fn, mamba_selective_scan, mamba_inner_fn),
-        "jamba": (causal_conv1d_fn, mamba_selective_scan),
-        "zamba": (causal_conv1d_fn, mamba_selective_scan),
-    }.items()
-}
-"""Module -> name of its function -> the same with packc's ops."""
+KEPT_WHOLE: KeptWhole = {MODELING: {form.__name__: form for form in (mamba_selective_scan, mamba_inner_fn)}}

@@ -17,8 +17,9 @@ log = logging.getLogger(__name__)
 PackedForm = Callable[..., Any]
 """Takes a call of the original function and makes it with packc's ops, or returns NotImplemented: the original runs.
 
-Dynamo inlines it, so it is plain code on tensors. It names the original's parameters, in order, and takes ``*args`` and
-``**kwargs`` for those a later version of the library may add.
+Dynamo inlines it, so it is plain code on tensors. It names the original's parameters, in order, and takes ``*args`` for
+those a later version of the library may add; a call that gives one of these by its name goes to the original. What it
+gets as ``**kwargs`` is what the original takes so.
 """
 
 
@@ -36,6 +37,9 @@ class Method:
     name: str
     form: PackedForm | Around
 
+
+KeptWhole = dict[str, dict[str, PackedForm | Around | Method]]
+"""Modules, by name or pattern -> name of their function or class -> the same with packc's ops."""
 
 # Copies of the originals, by attributes: what Dynamo reads off a global it can guard, a bare closure it cannot.
 _untouched = SimpleNamespace()
@@ -57,12 +61,15 @@ def not_captured() -> dict[str, str]:
 def keep_whole(module: ModuleType, name: str, packed_form: PackedForm | Around | Method) -> None:
     """From now on Dynamo traces calls of ``module.name`` through ``packed_form`` when it traces for packc."""
     qualified = f"{module.__name__}.{name}"
-    original = _python_function(getattr(module, name, None), name)
+    attribute = getattr(module, name)
+    if isinstance(attribute, (FunctionType, type)) and attribute.__module__ != module.__name__:
+        return  # imported there: it is met in its own module
+    original = _python_function(attribute, name)
     if isinstance(packed_form, Method):
         qualified = f"{qualified}.{packed_form.name}"
-        original, packed_form = _as_function(getattr(module, name, None), packed_form.name), packed_form.form
+        original, packed_form = _as_function(attribute, packed_form.name), packed_form.form
     if original is None:
-        reason: str | None = f"{module.__name__} has no function {name} (transformers >= 5.15 has)"
+        reason: str | None = "it is no Python function"
     elif not _same_parameters(original, packed_form):
         reason = f"its parameters are not those packc knows: {inspect.signature(original)}"
     else:
@@ -100,24 +107,29 @@ def _as_function(owner: object, name: str) -> FunctionType | None:
 
 
 def _same_parameters(original: Callable[..., Any], packed_form: PackedForm | Around) -> bool:
-    def named(function: Callable[..., Any]) -> list[str]:
-        parameters = inspect.signature(function).parameters.values()
-        return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    known = _named(packed_form)
+    return _named(original)[: len(known)] == known
 
-    known = named(packed_form.form)[1:] if isinstance(packed_form, Around) else named(packed_form)
-    return named(original)[: len(known)] == known
+
+def _named(function: PackedForm | Around) -> list[str]:
+    """The parameters that have names, in order; of a form, those of the original."""
+    parameters = inspect.signature(function.form if isinstance(function, Around) else function).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return names[1:] if isinstance(function, Around) else names
 
 
 def _substitute(original: FunctionType, packed_form: PackedForm | Around) -> str | None:
     """Register the polyfill of ``original``; returns the reason when it could not be."""
     key = f"{original.__name__}_{len(vars(_untouched))}"
     setattr(_untouched, key, _copy(original))
+    known = _named(packed_form)
+    unknown = _named(original)[len(known) :] if known else []  # a form that names none takes any
 
     around = isinstance(packed_form, Around)
     form = packed_form.form if isinstance(packed_form, Around) else packed_form
 
     def polyfill(*args: Any, **kwargs: Any) -> Any:
-        if packc_is_tracing():
+        if packc_is_tracing() and all(kwargs.get(name) is None for name in unknown):
             result = form(getattr(_untouched, key), *args, **kwargs) if around else form(*args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, same_size
+from packc.passes.axes import BATCH, FLAT, OTHER, SEQ, TOKENS, Axis, Layout, same_size
 from packc.passes.forms.form import Write
 from packc.passes.forms.padded import Padded
 from packc.passes.reading import Call
@@ -22,6 +22,7 @@ class Packed:
         self.write, self.index, self.cu_seqlens = write, index, cu_seqlens
         self.tokens = write(aten.sym_size.int, index, 0)
         self.padded = Padded(write, mask, shape)
+        self.shape = shape
         self._rows: fx.Node | None = None
         self._positions: fx.Node | None = None
 
@@ -36,6 +37,11 @@ class Packed:
         return value
 
     def enter(self, padded: fx.Node, layout: Layout, shape: Any) -> fx.Node:
+        if FLAT in layout:
+            apart, at = _features_apart(layout)
+            sizes = (*shape[:at], *self.shape, 1, *shape[at + 1 :])
+            split = self.write(aten.unflatten.int, padded, at, [self.padded.batch, self.padded.length, -1])
+            return self.write(aten.flatten.using_ints, self.enter(split, apart, sizes), at, at + 2)
         spans = {kind for kind, size in zip(layout, shape, strict=True) if not same_size(size, 1)} - {OTHER}
         if TOKENS in layout:
             return self.write(aten.index_select.default, padded, layout.index(TOKENS), self.index)
@@ -49,6 +55,10 @@ class Packed:
         return self._permuted(packed, _inverse(order))
 
     def leave(self, value: fx.Node, layout: Layout, shape: Any) -> fx.Node:
+        if FLAT in layout:
+            apart, at = _features_apart(layout)
+            split = self.write(aten.unflatten.int, value, at, [1, self.tokens, -1])
+            return self.write(aten.flatten.using_ints, self.leave(split, apart, shape), at, at + 2)
         order = _front(layout)
         front = self._permuted(value, order)
         if TOKENS in layout:
@@ -75,6 +85,12 @@ class Packed:
 
     def _permuted(self, value: fx.Node, order: list[int] | None) -> fx.Node:
         return value if order is None else self.write(aten.permute.default, value, order)
+
+
+def _features_apart(layout: Layout) -> tuple[Layout, int]:
+    """The layout with rows, positions and the features flattened with them as axes of their own, from which on."""
+    at = layout.index(FLAT)
+    return (*layout[:at], BATCH, SEQ, OTHER, *layout[at + 1 :]), at
 
 
 def _front(layout: Layout) -> list[int] | None:

@@ -33,6 +33,8 @@ def _read(op: Op, mixer: Mixer) -> Reading:
         entering = tuple(arguments[name] for name in mixer.enter_state)
         reason = f"{mixer.name} reads left padding: {mixer.enter_state[0]} is not masked"
         reading.asks.append(KeepLeft(reason, unless_zero=entering))
+        if all(op.argument(name) is None for name in mixer.unless):
+            reading.zero_from = tuple(arguments[name] for name in mixer.gives_zero)
     if op.argument("output_final_state"):
         reading.asks.append(KeepRight(f"{mixer.name} returns the state after right padding"))
     return reading

@@ -48,7 +48,7 @@ def sum_or_mean(op: Op) -> Reading:
     gone = [layout[d] for d in dims if layout[d] is not OTHER]
     if not gone:
         return Reading(_reduced(layout, dims, _keepdim(op)), {x: layout})
-    if Axis.TOKENS not in gone and len(gone) < 2:
+    if gone == [Axis.FLAT] or (Axis.TOKENS not in gone and len(gone) < 2):
         raise NotTokenwise(f"reduces the {gone[0].value} axis of {show(layout)}")
     reading = Reading(Whole.SUM, {x: layout}, asks=[ZeroAtPadding(x)])
     if op.target in (aten.mean.default, aten.mean.dim):

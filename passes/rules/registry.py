@@ -169,6 +169,8 @@ def broadcast_layout(op: Op, operands: list[fx.Node], shape: Any) -> tuple[Layou
             needs[operand] = aligned
             continue
         spans = {kind for kind, size in zip(aligned, sizes, strict=True) if not same_size(size, 1)} - {Axis.OTHER}
+        if Axis.FLAT in spans:
+            raise NotTokenwise(f"operand {operand.name} varies along tokens and features at once")
         if spans == {Axis.BATCH} and Axis.SEQ not in aligned:
             raise NotTokenwise(f"operand {operand.name} varies by row but has no axis to lie along the tokens")
         if spans:

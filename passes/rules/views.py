@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.axes import BATCH, FLAT, OTHER, SEQ, TOKENS, Axis, Layout, covers_tokens, same_size, show, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, first_is_zero, register_rule
 
@@ -23,8 +24,8 @@ def _input(op: Op) -> tuple[Any, Layout, Any]:
 
 
 def _size(kind: Axis, size: Any) -> Any:
-    """A size among arguments: of a token axis, the axis."""
-    return size if kind is OTHER else kind
+    """A size among arguments: of a token axis, the axis; what is left, if features are flattened with it."""
+    return size if kind is OTHER else -1 if kind is FLAT else kind
 
 
 @register_rule(
@@ -59,7 +60,7 @@ def reshape(op: Op) -> Reading:
 def reshaped_layout(layout: Layout, shape: Any, out_shape: Any, batch: Any, length: Any) -> Layout:
     """Follow axes through a row-major reshape by matching the shortest runs of axes with equal products.
 
-    Raises :class:`NotTokenwise` where a token axis is merged with features or split.
+    Raises :class:`NotTokenwise` where a token axis is split, or merged with features other than behind it.
     """
     out: list[Axis] = []
     i = j = 0
@@ -75,7 +76,7 @@ def reshaped_layout(layout: Layout, shape: Any, out_shape: Any, batch: Any, leng
             i, j = i + 1, j + 2
             continue
         ni, nj = _shortest_match(layout, shape, out_shape, i, j)
-        out += _regroup(layout[i:ni], shape[i:ni], out_shape[j:nj])
+        out += _regroup(layout[i:ni], shape[i:ni], out_shape[j:nj], batch, length)
         i, j = ni, nj
     if not covers_tokens(tuple(out)):
         raise NotTokenwise(f"{show(layout)} of {tuple(shape)} does not reshape to {tuple(out_shape)} axis by axis")
@@ -109,12 +110,22 @@ def _product(sizes: Any) -> Any:
     return result
 
 
-def _regroup(kinds: Layout, sizes: Any, out_sizes: Any) -> list[Axis]:
+def _regroup(kinds: Layout, sizes: Any, out_sizes: Any, batch: Any, length: Any) -> list[Axis]:
     """Layout of one matched run of axes."""
     if all(kind is OTHER for kind in kinds):
         return [OTHER] * len(out_sizes)
     if len(kinds) == len(out_sizes) == 1:
         return [kinds[0]]
+    tokens = 2 if kinds[:2] == (BATCH, SEQ) else 1 if kinds[0] in (TOKENS, FLAT) else 0
+    if tokens and all(kind is OTHER for kind in kinds[tokens:]):
+        # Features behind all of the tokens, in whatever groups: each token keeps its own.
+        for start in ((BATCH, SEQ), (TOKENS,)):
+            of_tokens = {BATCH: batch, SEQ: length, TOKENS: batch * length}
+            if len(out_sizes) > len(start) and _starts_with(out_sizes, *map(of_tokens.__getitem__, start)):
+                return [*start, *[OTHER] * (len(out_sizes) - len(start))]
+        features, kept = _product(sizes[tokens:]), _product(out_sizes[1:])
+        if (kinds[0] is FLAT and len(out_sizes) == 1) or (kinds[0] is not FLAT and same_size(features % kept, 0)):
+            return [FLAT] + [OTHER] * (len(out_sizes) - 1)
     raise NotTokenwise(f"axes {show(kinds)} of {tuple(sizes)} are regrouped as {tuple(out_sizes)}")
 
 
@@ -203,7 +214,13 @@ def unbind(op: Op) -> Reading:
     return Reading([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
 
 
-@register_rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
+def _parts_are_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
+    return all(map(is_zero, args[0]))
+
+
+@register_rule(
+    aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default, zero=_parts_are_zero
+)
 def cat(op: Op) -> Reading:
     """Along features; every part must have the same token axes. An empty part, as of a new cache, is none."""
     given, dim = op.args[0], op.args[1]

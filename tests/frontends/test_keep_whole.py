@@ -3,7 +3,7 @@
 import importlib
 import subprocess
 import sys
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -21,10 +21,11 @@ def form(x, scale=1.0, *args, **kwargs):
     return NotImplemented if args or kwargs else x.cos()
 
 
-def module_with(function=None, name="library.modeling"):
+def module_with(function, name="library.modeling"):
     module = ModuleType(name)
-    if function is not None:
-        module.kept = function
+    module.kept = function
+    if isinstance(function, FunctionType) and function.__module__ == __name__:
+        function.__module__ = name
     return module
 
 
@@ -60,6 +61,30 @@ def test_an_unknown_argument_goes_to_the_original(packc_backend):
     assert called(packc_backend, "sin")
 
 
+def test_a_named_parameter_that_a_form_does_not_name_goes_to_the_original(packc_backend):
+    def kept(x, scale=1.0, more=None, **ignored):
+        return x.sin() * scale
+
+    def takes_all(x, scale=1.0, *args, **kwargs):
+        return x.cos()
+
+    module = module_with(kept)
+    keep_whole(module, "kept", takes_all)
+    for name, expected in (("ignored", "cos"), ("more", "sin")):
+        call = torch.compile(lambda x, name=name: module.kept(x, **{name: 2}), backend=packc_backend, fullgraph=True)
+        call(torch.zeros(3))
+        assert called(packc_backend, expected)
+
+
+def test_a_function_imported_from_elsewhere_is_left_to_its_own_module():
+    def kept(x, scale=1.0):
+        return x.sin() * scale
+
+    kept.__module__ = "library.of_origin"
+    keep_whole(module_with(kept, "library.importing"), "kept", form)
+    assert "library.importing.kept" not in captured() + list(not_captured())
+
+
 def test_a_keyword_only_default_survives_the_copy(other_backend):
     def kept(x, scale=1.0, *, shift=2.0):
         return x * scale + shift
@@ -87,9 +112,9 @@ def test_a_later_capture_recompiles_nothing(packc_backend, other_backend):
     assert len(packc_backend.graphs) == len(other_backend.graphs) == 1
 
 
-def test_a_missing_function_is_reported():
-    keep_whole(module_with(name="library.too_old"), "kept", form)
-    assert "has no function kept" in not_captured()["library.too_old.kept"]
+def test_what_is_no_function_is_reported():
+    keep_whole(module_with(7, "library.too_old"), "kept", form)
+    assert "no Python function" in not_captured()["library.too_old.kept"]
 
 
 def test_a_function_with_other_parameters_is_left_alone(packc_backend):

@@ -77,6 +77,40 @@ def test_a_mixer_packs_that_reads_nothing_of_padding(name, masked):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_what_a_mixer_makes_of_zeros_is_zero(name):
+    mixer, inputs = ALL[name], ALL[name].make(2, 8)
+    for argument in declared(mixer).gives_zero:
+        zeros_first = inputs[argument].clone()
+        zeros_first[:, :5] = 0
+        given = {**inputs, argument: zeros_first}
+        assert mixer.function(**given, **mixer.options)[:, :5].eq(0).all()
+        for other in declared(mixer).unless:
+            given |= {other: torch.ones(4)}
+            assert mixer.function(**given, **mixer.options)[:, :5].ne(0).all()
+
+
+def two_mixers(bias):
+    def run(attention_mask, inputs):
+        x = packc.ops.causal_conv1d(inputs["v"].flatten(2) * attention_mask[..., None], torch.ones(6, 2), bias)
+        return packc.ops.gated_delta_rule(**{**inputs, "v": x.unflatten(-1, (2, 3))})
+
+    return run
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(6)], ids=["none", "a bias"])
+def test_left_padding_that_is_zero_stays_out_of_a_mixer_after_a_mixer_without_bias(bias):
+    torch.manual_seed(0)
+    inputs, mask = MIXERS["gated_delta_rule"].make(3, 8), masks(LEFT)
+    compiled = torch.compile(two_mixers(bias), backend="packc", options=STRICT)
+    if bias is not None:
+        with pytest.raises(packc.NotPacked, match="reads left padding"):
+            compiled(mask, inputs)
+        return
+    expected = outputs(two_mixers(bias), mask, inputs)
+    torch.testing.assert_close(outputs(compiled, mask, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_left_padding_that_a_mixer_reads_stays_in(name):
     torch._dynamo.reset()
     torch.manual_seed(0)

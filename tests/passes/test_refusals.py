@@ -34,16 +34,23 @@ ACROSS_TOKENS = {
     "features merged with positions": (lambda x, m: x.reshape(H, H * H), "reshape"),
     "rows split": (lambda x, m: x.view(2, 2, H, H).sum(0), "sum"),
     "joined along positions": (lambda x, m: torch.cat([x, x], 1), "cat"),
-    "written in place through a view": (lambda x, m: _write_through_view(x), "copy_"),
+    "a position written": (lambda x, m: _write_a_position(x), "select_scatter"),
+    "written in place through a reshape": (lambda x, m: _write_through_a_reshape(x), "copy_"),
     "gradient by torch.func": (lambda x, m: torch.func.grad(lambda y: y.cumsum(1).sum())(x), "a derivative"),
     "tangent by torch.func": (lambda x, m: torch.func.jvp(torch.sin, (x,), (x,))[1], "a derivative"),
     "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "broadcast_tensors"),
 }
 
 
-def _write_through_view(x):
+def _write_a_position(x):
     y = x * 2
     y[:, 0].copy_(W)
+    return y
+
+
+def _write_through_a_reshape(x):
+    y = x * 2
+    y.view(H, H, 2, 2)[..., 0].copy_(y[..., :2])
     return y
 
 

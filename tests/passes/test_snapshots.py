@@ -209,8 +209,8 @@ return (add_)""",
             """\
 unsqueeze = aten.unsqueeze.default(l_mask_, 2)
 mul = aten.mul.Tensor(l_x_, unsqueeze)
-add_ = aten.add.Tensor(mul, 1)
-return (add_)""",
+add_tensor = aten.add.Tensor(mul, 1)
+return (add_tensor)""",
         )
 
     def test_values_per_row_and_per_position(self):

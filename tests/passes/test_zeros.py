@@ -6,8 +6,15 @@ from harness import masks
 from snippets import SNIPPETS, H
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from packc.passes.rules import zero_rule_for
+
+
+def floats(arg):
+    """Whether an argument is a tensor of floating-point numbers, or a list of them."""
+    several = arg if isinstance(arg, (list, tuple)) and arg else [arg]
+    return all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in several)
 
 
 class Claims(fx.Interpreter):
@@ -23,10 +30,12 @@ class Claims(fx.Interpreter):
         if n.op != "call_function" or rule is None:
             return result
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
+        tensors = [i for i, arg in enumerate(args) if floats(arg)]
         for zeroed in ([i] for i in tensors), [tensors]:
             for chosen in zeroed:
-                operands = [torch.zeros_like(arg) if i in chosen else arg for i, arg in enumerate(args)]
+                operands = [
+                    pytree.tree_map(torch.zeros_like, arg) if i in chosen else arg for i, arg in enumerate(args)
+                ]
                 if rule(tuple(operands), lambda arg: isinstance(arg, torch.Tensor) and not arg.any()):
                     self.tried.add(n.target)
                     got = n.target(*operands, **kwargs)
