@@ -53,4 +53,3 @@ def linear_scan(
     MIXER.shapes.check({"a": a, "b": b, "initial_state": initial_state}, cu_seqlens)
     out, final_state, _ = torch.ops.packc.linear_scan.default(a, b, cu_seqlens, initial_state, output_final_state)
     return (out, final_state) if output_final_state else out
-

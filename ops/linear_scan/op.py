@@ -38,9 +38,7 @@ def _backward(
     initials, dfinals = _states(initial), _states(dfinal)
     if b.ndim == 3:
         return kernels.backward(dout, dfinals, kept, a, b, cu_seqlens, initials)
-    da, db, dinitial = kernels.backward(
-        _tokens(dout), dfinals, kept, _tokens(a), _tokens(b), cu_seqlens, initials
-    )
+    da, db, dinitial = kernels.backward(_tokens(dout), dfinals, kept, _tokens(a), _tokens(b), cu_seqlens, initials)
     return da.view(a.shape), db.view(b.shape), None if initial is None else dinitial.view(initial.shape)
 
 

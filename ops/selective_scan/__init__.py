@@ -71,4 +71,3 @@ def selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, output_final_state
     )
     return (out, final_state) if output_final_state else out
-
