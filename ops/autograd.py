@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ with private_torch():
     _any_requires_grad = torch._C._any_requires_grad
     _forward_mode_enabled = torch._C._is_fwd_grad_enabled
     under_a_transform = torch._C._are_functorch_transforms_active
+    _keys_of_modes = torch._C._dispatch_tls_local_include_set
 
     set_forward_mode = forward_ad._set_fwd_grad_enabled
     below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -35,6 +38,7 @@ __all__ = [
     "apply",
     "below_autograd",
     "gradients_asked",
+    "runs_on_cpu",
     "set_forward_mode",
     "tangents_given",
     "under_a_transform",
@@ -69,10 +73,24 @@ def tangents_given(*args: Any) -> bool:
     if not _forward_mode_enabled():
         return False
     try:
-        apply(_Question, *args)
+        _Question.apply(*args) if not under_a_transform() else apply(_Question, *args)
     except TangentGiven:
         return True
     return False
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+with private_torch():
+    # Of a thread in which nothing is at work: no mode, no transform, no vmap of either kind.
+    _NO_MODES = functools.reduce(
+        operator.or_,
+        (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in ("BackendSelect", "ADInplaceOrView")),
+    ).raw_repr()
+
+
+def runs_on_cpu(*args: Any) -> bool:
+    """Whether, below autograd, the dispatcher has nothing left to ask before an op's kernel for CPUs."""
+    return args[0].is_cpu and _PLAIN.issuperset(map(type, args)) and _keys_of_modes().raw_repr() == _NO_MODES
 
 
 class TangentGiven(Exception):

@@ -44,7 +44,7 @@ class BuildError(RuntimeError):
 
 def load(name: str) -> bool:
     """Whether the functions of ``csrc/NAME.cpp`` are there to be called. Builds and loads them the first time."""
-    return not failure(name)
+    return not _load_all()[name]
 
 
 def failure(name: str) -> str:

@@ -36,7 +36,7 @@ def register(
     backward: Callable[..., Any],
 ) -> None:
     """The derivatives of ``packc::name``, from formulas as ``torch.library.register_autograd`` takes them."""
-    below = below_autograd(getattr(torch.ops.packc, name).default)
+    below = below_autograd(getattr(torch.ops.packc, name).default, implementation)
 
     def forward(ctx: Any, *args: Any) -> Any:
         results = below(*args)
@@ -74,12 +74,15 @@ def register(
     library.impl(name, untraced(differentiable), "Autograd")
 
 
-def below_autograd(op: Any) -> Implementation:
-    """``op`` of arguments of which nobody asks for a derivative."""
+def below_autograd(op: Any, implementation: Implementation) -> Implementation:
+    """``op`` of arguments of which nobody asks for a derivative: without a second way through the dispatcher, at best.
+
+    That costs as much as a few tokens; on a GPU, nobody waits for it.
+    """
 
     def below(*args: Any) -> Any:
         with autograd.below_autograd():
-            return op(*args)
+            return implementation(*args) if autograd.runs_on_cpu(*args) else op(*args)
 
     return below
 

@@ -38,7 +38,7 @@ def choose(op: str, x: torch.Tensor) -> str:
     does before.
     """
     wanted = wanted_kernels()
-    if wanted == "reference" or x.dtype == torch.float64:
+    if wanted == "reference" or x.dtype is torch.float64:
         return "reference"
     if wanted == "triton":
         _check_triton(op, x)
@@ -48,9 +48,9 @@ def choose(op: str, x: torch.Tensor) -> str:
         return "cpu"
     if x.dtype not in _DTYPES:
         return "reference"
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return "triton" if present_or_warn() and not interpreted() else "reference"
-    return "cpu" if x.device.type == "cpu" and cpu_library.load(op) else "reference"
+    return "cpu" if x.is_cpu and cpu_library.load(op) else "reference"
 
 
 def _check_triton(op: str, x: torch.Tensor) -> None:

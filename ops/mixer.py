@@ -17,14 +17,6 @@ from torch import Tensor
 from packc.ops.shapes import Groups, Shape, Shapes, Sizes
 
 
-def run_forward(kernels: Any, *args: Any) -> Any:
-    return kernels.forward(*args)
-
-
-def run_backward(kernels: Any, *args: Any) -> Any:
-    return kernels.backward(*args)
-
-
 @dataclass(frozen=True, eq=False)
 class Mixer:
     """``torch.ops.packc.<name>``. It never looks ahead, and a state of zero stays zero if tokens add nothing to it.
@@ -63,6 +55,8 @@ class Mixer:
     """Tensors that ``packc.ops.<name>`` takes as well, and uses up before it calls the op."""
     groups: Groups | None = None
     """Heads or channels that share something."""
+    check: Callable[..., None] | None = None
+    """``(op, tensors by name, cu_seqlens)``: raises, before anything else does, in an op's own words."""
     own_layout: tuple[str, ...] = ()
     """Tensors whose gradients lie in memory as they do: channel-first, if they are."""
     tags: tuple[torch.Tag, ...] = ()
@@ -76,9 +70,9 @@ class Mixer:
     """Instead of these: by the names in ``packc.config.kernels``."""
     choose: Callable[[str, Tensor], str] | None = None
     """Which of them runs for ``kernels`` and a tensor ``like``, if not ``dispatch.choose``."""
-    forward: Callable[..., Sequence[Tensor]] = run_forward
+    forward: Callable[..., tuple[Tensor, ...]] | None = None
     """``(kernels, *arguments) -> results``, where kernels want their arguments in another way."""
-    backward: Callable[..., Sequence[Tensor | None]] = run_backward
+    backward: Callable[..., Sequence[Tensor | None]] | None = None
     """``(kernels, *arguments of the _bwd op) -> gradients`` of the tensors and the initial state."""
 
     # ---- what follows ------------------------------------------------------------------------------------------------
@@ -139,7 +133,7 @@ class Mixer:
         shapes = {name.rstrip("?"): shape for name, shape in self.tensors.items()}
         if self.state is not None:
             shapes["initial_state"] = f"documents {self.state}"
-        return Shapes(self.name, shapes | self.before, self.like, self.groups)
+        return Shapes(self.name, {**shapes, **self.before}, self.like, self.groups, self.check)
 
     def out_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return Shape(self.out or self.tensors[self.like]).of(sizes)

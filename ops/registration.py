@@ -40,8 +40,9 @@ def declare(mixer: Mixer) -> Mixer:
         _library.impl(name, kernel, "CUDA")
         torch.library.register_fake(f"packc::{name}", fakes[name], lib=_library)
     _count_flops(mixer)
-    derivatives.register(_library, mixer.name, kernels[mixer.name], *_differentiation(mixer))
-    derivatives.register_gradients(_library, f"{mixer.name}_bwd", kernels[f"{mixer.name}_bwd"])
+    forward, backward = kernels.values()
+    derivatives.register(_library, mixer.name, forward, *_differentiation(mixer, backward))
+    derivatives.register_gradients(_library, f"{mixer.name}_bwd", backward)
     return mixer
 
 
@@ -54,8 +55,9 @@ def _forward(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         kernels, given, tensors = prepare(args)
-        out, *others = run(kernels, *given)
-        return (out.to(tensors[like].dtype), *others)
+        results = run(kernels, *given) if run is not None else kernels.forward(*given)
+        dtype = tensors[like].dtype
+        return results if results[0].dtype is dtype else (results[0].to(dtype), *results[1:])
 
     return forward
 
@@ -67,10 +69,11 @@ def _backward(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
     def backward(*args: Any) -> tuple[Tensor, ...]:
         """All contiguous and in their arguments' dtypes; empty for an absent argument."""
         kernels, given, tensors = prepare(args)
+        found = run(kernels, *given) if run is not None else kernels.backward(*given)
         results = []
-        for x, grad in zip(tensors, run(kernels, *given), strict=True):
+        for x, grad in zip(tensors, found, strict=True):
             if x is None or grad is None:
-                results.append(tensors[like].new_empty(0))
+                results.append(torch.empty(0, dtype=tensors[like].dtype, device=tensors[like].device))
             else:
                 results.append(grad if grad.dtype is x.dtype else grad.to(x.dtype))
         return tuple(results)
@@ -187,38 +190,46 @@ def _count_flops(mixer: Mixer) -> None:
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _differentiation(mixer: Mixer) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """How a node of autograd's graph keeps what the ``_bwd`` op wants, and calls it."""
+def _differentiation(mixer: Mixer, kernel: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """How a node of autograd's graph keeps what the ``_bwd`` op wants, and calls it. ``kernel``: that op's."""
     backward_op = getattr(torch.ops.packc, f"{mixer.name}_bwd").default
-    below = derivatives.below_autograd(backward_op)
+    below = derivatives.below_autograd(backward_op, kernel)
     names, results = list(mixer.arguments), mixer.results
-    kept = [results.index(name) for name in mixer.keeps]
-    unknown = [results.index(name) for name in mixer.keeps if name != "out"]  # has no derivative
     tensors = [n for n, kind in enumerate(mixer.arguments.values()) if kind.startswith("Tensor")]
     others = [n for n in range(len(names)) if n not in tensors]
-    saved = [*(names[n] for n in tensors), *mixer.keeps]
-    of_backward = itemgetter(*mixer.backward_arguments)
+    kept = [results.index(name) for name in mixer.keeps]
+    unknown = [results.index(name) for name in mixer.keeps if name != "out"]  # has no derivative
+
+    # What there is in the backward, in this order, and where in it each argument of the op is.
+    there = [*(names[n] for n in tensors), *mixer.keeps, *(names[n] for n in others), "dout", "dfinal_state"]
+    there += [f"channel_first_d{name}" for name in mixer.own_layout]
+    arguments = itemgetter(*map(there.index, mixer.backward_arguments))
+    like, own_layout = there.index(mixer.like), [there.index(name) for name in mixer.own_layout]
+    # Of each argument of the op: where the argument is in that, and its gradient among the results.
+    gradients = [
+        (there.index(name), mixer.differentiable.index(name)) if name in mixer.differentiable else None
+        for name in names
+    ]
 
     def setup_context(ctx: Any, args: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
-        ctx.options = {names[n]: args[n] for n in others}
+        ctx.others = [args[n] for n in others]
         ctx.save_for_backward(*[args[n] for n in tensors], *[found[n] for n in kept])
         ctx.mark_non_differentiable(*[found[n] for n in unknown])
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = dict(zip(saved, ctx.saved_tensors, strict=True)) | ctx.options
-        given["dout"] = douts[0]
-        if douts[0] is None:
-            given["dout"] = given[mixer.like].new_zeros(mixer.out_shape(_sizes(mixer, given)))
-        if mixer.state is not None:
-            given["dfinal_state"] = douts[1] if ctx.options["output_final_state"] else None
-        for name in mixer.own_layout:
-            given[f"channel_first_d{name}"] = _is_channel_first(given[name])
+        saved = ctx.saved_tensors
+        dout = douts[0]
+        if dout is None:
+            shapes = {name: None if x is None else x.shape for name, x in zip(mixer.tensor_names, saved)}  # noqa: B905
+            dout = saved[like].new_zeros(mixer.out_shape(mixer.shapes.sizes(shapes)))
+        # Of states that nobody asked for there are none.
+        dfinal = douts[1] if mixer.state is not None and ctx.others[-1] else None
+        given = (*saved, *ctx.others, dout, dfinal, *[_is_channel_first(saved[n]) for n in own_layout])
         # What was kept has no tangents: with one, there would be no node.
         differentiated = torch.is_grad_enabled() or autograd.under_a_transform() or autograd.tangents_given(*douts)
-        grads = (backward_op if differentiated else below)(*of_backward(given))
-        found = {name: x for name, x in zip(mixer.differentiable, grads, strict=True) if given[name] is not None}
-        return tuple([found.get(name) for name in names])
+        grads = (backward_op if differentiated else below)(*arguments(given))
+        return tuple([None if at is None or saved[at[0]] is None else grads[at[1]] for at in gradients])
 
     return setup_context, backward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from packc.ops import documents
 Sizes = dict[str, Any]
 """By name. Of ``*D`` a tuple: D has any number of axes."""
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)  # whose sizes are numbers
 
 
@@ -59,8 +60,15 @@ class Groups(NamedTuple):
 class Shapes:
     """Of the arguments of one op, in order; all are held against one of them."""
 
-    def __init__(self, op: str, shapes: Mapping[str, str], like: str, groups: Groups | None) -> None:
-        self.op, self.groups = op, groups
+    def __init__(
+        self,
+        op: str,
+        shapes: Mapping[str, str],
+        like: str,
+        groups: Groups | None = None,
+        before: Callable[..., None] | None = None,
+    ) -> None:
+        self.op, self.groups, self._before = op, groups, before
         self.shapes = {name: Shape(text) for name, text in shapes.items()}
         self.like = like
         # What was checked last: the layers of a model are called with the same shapes.
@@ -105,6 +113,8 @@ class Shapes:
     def _explain(self, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None) -> None:
         like = tensors[self.like]
         assert like is not None
+        if self._before is not None:
+            self._before(self.op, tensors, cu_seqlens)
         for name, x in tensors.items():
             if x is not None and not x.is_floating_point():
                 raise TypeError(f"{self.op}: {name} must be a floating-point tensor, not {x.dtype}")

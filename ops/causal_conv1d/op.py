@@ -5,19 +5,46 @@ The op keeps nothing but its inputs for the backward, which computes the pre-act
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from packc.ops import documents
 from packc.ops.mixer import Mixer
 from packc.ops.registration import declare
+from packc.ops.shapes import FLOATING
+
+
+def _check(op: str, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None) -> None:
+    x, weight, bias, initial_state = tensors["x"], tensors["weight"], tensors["bias"], tensors["initial_state"]
+    assert x is not None
+    assert weight is not None
+
+    def refused(x: Tensor, expected: str, error: type[Exception] = ValueError) -> Exception:
+        return error(f"{op}: {expected}; got {tuple(x.shape)} of {x.dtype}")
+
+    if x.ndim != 3 or x.dtype not in FLOATING:
+        raise refused(x, "x must be (B, L, D) and floating", ValueError if x.dtype in FLOATING else TypeError)
+    D = x.shape[2]
+    if weight.ndim != 2 or documents.differ(weight.shape[0], D) or weight.shape[1] < 1:
+        raise refused(weight, f"weight must be (D, W) with D = {D} and W >= 1")
+    if bias is not None and (bias.ndim != 1 or documents.differ(bias.shape[0], D)):
+        raise refused(bias, f"bias must be (D,) with D = {D}")
+    documents.check_cu_seqlens(cu_seqlens, x)
+    if initial_state is not None:
+        sizes = (documents.count(cu_seqlens, x), D, weight.shape[1] - 1)
+        if initial_state.ndim != 3 or any(map(documents.differ, initial_state.shape, sizes)):
+            raise refused(initial_state, f"initial_state must be (N, D, W - 1) = {sizes}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise refused(tensor, f"{name} must be floating", TypeError)
 
 
 def _forward(
     kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *rest: Any
-) -> Sequence[Tensor]:
+) -> tuple[Tensor, ...]:
     return kernels.forward(x, weight, bias, activation is not None, *rest)
 
 
@@ -48,6 +75,7 @@ MIXER = declare(
         enter_state=("x",),
         gives_zero=("x",),
         unless=("bias",),
+        check=_check,
         forward=_forward,
         backward=_backward,
         flops=_flops,

@@ -61,9 +61,6 @@ def gated_delta_rule(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
-    for name, x in (("q", q), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"gated_delta_rule: {name} must be (B, L, heads, channels), not {tuple(x.shape)}")
     MIXER.shapes.check({"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}, cu_seqlens)
     out, final_state, _ = torch.ops.packc.gated_delta_rule.default(
         q,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from packc.ops.linear_attention.op import check_heads
 from packc.ops.linear_attention.reference import CHUNK, chunk_states_length
 from packc.ops.mixer import Mixer
 from packc.ops.registration import declare
@@ -35,6 +36,7 @@ MIXER = declare(
         keeps={"chunk_states": chunk_states_length},
         in_state_dtype=("g", "beta"),
         groups=Groups("G", "H", "q's {G} heads do not divide v's {H}"),
+        check=check_heads,
         flops=_flops,
         backward_flops=_backward_flops,
     )

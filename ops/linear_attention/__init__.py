@@ -57,9 +57,6 @@ def linear_attention(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
-    for name, x in (("q", q), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"linear_attention: {name} must be (B, L, heads, channels), not {tuple(x.shape)}")
     MIXER.shapes.check({"q": q, "k": k, "v": v, "g": g, "initial_state": initial_state}, cu_seqlens)
     if g is not None:
         g = (g if g.dtype == torch.float64 else g.float()).expand(v.shape[:3])

@@ -5,7 +5,7 @@ The forward also returns the states between chunks, flattened: see ``reference.c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from packc.ops.registration import declare
 from packc.ops.shapes import Groups
 
 
-def _forward(kernels: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *rest: Any) -> Sequence[Tensor]:
+def _forward(kernels: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return kernels.forward(q, k, v, g, None, None, *rest, False, True)
 
 
@@ -35,6 +35,12 @@ def _backward(
         dout, dfinal_state, chunk_states, q, k, v, g, None, None, *rest, False
     )
     return dq, dk, dv, dg, dinitial_state
+
+
+def check_heads(op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor | None) -> None:
+    for name in ("q", "v"):
+        if tensors[name].ndim != 4:
+            raise ValueError(f"{op}: {name} must be (B, L, heads, channels), not {tuple(tensors[name].shape)}")
 
 
 def flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:
@@ -59,6 +65,7 @@ MIXER = declare(
         keeps={"chunk_states": chunk_states_length},
         in_state_dtype=("g",),
         groups=Groups("G", "H", "q's {G} heads do not divide v's {H}"),
+        check=check_heads,
         forward=_forward,
         backward=_backward,
         flops=flops,

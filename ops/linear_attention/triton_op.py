@@ -11,7 +11,8 @@ from packc.ops.tritonsrc.operands import alike
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return triton_forward.forward(*alike(q, k, v), *rest)
+    q, k, v = alike(q, k, v)
+    return triton_forward.forward(q, k, v, *rest)
 
 
 def backward(

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from packc.ops import documents
 from packc.ops.varlen_attention import op as op
 from packc.ops.varlen_attention.document_mask import MaskMod
 from packc.ops.varlen_attention.with_mask_mod import with_mask_mod
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def varlen_attention(
@@ -51,32 +48,11 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: an argument's dtype or shape does not fit; the message names both.
     """
-    if q.ndim != 4 or q.dtype not in _DTYPES:
-        raise _refused(q, ValueError if q.dtype in _DTYPES else TypeError, "q must be (1, T, H, K) and floating")
     if cu_seqlens is None:
         raise TypeError("varlen_attention: cu_seqlens must be a tensor; for one document it is [0, T]")
-    documents.check_cu_seqlens(cu_seqlens, q, "q")
-    _, T, H, K = q.shape
-    if H < 1 or K < 1:
-        raise _refused(q, ValueError, "q must have H >= 1 and K >= 1")
-    if k.ndim != 4 or any(documents.differ(k.shape[i], q.shape[i]) for i in (0, 1, 3)) or k.shape[2] < 1:
-        raise _refused(k, ValueError, f"k must be (1, T, H_kv, K) = (1, {T}, H_kv, {K})")
-    H_kv = k.shape[2]
-    if H % H_kv:
-        raise _refused(k, ValueError, f"q's {H} heads must be a multiple of k's H_kv")
-    if v.ndim != 4 or any(documents.differ(v.shape[i], k.shape[i]) for i in (0, 1, 2)) or v.shape[3] < 1:
-        raise _refused(v, ValueError, f"v must be (1, T, H_kv, V) = (1, {T}, {H_kv}, V)")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise _refused(tensor, TypeError, f"{name} must be of q's dtype {q.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"varlen_attention: {name} is on {tensor.device}, q on {q.device}")
+    op.MIXER.shapes.check({"q": q, "k": k, "v": v}, cu_seqlens)
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1; got {window}")
     if mask_mod is not None:
         return with_mask_mod(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
     return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)[0]
-
-
-def _refused(tensor: Tensor, error: type[Exception], expected: str) -> Exception:
-    return error(f"varlen_attention: {expected}; got {tuple(tensor.shape)} of {tensor.dtype}")

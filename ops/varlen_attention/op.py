@@ -6,18 +6,43 @@ inputs): from that the backward finds the probabilities again, tile by tile.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packc.ops import dispatch
+from packc.ops import dispatch, documents
 from packc.ops.mixer import Mixer
 from packc.ops.registration import declare
-from packc.ops.shapes import Groups
+from packc.ops.shapes import FLOATING, Groups
 from packc.ops.varlen_attention import cpu, cuda, reference
 
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
+
+
+def _check(op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor) -> None:
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+
+    def refused(x: Tensor, expected: str, error: type[Exception] = ValueError) -> Exception:
+        return error(f"{op}: {expected}; got {tuple(x.shape)} of {x.dtype}")
+
+    if q.ndim != 4 or q.dtype not in FLOATING:
+        raise refused(q, "q must be (1, T, H, K) and floating", ValueError if q.dtype in FLOATING else TypeError)
+    documents.check_cu_seqlens(cu_seqlens, q, "q")
+    _, T, H, K = q.shape
+    if H < 1 or K < 1:
+        raise refused(q, "q must have H >= 1 and K >= 1")
+    if k.ndim != 4 or any(documents.differ(k.shape[i], q.shape[i]) for i in (0, 1, 3)) or k.shape[2] < 1:
+        raise refused(k, f"k must be (1, T, H_kv, K) = (1, {T}, H_kv, {K})")
+    H_kv = k.shape[2]
+    if H % H_kv:
+        raise refused(k, f"q's {H} heads must be a multiple of k's H_kv")
+    if v.ndim != 4 or any(documents.differ(v.shape[i], k.shape[i]) for i in (0, 1, 2)) or v.shape[3] < 1:
+        raise refused(v, f"v must be (1, T, H_kv, V) = (1, {T}, {H_kv}, V)")
+    for name in ("k", "v"):
+        if tensors[name].dtype != q.dtype:
+            raise refused(tensors[name], f"{name} must be of q's dtype {q.dtype}", TypeError)
 
 
 def choose(op: str, q: Tensor) -> str:
@@ -62,6 +87,7 @@ MIXER = declare(
         out="B L H V",
         keeps={"out": "B L H V", "logsumexp": "H L"},
         groups=Groups("G", "H", "q's {H} heads must be a multiple of k's {G}"),
+        check=_check,
         implementations=_IMPLEMENTATIONS,
         choose=choose,
         forward=lambda kernels, *args: kernels.varlen_attention(*args),
