@@ -27,7 +27,7 @@ from packc.ops.tritonsrc.launch import autotuned
 _CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1, maxnreg=255) for warps in (4, 8)]
 
 
-@autotuned(_CONFIGS, key=["K", "V", "KEYS"], before_hopper=_CONFIGS[1:])
+@autotuned(_CONFIGS, key=["K", "V", "KEYS"], before_hopper=_CONFIGS[:1])
 @triton.jit(
     do_not_specialize=[
         *("slots", "other_b", "tokens_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")
