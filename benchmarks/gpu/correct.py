@@ -12,7 +12,7 @@ from typing import Any
 import cases
 import torch
 from cases import Inputs
-from launching import count_misses, offer_few_warps
+from launching import as_asked, count_misses
 from mixers import exactly, only, positions
 from selective_scan_data import relative_error
 from telling import each, parser
@@ -25,7 +25,7 @@ LONG = " long"  # ends the names of the cases of long packs
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    offer_few_warps()
+    as_asked()
     missed = count_misses()
     of_name = {case.name: case for case in cases.CASES}
     long = {case.name + LONG: case for case in cases.CASES if case.form == "packed"}

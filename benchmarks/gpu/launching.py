@@ -1,4 +1,4 @@
-"""How kernels are compiled and chosen in the steps: what Triton found in its cache, and fewer warps where asked for."""
+"""How kernels are compiled and chosen in the steps: what Triton found in its cache, and what was asked for."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ def count_misses() -> Counter[str]:
     return missed
 
 
-def offer_few_warps() -> None:
-    """Where ``PACKC_GPU_WARPS`` says how many, no kernel gets more warps."""
+def as_asked() -> None:
+    """Kernels as a way of ``plan.py`` asks for them in the environment."""
+    if channels := os.environ.get("PACKC_GPU_CHANNELS_BACK"):
+        from packc.ops.selective_scan import triton_backward
+
+        triton_backward._BLOCK_D = int(channels)
     if not (most := int(os.environ.get("PACKC_GPU_WARPS") or 0)):
         return
     for kernel in tuned_kernels():

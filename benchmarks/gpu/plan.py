@@ -17,6 +17,8 @@ PROBES = {
     "wgmma": {"DISABLE_MMA_V3": "0"},
     "wgmma, newer ptxas": {"DISABLE_MMA_V3": "0", "TRITON_PTXAS_PATH": "{PACKC_GPU_PTXAS}"},
 }
+# What only a clock can decide, as both are right: of one op, another way to compute it.
+CHOICES = {"back by 64 channels": ("selective_scan", {"PACKC_GPU_CHANNELS_BACK": "64"})}
 SCANS = ("causal_conv1d", "selective_scan", "linear_scan")
 PRODUCTS = ("linear_attention", "ssd", "gated_delta_rule", "gated_delta_rule_per_channel")
 
@@ -46,6 +48,10 @@ def steps(dry: bool) -> list[Step]:
         *(
             Step(f"times, {name}", ("times.py", "--only", *PRODUCTS), 40, environment=tuple(way.items()))
             for name, way in PROBES.items()
+        ),
+        *(
+            Step(f"times, {name}", ("times.py", "--only", op), 20, environment=tuple(way.items()))
+            for name, (op, way) in CHOICES.items()
         ),
         Step("tests", ("gpu_tests.py",), 300, least=30),
     ]

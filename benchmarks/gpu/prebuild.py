@@ -58,12 +58,12 @@ def _binaries() -> dict[str, str]:
 
 
 def units(names: list[str] | None, everything: bool) -> list[tuple[str, str]]:
-    """(way, unit): as it ships, and in each other way what is computed on matrix units."""
+    """(way, unit): as it ships, and in each other way what is computed on matrix units, or what it is a choice of."""
     wanted = [name for name in (*plan.PRODUCTS, *plan.SCANS, "models", "pack") if not names or name in names]
     found = [(SHIPPED, name) for name in wanted]
     if everything:
-        ways = plan.VARIANTS | plan.PROBES
-        found += [(way, name) for way in ways for name in wanted if name in plan.PRODUCTS]
+        found += [(way, name) for way in plan.VARIANTS | plan.PROBES for name in wanted if name in plan.PRODUCTS]
+        found += [(way, op) for way, (op, _) in plan.CHOICES.items() if op in wanted]
     return found
 
 
@@ -73,7 +73,8 @@ def compile_all(args: argparse.Namespace, environment: dict[str, str]) -> bool:
 
     def run(unit: tuple[str, str]) -> bool:
         way, name = unit
-        own = {key: text.format_map(environment) for key, text in (plan.VARIANTS | plan.PROBES).get(way, {}).items()}
+        asked = (plan.VARIANTS | plan.PROBES | {name: asks for name, (_, asks) in plan.CHOICES.items()}).get(way, {})
+        own = {key: text.format_map(environment) for key, text in asked.items()}
         if not all(own.values()):
             return True  # nothing to do it with
         kernels: list[Facts] = []
@@ -142,7 +143,7 @@ def compile_unit(name: str, check: bool) -> int:
             print(json.dumps({"kernel": f"{kernel.src.name} of {of[1:]}", **facts}), flush=True)
         missed.clear()
 
-    launching.offer_few_warps()
+    launching.as_asked()
     stand_in.install(heard, Path(os.environ["PACKC_GPU_SCRATCH"]) / f"libcuda-{os.getpid()}", look_up=check)
     if name == "models":
         launch_models()

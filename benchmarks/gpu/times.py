@@ -18,7 +18,7 @@ from typing import Any
 import cases
 import torch
 from card import CEILINGS, seconds
-from launching import offer_few_warps
+from launching import as_asked
 from mixer_contenders import document_of_token
 from telling import each, is_lost, parser, said
 from torch import Tensor
@@ -32,7 +32,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--peers", action="store_true", help="these, not packc's ops")
     args = made.parse_args()
-    offer_few_warps()
+    as_asked()
     if travelled := os.environ.get("PACKC_GPU_PEERS"):
         sys.path.append(travelled)
     peers = {f"{op} by {library}": (op, find) for (op, library), find in PEERS.items()}

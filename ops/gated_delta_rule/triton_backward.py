@@ -53,11 +53,11 @@ from packc.ops.linear_attention.triton_products import (
     to_end,
     whole,
 )
-from packc.ops.linear_attention.triton_states import block_of
+from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
-@autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["K", "V"])
+@autotuned(BEFORE_HOPPER, key=["K", "V"])
 @triton.jit(do_not_specialize=["rows", "tokens", "slots", "q_b", "k_b", "g_b", "beta_b", "dout_b", "itself_b"])
 def _grad_tokens(
     q,

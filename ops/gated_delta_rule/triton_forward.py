@@ -36,11 +36,11 @@ from packc.ops.linear_attention.triton_chunks import (
     token_strides,
 )
 from packc.ops.linear_attention.triton_products import dot_by_computed, dot_fp32, from_start, log_decays
-from packc.ops.linear_attention.triton_states import CONFIGS, block_of
+from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
-@autotuned(CONFIGS, key=["K", "V"], before_hopper=CONFIGS[1:])
+@autotuned(CONFIGS, key=["K", "V"], before_hopper=BEFORE_HOPPER)
 @triton.jit(do_not_specialize=["rows", "tokens", "slots", "q_b", "g_b"])
 def _outputs(
     q,

@@ -16,7 +16,7 @@ from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting,
 from packc.ops.gated_delta_rule.triton_gates import Gate, load_sums, pair_tile
 from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
 from packc.ops.linear_attention.triton_products import between, dot, dot_fp32, log_decays, select
-from packc.ops.linear_attention.triton_states import CONFIGS, block_of
+from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
@@ -63,7 +63,7 @@ def _pairs_of_heads(
         tl.store(pair_tile(pairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), products)
 
 
-@autotuned(CONFIGS, key=["K"], before_hopper=CONFIGS[1:])
+@autotuned(CONFIGS, key=["K"], before_hopper=BEFORE_HOPPER)
 @triton.jit(do_not_specialize=["rows", "tokens", "strict", "x_b", "k_b"])
 def _pairs_of_channels(
     x,

@@ -21,13 +21,13 @@ from packc.ops.linear_attention.triton_products import (
     to_end,
     whole,
 )
+from packc.ops.linear_attention.triton_states import BEFORE_HOPPER
 from packc.ops.tritonsrc.launch import autotuned
 
-# All registers there are: ptxas takes fewer of its own accord, for the sake of more warps, and spills.
-_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1, maxnreg=255) for warps in (4, 8)]
+_EIGHT = triton.Config({}, num_warps=8, num_stages=1, maxnreg=255)
 
 
-@autotuned(_CONFIGS, key=["K", "V", "KEYS"], before_hopper=_CONFIGS[1:])
+@autotuned([*BEFORE_HOPPER, _EIGHT], key=["K", "V", "KEYS"], before_hopper=BEFORE_HOPPER)
 @triton.jit(
     do_not_specialize=[
         *("slots", "other_b", "tokens_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")

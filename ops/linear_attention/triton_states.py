@@ -32,8 +32,11 @@ from packc.ops.linear_attention.triton_products import (
 )
 from packc.ops.tritonsrc.launch import autotuned, launch
 
-# Of kernels that make (64, 64) results. Where registers are short, eight warps alone.
+# Of kernels that make (64, 64) results.
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (4, 8)]
+# There warps beyond four compute what others do. All registers there are: ptxas takes fewer of its own accord, for the
+# sake of more warps, and spills.
+BEFORE_HOPPER = [triton.Config({}, num_warps=4, num_stages=1, maxnreg=255)]
 _AT_ONCE = 8
 _BLOCK = 512
 

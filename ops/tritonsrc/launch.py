@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import triton
 
 from packc.ops.tritonsrc import chips
+from packc.ops.tritonsrc.relaunch import Grid, Relaunched, relaunches
 
 
 def interpreted() -> bool:
@@ -55,19 +55,32 @@ def autotuned(
     return tune
 
 
-def launch(kernel: Any, grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]], **arguments: Any) -> None:
+def launch(kernel: Any, grid: Grid, **arguments: Any) -> None:
     """``kernel[grid](**arguments)`` on the device of its tensors; nothing for an empty grid."""
     if not callable(grid) and 0 in grid:
         return
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), _compiling(kernel, device):
-        # Said aloud because Triton 3.10 changes the default.
-        kernel[grid](**arguments, enable_fp_fusion=True)
+    # Said aloud because Triton 3.10 changes the default.
+    arguments["enable_fp_fusion"] = True
+    if interpreted():
+        kernel[grid](**arguments)
+    elif device.type != "cuda" or device.index == torch.cuda.current_device():
+        _launch_here(kernel, grid, device, arguments)
+    else:
+        with torch.cuda.device(device):
+            _launch_here(kernel, grid, device, arguments)
+
+
+def _launch_here(kernel: Any, grid: Grid, device: torch.device, arguments: dict[str, Any]) -> None:
+    again = _relaunched(kernel) if relaunches() else None
+    if again and again(device, grid, arguments):
+        return
+    with chips.compiling(kernel, triton.runtime.driver.active.get_current_target()):
+        compiled = kernel[grid](**arguments)
+    if again:
+        again.keep(device, arguments, compiled)
 
 
 @functools.cache
-def _compiling(kernel: Any, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Called with the device current."""
-    if interpreted():
-        return contextlib.nullcontext()
-    return chips.compiling(kernel, triton.runtime.driver.active.get_current_target())
+def _relaunched(kernel: Any) -> Relaunched:
+    return Relaunched(kernel)

@@ -2,11 +2,13 @@
 
 import cases
 import correct
+import launching
 import plan
 import pytest
 import torch
 
 from packc import config
+from packc.ops.selective_scan import triton_backward
 
 CASE = cases.Case("linear_scan", "bf16", "packed")
 
@@ -84,3 +86,11 @@ def test_memory_that_nobody_wrote_is_nan():
         assert all(y.isnan().all() for y in (torch.empty(3), x.new_empty(3), torch.empty_like(x)))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_choice_is_asked_for_in_the_environment(monkeypatch):
+    monkeypatch.setattr(triton_backward, "_BLOCK_D", triton_backward._BLOCK_D)
+    for name, value in plan.CHOICES["back by 64 channels"][1].items():
+        monkeypatch.setenv(name, value)
+    launching.as_asked()
+    assert triton_backward._BLOCK_D == 64
