@@ -19,7 +19,7 @@ from packc.fake_tensors import fake_mode_of
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
 _BEFORE = "the position before a row's first token is read, where attention sees padding"
-_LABEL = "a label that counts in the loss on a padding position"
+_LABEL = "a label that counts in the loss, or what a head reads, on a padding position"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def pack_batch(
 
     Args:
         mask: (B, L), nonzero at tokens.
-        labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores.
+        labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores; of
+            what a head reads, numbers that are not 0 there, and 0.
         inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
         positions: the call's ``position_ids``; a row in which some start again stays whole.

@@ -65,7 +65,7 @@ class PackedCall:
             self.last = packing = unread_batch(inputs[wanted.mask])
             return self.graph(*inputs, packing.index, packing.cu_seqlens)
         with torch.no_grad():
-            labels = [(each.graph(*inputs), each.ignore_index) for each in wanted.labels]
+            labels = [(each.graph(*inputs), each.ignore_index) for each in (*wanted.labels, *wanted.live)]
         packing = pack_batch(
             inputs[wanted.mask],
             labels,

@@ -18,6 +18,7 @@ from packc.passes.asks import HidesPadding, ZeroAtPadding
 from packc.passes.attention_masks import hides_padding
 from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
+from packc.passes.heads import live_places
 from packc.passes.module_names import module_path
 from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
@@ -31,6 +32,8 @@ class Forms:
     packed: set[fx.Node] = field(default_factory=set)
     padded: set[fx.Node] = field(default_factory=set)
     packed_only: set[fx.Node] = field(default_factory=set)
+    live: list[fx.Node] = field(default_factory=list)
+    """Places that must not be left out of the pack: nodes ``(B * L,)``, nonzero there."""
 
 
 def choose(graph: Graph) -> Graph:
@@ -83,10 +86,7 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for mask, node in {ask.mask: node for node, ask in graph.asks(HidesPadding)}.items():  # of all layers, usually one
         if not hides_padding(graph, mask):
             raise NotPackable(_describe(node, f"{mask.name} is not seen to hide padding from tokens"))
-    for node, reason in graph.tokens.refusals.items():
-        for operand in node.all_input_nodes:
-            if operand in forms.packed_only and operand not in graph.zero and not reads_as_is(operand, graph.tokens):
-                raise NotPackable(_describe(node, f"{reason}, and {operand.name} is not zero at padding"))
+    forms.live = live_places(graph, forms.packed_only)
 
 
 def _describe(node: fx.Node, reason: str) -> str:

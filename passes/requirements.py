@@ -43,6 +43,8 @@ class Requirements:
     """Why left padding stays in the pack; None: it is left out."""
     keep_right: str | None = None
     labels: list[Labels] = field(default_factory=list)
+    live: list[Labels] = field(default_factory=list)
+    """Places that a head reads, as labels that are not 0."""
     attends: bool = False
     """Whether some op runs padded and sees zeros at padding: what it gives there is not stock's."""
     returns_tokens: bool = False
@@ -69,6 +71,7 @@ def requirements(graph: Graph) -> Graph:
         ),
         keep_right=_first(_packed(graph, KeepRight)),
         labels=_labels(graph),
+        live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in graph.forms.live],
         attends=any(reading.is_padded and node in packed for node, reading in graph.tokens.readings.items()),
         returns_tokens=any(
             each in packed and not reads_as_is(each, graph.tokens)
@@ -99,10 +102,10 @@ def _first(asks: Iterator[tuple[fx.Node, KeepLeft | KeepRight]]) -> str | None:
 def _labels(graph: Graph) -> list[Labels]:
     """Those of each packed loss, once."""
     asked = dict.fromkeys(ask for _, ask in _packed(graph, IgnoredLabels))
-    return [Labels(_graph_of(graph, ask.labels), ask.ignore_index) for ask in asked]
+    return [Labels(_graph_of(graph, ask.labels, "the labels of the loss"), ask.ignore_index) for ask in asked]
 
 
-def _graph_of(graph: Graph, labels: fx.Node) -> fx.GraphModule:
+def _graph_of(graph: Graph, labels: fx.Node, what: str) -> fx.GraphModule:
     needed, queue = set(), [labels]
     while queue:
         node = queue.pop()
@@ -111,7 +114,7 @@ def _graph_of(graph: Graph, labels: fx.Node) -> fx.GraphModule:
         needed.add(node)
         queue.extend(node.all_input_nodes)
         if is_parameter(node) or node in graph.forms.packed_only or len(needed) > _MAX_OPS:
-            raise NotPackable(f"the labels of the loss ({labels.name}) are computed by the model")
+            raise NotPackable(f"{what} ({labels.name}) is computed by the model")
     result = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.gm.graph.nodes:

@@ -1,0 +1,229 @@
+"""What a head reads of the model's values, after ops that move along the sequence: ``logits[:, :-1]``, the last token.
+
+Such an op has no packed form. It reads what the model computed scattered back, zero at padding where stock has values
+of its own, and that is well as long as these stay out of the result. So every value made of them is followed, with the
+place in the padded batch that each of its entries comes from: through ops that keep places apart, until a mask is
+multiplied on, or one place a row is picked. Which places count is then known from the inputs, and asked of each batch:
+they are *live*, and must not be left out. Whatever else reads such values needs stock's, and the graph is not packed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from packc.passes.axes import (
+    BATCH,
+    SEQ,
+    TOKENS,
+    covers_tokens,
+    inputs_of,
+    is_made_of_integers,
+    is_tensor,
+    same_size,
+    value_of,
+)
+from packc.passes.graph import Graph
+from packc.passes.module_names import module_path
+from packc.passes.reasons import NotPackable
+from packc.passes.rules import zero_rule_for
+from packc.passes.sources import is_parameter
+
+aten = torch.ops.aten
+
+_ENTRYWISE = {
+    *(aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default),
+    *(aten.detach.default, aten.dropout.default),
+}
+_OF_SIZE_ALONE = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.sym_size.int}
+_ALONG_AN_AXIS = {
+    *(aten.softmax.int, aten.log_softmax.int, aten.gather.default, aten.slice.Tensor, aten.select.int),
+    *(aten.squeeze.dim, aten.unsqueeze.default, aten.logsumexp.default, aten.sum.dim_IntList, aten.mean.dim),
+}
+_RESHAPES = {aten.view.default, aten.reshape.default}
+
+
+def live_places(graph: Graph, packed_only: set[fx.Node]) -> list[fx.Node]:
+    """Nodes ``(B * L,)`` of what is made from inputs, nonzero at places that count in what heads make of tokens.
+
+    Raises:
+        NotPackable: an op reads, across tokens, values whose padding would differ.
+    """
+    heads = _Heads(graph, packed_only)
+    for node in list(graph.gm.graph.nodes):
+        heads.follow(node)
+    return heads.live
+
+
+class _Heads:
+    def __init__(self, graph: Graph, packed_only: set[fx.Node]) -> None:
+        self.graph, self.packed_only = graph, packed_only
+        self.places: dict[fx.Node, fx.Node] = {}
+        """A value with entries that may not be stock's -> of each entry of its first axes, the place in the batch."""
+        self.zero: set[fx.Node] = set()
+        """Those of them that are zero at padding."""
+        self.live: list[fx.Node] = []
+        self._made: dict[Any, fx.Node] = {}
+
+    def follow(self, node: fx.Node) -> None:
+        read = [value for value in node.all_input_nodes if value in self.places or self._is_scattered(node, value)]
+        if not read or node.target in _OF_SIZE_ALONE:
+            return
+        if node.op == "output":
+            for value in read:
+                if value not in self.zero:
+                    raise self._refusal(node, value)
+            return
+        if node in self.graph.tokens.readings or not isinstance(node.target, OpOverload):
+            raise self._refusal(node, read[0])
+        with self.graph.gm.graph.inserting_before(node):
+            places = {self.places.get(value) or self._all_places(node, value) for value in read}
+            if len(places) > 1:
+                raise self._refusal(node, read[0])
+            self._follow(node, read, places.pop())
+
+    def _follow(self, node: fx.Node, read: list[fx.Node], places: fx.Node) -> None:
+        mask = self._mask(node, read, places)
+        if mask is not None:
+            self._hide(node, read[0], mask)
+            self._ask(places, mask)
+            return
+        moved = places if self._keeps_places(node, read, places) else self._moved(node, read[0], places)
+        if moved is not None:
+            self.places[node] = moved
+        elif (picked := self._picked(node, read[0], places)) is not None:
+            self._ask(picked)
+        else:
+            raise self._refusal(node, read[0])
+        rule = zero_rule_for(node.target)
+        if rule is not None and rule(node.args, lambda value: value in self.zero or value in self.packed_only):
+            self.zero.add(node)
+
+    def _is_scattered(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether an op without a packed form reads a value that has no other, and stock's is not zero at padding."""
+        tokens = self.graph.tokens
+        return (
+            node in tokens.refusals
+            and value in self.packed_only
+            and value not in self.graph.zero
+            and covers_tokens(tokens.layout(value))
+        )
+
+    def _refusal(self, node: fx.Node, value: fx.Node) -> NotPackable:
+        reason = self.graph.tokens.refusals.get(node, "reads padding")
+        where = module_path(node) or "the model"
+        return NotPackable(f"{node.target} in {where}: {reason}, and {value.name} is not zero at padding")
+
+    def _all_places(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        layout = self.graph.tokens.layout(value) or ()
+        if layout[:1] != (TOKENS,) and layout[:2] != (BATCH, SEQ):
+            raise self._refusal(node, value)
+        ones = self._make(aten.ones_like.default, (self.graph.mask,), dtype=torch.int64)
+        flat = self._make(aten.sub.Tensor, (self._make(aten.cumsum.default, (self._flat(ones), 0)), 1))
+        return flat if layout[0] is TOKENS else self._make(aten.view_as.default, (flat, ones))
+
+    def _mask(self, node: fx.Node, read: list[fx.Node], places: fx.Node) -> fx.Node | None:
+        """What an op multiplies the value by, an entry a place, if that is a mask made from the inputs."""
+        if node.target is not aten.mul.Tensor or len(read) > 1:
+            return None
+        mask: Any = node.args[1] if node.args[0] is read[0] else node.args[0]
+        if not is_tensor(mask) or not self._is_input(mask):
+            return None
+        if not is_made_of_integers(mask) and inputs_of(mask) != {self.graph.mask}:
+            return None  # numbers, rather, which may be anything at padding
+        sizes, shape = value_of(places).shape, value_of(mask).shape
+        ones = len(shape) - len(sizes)
+        if len(shape) != value_of(node).ndim or not all(map(same_size, shape, (*sizes, *[1] * ones))):
+            return None
+        return mask
+
+    def _hide(self, node: fx.Node, value: fx.Node, mask: fx.Node) -> None:
+        """Zero where the mask is: what is made of zeros need not be finite, where stock's is."""
+        hidden = self._make(aten.eq.Scalar, (mask, 0))
+        shown = self.graph.gm.graph.call_function(aten.masked_fill.Scalar, (value, hidden, 0))
+        shown.meta = dict(value.meta)
+        node.replace_input_with(value, shown)
+
+    def _keeps_places(self, node: fx.Node, read: list[fx.Node], places: fx.Node) -> bool:
+        """Whether an op works on the entries of each place alone."""
+        value, rank = read[0], value_of(places).ndim
+        shape = value_of(node).shape if is_tensor(node) else ()
+        if len(shape) < rank or not all(map(same_size, shape[:rank], value_of(places).shape)):
+            return False
+        if node.target in _ALONG_AN_AXIS:
+            return read == [node.args[0]] and all(dim >= rank for dim in _dims(node))
+        if node.target is aten.linear.default:
+            return read == [node.args[0]] and value_of(value).ndim > rank
+        if node.target is aten.cross_entropy_loss.default:
+            return read == [node.args[0]] and rank == 1 and value_of(node).ndim == 1
+        entrywise = torch.Tag.pointwise in node.target.tags or node.target in _ENTRYWISE  # type: ignore[union-attr]
+        return entrywise and len(shape) == value_of(value).ndim
+
+    def _moved(self, node: fx.Node, value: fx.Node, places: fx.Node) -> fx.Node | None:
+        """The places of the entries where an op takes some, or counts them another way."""
+        rank, shape = value_of(places).ndim, value_of(value).shape
+        if node.target is aten.slice.Tensor and _dims(node)[0] < rank:
+            return self._make(aten.slice.Tensor, (places, *node.args[1:]))
+        if node.target in _RESHAPES:
+            features, sizes = len(shape) - rank, value_of(node).shape
+            kept = len(sizes) - features
+            if kept > 0 and all(map(same_size, sizes[kept:], shape[rank:])):
+                return self._make(aten.reshape.default, (places, node.args[1][:kept]))  # type: ignore[index]
+        return None
+
+    def _picked(self, node: fx.Node, value: fx.Node, places: fx.Node) -> fx.Node | None:
+        """The places that one index a row takes."""
+        rank = value_of(places).ndim
+        if node.target is aten.select.int and _dims(node)[0] < rank:
+            return self._make(aten.select.int, (places, *node.args[1:]))
+        if node.target is aten.index.Tensor and node.args[0] is value:
+            indices: list[Any] = node.args[1]  # type: ignore[assignment]
+            if len(indices) <= rank and all(is_tensor(each) and self._is_input(each) for each in indices):
+                return self._make(aten.index.Tensor, (places, indices))
+        if node.target is aten.gather.default and node.args[0] is value and _dims(node)[0] == rank - 1:
+            index = node.args[2]
+            spread = value_of(index).stride()[rank:]
+            if self._is_input(index) and all(
+                same_size(step, 0) or same_size(size, 1)
+                for step, size in zip(spread, value_of(index).shape[rank:], strict=True)
+            ):
+                while value_of(index).ndim > rank:
+                    index = self._make(aten.select.int, (index, -1, 0))
+                return self._make(aten.gather.default, (places, rank - 1, index))
+        return None
+
+    def _is_input(self, node: Any) -> bool:
+        """Whether a value is known before the model runs."""
+        return node.op != "get_attr" and not any(map(is_parameter, inputs_of(node))) and node not in self.places
+
+    def _ask(self, places: fx.Node, kept: fx.Node | None = None) -> None:
+        places = self._flat(places)
+        live = self._make(aten.ones_like.default, (places,)) if kept is None else self._flat(kept)
+        every = self._make(aten.zeros_like.default, (self._flat(self.graph.mask),), dtype=torch.int64)
+        live = self._make(aten.to.dtype, (live, torch.int64))
+        self.live.append(self._make(aten.scatter_add.default, (every, 0, places, live)))
+
+    def _flat(self, value: fx.Node) -> fx.Node:
+        return self._make(aten.reshape.default, (value, [-1]))
+
+    def _make(self, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """A node, once: places are the same where the same was done to them."""
+        key = (target, repr(args), repr(kwargs))
+        if key not in self._made:
+            node = self.graph.gm.graph.call_function(target, args, kwargs)
+            values = fx.map_arg(args, value_of)
+            node.meta["val"] = target(*values, **kwargs)
+            self._made[key] = node
+        return self._made[key]
+
+
+def _dims(node: fx.Node) -> list[int]:
+    """The axes along which an op works, counted from the front."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    at = names.index("dim")
+    given: Any = node.args[at] if at < len(node.args) else node.kwargs.get("dim", 0)
+    rank = value_of(node.args[0]).ndim + (node.target is aten.unsqueeze.default)
+    return [dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])]
