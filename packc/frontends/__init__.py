@@ -3,8 +3,8 @@
 import functools
 from types import ModuleType
 
-from packc.frontends import hf_delta_rule, hf_loops, hf_mamba, hf_mamba2, hf_moe, hf_short_conv
-from packc.frontends.keep_whole import Around, Method, PackedForm, captured, keep_whole, not_captured
+from packc.frontends import hf_delta_rule, hf_loops, hf_mamba, hf_mamba2, hf_moe, hf_short_conv, kernel_packages
+from packc.frontends.keep_whole import Around, ByName, Method, PackedForm, captured, keep_whole, not_captured
 from packc.frontends.traced_call import arguments_of_traced_call
 from packc.import_hook import on_import
 
@@ -17,6 +17,7 @@ _TABLES = (
     hf_delta_rule.KEPT_WHOLE,
     hf_loops.KEPT_WHOLE,
     hf_moe.KEPT_WHOLE,
+    kernel_packages.KEPT_WHOLE,
 )
 
 
@@ -30,6 +31,6 @@ def install() -> None:
         on_import({modules: functools.partial(_keep_functions_whole, forms) for modules, forms in table.items()})
 
 
-def _keep_functions_whole(forms: dict[str, PackedForm | Around | Method], module: ModuleType) -> None:
+def _keep_functions_whole(forms: dict[str, PackedForm | Around | ByName | Method], module: ModuleType) -> None:
     for name in forms.keys() & vars(module).keys():
         keep_whole(module, name, forms[name])

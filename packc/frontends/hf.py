@@ -11,6 +11,10 @@ _HEEDED = (
     "z",
     "seq_idx",
     "cu_seqlens",
+    "state_v_first",
+    "use_gate_in_kernel",
+    "use_beta_sigmoid_in_kernel",
+    "return_intermediate_states",
     "cp_context",
     "scale",
     "initial_states",
@@ -21,4 +25,4 @@ _HEEDED = (
 
 def heeded(kwargs: dict[str, Any]) -> bool:
     """Whether some of what the torch code ignores would count where kernels are installed."""
-    return any(kwargs.get(name) is not None for name in _HEEDED)
+    return any(kwargs.get(name) is not None and kwargs[name] is not False for name in _HEEDED)

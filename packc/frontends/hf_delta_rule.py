@@ -58,7 +58,7 @@ def _delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     dtype = query.dtype
     if normalised:
-        query, key = _normalised(query), _normalised(key)
+        query, key = normalised(query), normalised(key)
     result: Any = ops.gated_delta_rule(
         query, key, value, g, beta, initial_state=initial_state, output_final_state=output_final_state
     )
@@ -66,7 +66,7 @@ def _delta_rule(
     return out.to(dtype), final_state
 
 
-def _normalised(x: torch.Tensor) -> torch.Tensor:
+def normalised(x: torch.Tensor) -> torch.Tensor:
     """Of length one, in fp32 at least, as the kernels do."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)

@@ -31,14 +31,25 @@ class Around:
 
 
 @dataclass(frozen=True)
+class ByName:
+    """A packed form that takes each argument by its name, for packages that reorder theirs and add to them.
+
+    It names those that it knows, all of which the original must have, and takes the others that it is called with as
+    ``**others``.
+    """
+
+    form: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Method:
     """A packed form of a class's method of this name: the name in the table is the class's."""
 
     name: str
-    form: PackedForm | Around
+    form: PackedForm | Around | ByName
 
 
-KeptWhole = dict[str, dict[str, PackedForm | Around | Method]]
+KeptWhole = dict[str, dict[str, PackedForm | Around | ByName | Method]]
 """Modules, by name or pattern -> name of their function or class -> the same with packc's ops."""
 
 # Copies of the originals, by attributes: what Dynamo reads off a global it can guard, a bare closure it cannot.
@@ -58,7 +69,7 @@ def not_captured() -> dict[str, str]:
     return {name: reason for name, reason in sorted(_outcomes.items()) if reason is not None}
 
 
-def keep_whole(module: ModuleType, name: str, packed_form: PackedForm | Around | Method) -> None:
+def keep_whole(module: ModuleType, name: str, packed_form: PackedForm | Around | ByName | Method) -> None:
     """From now on Dynamo traces calls of ``module.name`` through ``packed_form`` when it traces for packc."""
     qualified = f"{module.__name__}.{name}"
     attribute = getattr(module, name)
@@ -106,31 +117,38 @@ def _as_function(owner: object, name: str) -> FunctionType | None:
     return function
 
 
-def _same_parameters(original: Callable[..., Any], packed_form: PackedForm | Around) -> bool:
+def _same_parameters(original: Callable[..., Any], packed_form: PackedForm | Around | ByName) -> bool:
     known = _named(packed_form)
+    if isinstance(packed_form, ByName):
+        return set(known) <= set(_named(original))
     return _named(original)[: len(known)] == known
 
 
-def _named(function: PackedForm | Around) -> list[str]:
+def _named(function: PackedForm | Around | ByName) -> list[str]:
     """The parameters that have names, in order; of a form, those of the original."""
-    parameters = inspect.signature(function.form if isinstance(function, Around) else function).parameters.values()
+    own = function.form if isinstance(function, (Around, ByName)) else function
+    parameters = inspect.signature(own).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return names[1:] if isinstance(function, Around) else names
 
 
-def _substitute(original: FunctionType, packed_form: PackedForm | Around) -> str | None:
+def _substitute(original: FunctionType, packed_form: PackedForm | Around | ByName) -> str | None:
     """Register the polyfill of ``original``; returns the reason when it could not be."""
     key = f"{original.__name__}_{len(vars(_untouched))}"
     setattr(_untouched, key, _copy(original))
-    known = _named(packed_form)
-    unknown = _named(original)[len(known) :] if known else []  # a form that names none takes any
+    names, known = _named(original), _named(packed_form)
+    around, by_name = isinstance(packed_form, Around), isinstance(packed_form, ByName)
+    form = packed_form.form if isinstance(packed_form, (Around, ByName)) else packed_form
+    unknown = names[len(known) :] if known and not by_name else []  # a form that names none takes any
 
-    around = isinstance(packed_form, Around)
-    form = packed_form.form if isinstance(packed_form, Around) else packed_form
+    def packed(args: Any, kwargs: Any) -> Any:
+        if around:
+            return form(getattr(_untouched, key), *args, **kwargs)
+        return form(**dict(zip(names, args, strict=False)), **kwargs) if by_name else form(*args, **kwargs)
 
     def polyfill(*args: Any, **kwargs: Any) -> Any:
         if packc_is_tracing() and all(kwargs.get(name) is None for name in unknown):
-            result = form(getattr(_untouched, key), *args, **kwargs) if around else form(*args, **kwargs)
+            result = packed(args, kwargs)
             if result is not NotImplemented:
                 return result
         return getattr(_untouched, key)(*args, **kwargs)
@@ -149,4 +167,5 @@ def _copy(function: FunctionType) -> FunctionType:
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
+    vars(copy).update(vars(function))  # what torch.compiler.disable leaves on one
     return copy

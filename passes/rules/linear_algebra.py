@@ -44,7 +44,7 @@ def baddbmm(op: Op) -> Reading:
     op.only_labelled(a, b)
     for kind, size in zip(reading.results, value_of(added).shape, strict=True):  # type: ignore[arg-type]
         if kind is not OTHER and not same_size(size, 1):
-            raise NotTokenwise(f"adds {added.name}, which varies along its {kind.value} axis")
+            raise NotTokenwise(f"adds {added.name}, which varies along tokens")
     return reading
 
 

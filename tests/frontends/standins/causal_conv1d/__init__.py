@@ -1,0 +1,1 @@
+from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn as causal_conv1d_fn

@@ -1,0 +1,2 @@
+from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule as chunk_gated_delta_rule
+from fla.ops.gated_delta_rule.chunk import fused_recurrent_gated_delta_rule as fused_recurrent_gated_delta_rule
