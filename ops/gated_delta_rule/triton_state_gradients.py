@@ -8,6 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.triton_chunks import (
+    Chunks,
+    head_strides,
+    inside_of,
+    load_per_token,
+    load_tile,
+    token_strides,
+)
+from packc.ops.common.triton_products import (
+    dot_by_computed,
+    dot_computed,
+    from_start,
+    log_decays,
+    to_end,
+    whole,
+)
 from packc.ops.gated_delta_rule.triton_gates import (
     Gate,
     channels_from_start,
@@ -17,22 +33,6 @@ from packc.ops.gated_delta_rule.triton_gates import (
     store_dense,
 )
 from packc.ops.gated_delta_rule.triton_states import document_of, state_tile
-from packc.ops.linear_attention.triton_chunks import (
-    Chunks,
-    head_strides,
-    inside_of,
-    load_per_token,
-    load_tile,
-    token_strides,
-)
-from packc.ops.linear_attention.triton_products import (
-    dot_by_computed,
-    dot_computed,
-    from_start,
-    log_decays,
-    to_end,
-    whole,
-)
 from packc.ops.tritonsrc.launch import launch
 
 _CHANNELS = 16  # of K in a tile: more would not stay in registers
