@@ -4,8 +4,8 @@ A call goes down like this, every step of it decided when it runs::
 
     packc.ops.ssd                       checks its arguments (ops/ssd/__init__.py)
     packc::ssd      key Autograd        a node of autograd's graph if one is wanted (ops/derivatives.py)
-    packc::ssd      key CPU, CUDA       :func:`_kernel`: looks at sizes, chooses an implementation, brings states in
-                                        their dtype, and runs it
+    packc::ssd      key CPU, CUDA       looks at sizes, chooses an implementation, brings states in their dtype, and
+                                        runs it (:func:`_forward`)
 """
 
 from __future__ import annotations

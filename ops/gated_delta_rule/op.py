@@ -1,14 +1,13 @@
 """``packc::gated_delta_rule`` and ``packc::gated_delta_rule_bwd``.
 
-The forward also returns the states between chunks, flattened: see ``chunk_states_shape`` of linear attention.
+The forward also returns the states between chunks, flattened: see ``common/chunks.py``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from packc.ops.linear_attention.op import check_heads
-from packc.ops.linear_attention.reference import CHUNK, chunk_states_length
+from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
 from packc.ops.mixer import Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups

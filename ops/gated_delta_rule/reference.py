@@ -22,7 +22,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.linear_attention.reference import CHUNK, chunk_states
+from packc.ops.common.chunks import CHUNK, chunk_states
 from packc.ops.mixer import state_dtype
 
 

@@ -12,6 +12,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.chunks import chunk_states_shape
+from packc.ops.common.triton_chunks import (
+    chunk_of,
+    chunks_of,
+    countable,
+    head_strides,
+    load_between,
+    load_per_token,
+    load_tile,
+    state_strides,
+    store_per_token,
+    token_strides,
+)
+from packc.ops.common.triton_products import (
+    dot_by_computed,
+    dot_computed,
+    dot_fp32,
+    from_start,
+    log_decays,
+    to_end,
+    whole,
+)
 from packc.ops.gated_delta_rule.reference import Gradients
 from packc.ops.gated_delta_rule.triton_errors import recompute_errors
 from packc.ops.gated_delta_rule.triton_gates import (
@@ -31,28 +53,6 @@ from packc.ops.gated_delta_rule.triton_pairs import pairs_of
 from packc.ops.gated_delta_rule.triton_resolvents import resolve
 from packc.ops.gated_delta_rule.triton_solutions import solve, solve_transposed
 from packc.ops.gated_delta_rule.triton_state_gradients import correct_gradients
-from packc.ops.linear_attention.reference import chunk_states_shape
-from packc.ops.linear_attention.triton_chunks import (
-    chunk_of,
-    chunks_of,
-    countable,
-    head_strides,
-    load_between,
-    load_per_token,
-    load_tile,
-    state_strides,
-    store_per_token,
-    token_strides,
-)
-from packc.ops.linear_attention.triton_products import (
-    dot_by_computed,
-    dot_computed,
-    dot_fp32,
-    from_start,
-    log_decays,
-    to_end,
-    whole,
-)
 from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.triton_chunks import chunk_of, load_between, load_tile, state_strides, token_strides
+from packc.ops.common.triton_products import dot_computed, dot_fp32
 from packc.ops.gated_delta_rule.triton_gates import load_dense, pair_tile_transposed, store_dense
-from packc.ops.linear_attention.triton_chunks import chunk_of, load_between, load_tile, state_strides, token_strides
-from packc.ops.linear_attention.triton_products import dot_computed, dot_fp32
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 

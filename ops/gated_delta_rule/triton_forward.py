@@ -11,6 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.chunks import chunk_states_shape
+from packc.ops.common.triton_chunks import (
+    chunk_of,
+    chunks_of,
+    countable,
+    load_between,
+    load_per_token,
+    load_tile,
+    state_strides,
+    token_strides,
+)
+from packc.ops.common.triton_products import dot_by_computed, dot_fp32, from_start, log_decays
 from packc.ops.gated_delta_rule.triton_gates import (
     HALF,
     channels_from_start,
@@ -24,18 +36,6 @@ from packc.ops.gated_delta_rule.triton_pairs import pairs_of
 from packc.ops.gated_delta_rule.triton_resolvents import resolve
 from packc.ops.gated_delta_rule.triton_solutions import solve
 from packc.ops.gated_delta_rule.triton_states import correct_states
-from packc.ops.linear_attention.reference import chunk_states_shape
-from packc.ops.linear_attention.triton_chunks import (
-    chunk_of,
-    chunks_of,
-    countable,
-    load_between,
-    load_per_token,
-    load_tile,
-    state_strides,
-    token_strides,
-)
-from packc.ops.linear_attention.triton_products import dot_by_computed, dot_fp32, from_start, log_decays
 from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.linear_attention.reference import CHUNK
-from packc.ops.linear_attention.triton_chunks import Chunks, chunk_of, head_strides, inside_of, load_tile, token_strides
-from packc.ops.linear_attention.triton_products import fp32_products, log_decays
+from packc.ops.common.chunks import CHUNK
+from packc.ops.common.triton_chunks import Chunks, chunk_of, head_strides, inside_of, load_tile, token_strides
+from packc.ops.common.triton_products import fp32_products, log_decays
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 

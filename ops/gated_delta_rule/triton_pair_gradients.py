@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
-from packc.ops.gated_delta_rule.triton_gates import Gate, load_dense, load_sums, pair_tile, store_dense
-from packc.ops.linear_attention.triton_chunks import (
+from packc.ops.common.triton_chunks import (
     chunk_of,
     head_strides,
     load_per_token,
@@ -19,7 +17,7 @@ from packc.ops.linear_attention.triton_chunks import (
     store_per_token,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import (
+from packc.ops.common.triton_products import (
     between,
     dot_by_computed,
     dot_fp32,
@@ -27,6 +25,8 @@ from packc.ops.linear_attention.triton_products import (
     log_decays,
     select,
 )
+from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
+from packc.ops.gated_delta_rule.triton_gates import Gate, load_dense, load_sums, pair_tile, store_dense
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
+from packc.ops.common.triton_products import between, dot, dot_fp32, log_decays, select
 from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
 from packc.ops.gated_delta_rule.triton_gates import Gate, load_sums, pair_tile
-from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
-from packc.ops.linear_attention.triton_products import between, dot, dot_fp32, log_decays, select
 from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, CONFIGS, block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token
+from packc.ops.common.triton_products import dot_fp32, fp32_products
 from packc.ops.gated_delta_rule.triton_channels import meets
-from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token
-from packc.ops.linear_attention.triton_products import dot_fp32, fp32_products
 from packc.ops.tritonsrc.launch import launch
 
 HALF = tl.constexpr(32)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
+from packc.ops.common.triton_products import dot_fp32, from_start, log_decays
 from packc.ops.gated_delta_rule.triton_gates import (
     Gate,
     channels_from_start,
@@ -23,8 +25,6 @@ from packc.ops.gated_delta_rule.triton_gates import (
     pair_tile_transposed,
     store_dense,
 )
-from packc.ops.linear_attention.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
-from packc.ops.linear_attention.triton_products import dot_fp32, from_start, log_decays
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 

@@ -9,6 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops.common.triton_chunks import (
+    Chunks,
+    head_strides,
+    inside_of,
+    load_per_token,
+    load_tile,
+    token_strides,
+)
+from packc.ops.common.triton_products import (
+    dot_by_computed,
+    dot_computed,
+    dot_fp32,
+    from_start,
+    log_decays,
+    to_end,
+    whole,
+)
 from packc.ops.gated_delta_rule.triton_gates import (
     Gate,
     channels_from_start,
@@ -18,23 +35,6 @@ from packc.ops.gated_delta_rule.triton_gates import (
     store_dense,
 )
 from packc.ops.gated_delta_rule.triton_states import document_of, state_tile
-from packc.ops.linear_attention.triton_chunks import (
-    Chunks,
-    head_strides,
-    inside_of,
-    load_per_token,
-    load_tile,
-    token_strides,
-)
-from packc.ops.linear_attention.triton_products import (
-    dot_by_computed,
-    dot_computed,
-    dot_fp32,
-    from_start,
-    log_decays,
-    to_end,
-    whole,
-)
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 

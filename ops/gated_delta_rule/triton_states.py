@@ -13,14 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.gated_delta_rule.triton_gates import (
-    Gate,
-    channels_to_end,
-    channels_whole,
-    load_dense,
-    store_dense,
-)
-from packc.ops.linear_attention.triton_chunks import (
+from packc.ops.common.triton_chunks import (
     Chunks,
     head_strides,
     inside_of,
@@ -29,7 +22,14 @@ from packc.ops.linear_attention.triton_chunks import (
     slots_behind,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import dot_by_computed, dot_fp32, log_decays, to_end, whole
+from packc.ops.common.triton_products import dot_by_computed, dot_fp32, log_decays, to_end, whole
+from packc.ops.gated_delta_rule.triton_gates import (
+    Gate,
+    channels_to_end,
+    channels_whole,
+    load_dense,
+    store_dense,
+)
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import launch
 

@@ -1,16 +1,15 @@
 """``packc::linear_attention`` and ``packc::linear_attention_bwd``: the kernels' case without step and skip.
 
-The forward also returns the states between chunks, flattened: see ``reference.chunk_states_shape``.
+The forward also returns the states between chunks, flattened: see ``common/chunks.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from packc.ops.linear_attention.reference import CHUNK, chunk_states_length
+from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
 from packc.ops.mixer import Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
@@ -35,12 +34,6 @@ def _backward(
         dout, dfinal_state, chunk_states, q, k, v, g, None, None, *rest, False
     )
     return dq, dk, dv, dg, dinitial_state
-
-
-def check_heads(op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor | None) -> None:
-    for name in ("q", "v"):
-        if tensors[name].ndim != 4:
-            raise ValueError(f"{op}: {name} must be (B, L, heads, channels), not {tuple(tensors[name].shape)}")
 
 
 def flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:

@@ -13,15 +13,16 @@ import torch
 import triton
 from torch import Tensor
 
-from packc.ops.linear_attention.reference import CHUNK, Gradients, chunk_states_shape
-from packc.ops.linear_attention.triton_chunks import chunks_of, countable, head_strides, state_strides, token_strides
+from packc.ops.common.chunks import CHUNK, chunk_states_shape
+from packc.ops.common.triton_chunks import chunks_of, countable, head_strides, state_strides, token_strides
+from packc.ops.common.triton_products import (
+    fp32_products,
+)
+from packc.ops.linear_attention.reference import Gradients
 from packc.ops.linear_attention.triton_forward import key_major
 from packc.ops.linear_attention.triton_grad_pairs import grad_pairs
 from packc.ops.linear_attention.triton_grad_qk import grad_qk
 from packc.ops.linear_attention.triton_grad_v import grad_v
-from packc.ops.linear_attention.triton_products import (
-    fp32_products,
-)
 from packc.ops.linear_attention.triton_states import block_of, carry_states, half_block_of
 from packc.ops.tritonsrc.launch import launch
 

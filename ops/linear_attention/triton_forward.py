@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.linear_attention.reference import CHUNK, chunk_states_shape
-from packc.ops.linear_attention.triton_chunks import (
+from packc.ops.common.chunks import CHUNK, chunk_states_shape
+from packc.ops.common.triton_chunks import (
     chunk_of,
     chunks_of,
     countable,
@@ -20,7 +20,7 @@ from packc.ops.linear_attention.triton_chunks import (
     store_tile,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import (
+from packc.ops.common.triton_products import (
     between,
     dot,
     dot_by_computed,

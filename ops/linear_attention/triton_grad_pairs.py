@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from packc.ops.linear_attention.triton_chunks import chunk_of, load_per_token, load_tile, store_per_token
-from packc.ops.linear_attention.triton_products import (
+from packc.ops.common.triton_chunks import chunk_of, load_per_token, load_tile, store_per_token
+from packc.ops.common.triton_products import (
     between,
     dot,
     log_decays,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from packc.ops.linear_attention.triton_chunks import (
+from packc.ops.common.triton_chunks import (
     chunk_of,
     load_between,
     load_per_token,
@@ -13,7 +13,7 @@ from packc.ops.linear_attention.triton_chunks import (
     store_per_token,
     store_tile,
 )
-from packc.ops.linear_attention.triton_products import (
+from packc.ops.common.triton_products import (
     between_transposed,
     dot,
     dot_by_computed,

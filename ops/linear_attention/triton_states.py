@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.linear_attention.reference import CHUNK
-from packc.ops.linear_attention.triton_chunks import (
+from packc.ops.common.chunks import CHUNK
+from packc.ops.common.triton_chunks import (
     Chunks,
     chunk_of,
     head_strides,
@@ -22,7 +22,7 @@ from packc.ops.linear_attention.triton_chunks import (
     state_strides,
     token_strides,
 )
-from packc.ops.linear_attention.triton_products import (
+from packc.ops.common.triton_products import (
     dot_by_computed,
     fp32_products,
     from_start,

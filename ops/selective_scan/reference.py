@@ -21,6 +21,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.common.silu import silu_slope
 from packc.ops.mixer import state_dtype
 
 CHUNK = 64
@@ -227,8 +228,3 @@ def backward(
         delta_bias=None if delta_bias is None else ddelta.sum((0, 1)).to(delta_bias.dtype),
         initial_state=None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )
-
-
-def silu_slope(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packc.ops import dispatch
+from packc.ops.common.chunks import chunk_states_length
+from packc.ops.common.silu import silu_slope
 from packc.ops.linear_attention import op as linear_attention
-from packc.ops.linear_attention.reference import chunk_states_length
 from packc.ops.mixer import Mixer
 from packc.ops.registration import declare
-from packc.ops.selective_scan.reference import silu_slope
 from packc.ops.shapes import Groups
 
 

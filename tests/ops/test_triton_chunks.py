@@ -5,7 +5,7 @@ import torch
 from implementations import implementation
 from selective_scan_data import offsets
 
-from packc.ops.linear_attention.triton_chunks import chunks_of
+from packc.ops.common.triton_chunks import chunks_of
 
 KERNELS = pytest.mark.parametrize("kernels", ["triton", pytest.param("gpu", marks=pytest.mark.gpu)])
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.linear_attention.reference import CHUNK
+from packc.ops.common.chunks import CHUNK
 from packc.ops.tritonsrc import tokens
 from packc.ops.tritonsrc.launch import launch
 
