@@ -94,3 +94,18 @@ def test_other_shapes_compile_nothing_new():
         with torch._dynamo.config.patch(error_on_recompile=step > 2):
             batch = batch_of(rows)
             assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+
+
+def test_rows_with_padding_inside_have_a_head_of_shifted_logits_too():
+    model = tiny_decoder("llama")
+
+    def score(input_ids, attention_mask):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+        chosen = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        return (chosen * attention_mask[:, 1:]).sum(-1)
+
+    compiled = torch.compile(score, backend="packc", options=DEBUG, fullgraph=True)
+    for rows in (RIGHT, HOLE):
+        batch = batch_with_cache(rows)
+        inputs = batch["input_ids"], batch["attention_mask"]
+        torch.testing.assert_close(compiled(*inputs), score(*inputs), rtol=1e-4, atol=1e-4)
