@@ -11,6 +11,7 @@ from torch import fx
 from packc import config
 from packc.cache_key import cache_key, keyed_by
 from packc.donated_buffers import keep_saved_tensors
+from packc.kept_strides import keep_strides
 from packc.private_torch import private_torch
 
 
@@ -47,6 +48,7 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) ->
     def compile_one(*args: Any, **kwargs: Any) -> Any:
         """Forward or backward, now or, with nothing of ours around it, when the first gradient is asked for."""
         keep_saved_tensors()
+        keep_strides(args[0])
         with keyed_by(key):
             return compile_fx_inner(*args, **kwargs)
 

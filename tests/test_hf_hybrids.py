@@ -76,6 +76,13 @@ def test_a_decoder_of_attention_alone_packs_whole(family):
 
 
 @one_family_now_the_others_slow
+def test_code_is_generated_for_a_training_step(family):
+    model, batch = tiny_model(family).train(), batch_of(RIGHT)
+    compiled = torch.compile(model, backend="packc", options={"packc.strict": True}, fullgraph=True)
+    assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+
+
+@one_family_now_the_others_slow
 def test_nothing_runs_padded(family):
     report = packc.explain(tiny_model(family).train())(**batch_of(RIGHT))
     assert (report.tokens, report.fallback) == (15, None)

@@ -1,0 +1,55 @@
+"""What is saved for a packed backward has the strides that it was traced with."""
+
+import pytest
+import torch
+from harness import RIGHT, masks
+from torch.nn import functional as F
+
+import packc
+from packc import kept_strides
+
+B, L, H, D = 3, 8, 2, 4
+STRICT = {"packc.strict": True}
+
+
+def attend(x, attention_mask):
+    """Heads are computed on after they were transposed, as a rotation does."""
+    places = torch.arange(x.shape[1])
+    visible = (places <= places[:, None]) & (attention_mask[:, None, None] != 0)
+    q = x.unflatten(-1, (H, D)).transpose(1, 2) * torch.linspace(0, 1, x.shape[1])[:, None]
+    return F.scaled_dot_product_attention(q, q.cos(), q.sin(), visible).transpose(1, 2).flatten(2)
+
+
+def gradient(function):
+    x = torch.randn(B, L, H * D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = masks(RIGHT)
+    return torch.autograd.grad((function(x, mask) * mask[..., None]).square().sum(), x)[0]
+
+
+def test_a_backward_takes_heads_that_were_transposed_and_computed_on():
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradient(torch.compile(attend, backend="packc", options=STRICT)), gradient(attend))
+
+
+def test_without_it_inductor_refuses_them(monkeypatch):
+    """Should this pass one day, the file has done its service."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(packc.inner_backend, "keep_strides", lambda gm: None)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with pytest.raises(AssertionError, match="expected size"):
+        gradient(torch.compile(attend, backend="packc", options=STRICT))
+
+
+def test_contiguous_values_are_left_alone():
+    torch._dynamo.reset()
+    held = []
+    lower = kept_strides._lower
+
+    def model(x, attention_mask):
+        x = packc.ops.causal_conv1d(x * attention_mask[..., None], torch.ones(H * D, 2))
+        return x.cos() * x.sin()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_strides, "_lower", lambda: held.append(lower()))
+        gradient(torch.compile(model, backend="packc", options=STRICT))
+    assert held == []
