@@ -80,7 +80,7 @@ class _WithoutWgmma(contextlib.AbstractContextManager[None]):
             warnings.warn(
                 f"packc: triton {triton.__version__} may miscompile Hopper's matrix products (wgmma); packc's kernels "
                 f"do without, which is slower. Triton 3.9 is sound; {_SWITCH}=0 uses wgmma whatever comes of it.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def __exit__(self, *_: object) -> None:

@@ -55,7 +55,7 @@ class Relaunched:
         for name, x in arguments.items():
             kind = type(x)
             if kind is int and name in self._in_kind:
-                kinds.append(1 if x == 1 else (x % 16 == 0, x.bit_length() > 31))
+                kinds.append("1" if x == 1 else (x % 16 == 0, x.bit_length() > 31))
             elif kind is torch.Tensor or isinstance(x, torch.Tensor):
                 kinds += x.dtype, x.data_ptr() % 16 == 0
             else:
