@@ -1,6 +1,7 @@
 """The benchmarks run as they stand, on sizes that take seconds; what they measure then means nothing."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -50,3 +51,14 @@ def test_what_does_not_scale_is_listed_by_event():
     table = run("efficiency.py", "--rounds=1", "--rows=100")
     assert "efficiency" in table
     assert "aten::mm" in table
+
+
+def test_models_are_measured_a_line_each_and_not_twice(tmp_path):
+    arguments = ("models.py", "--quick", "--stock=eager", f"--output={tmp_path}")
+    run(*arguments, "llama", PACKC_INNER="aot_eager")
+    assert "measured already" in run(*arguments, "llama")
+    (line,) = map(json.loads, (tmp_path / "models.jsonl").open())
+    assert line["family"] == "llama"
+    assert line["loss, relative difference"] < 1e-5
+    assert "llama" in (tmp_path / "models.md").read_text()
+    assert (tmp_path / "models.png").stat().st_size > 0

@@ -45,6 +45,9 @@ class Job:
     weights: dict[str, Tensor]
     batches: list[dict[str, Tensor]]
     learning_rate: float | None = None
+    model: str = "MambaForCausalLM"
+    """A class of transformers; ``config`` is for ``config_class``, by default the one that the model's names."""
+    config_class: str | None = None
 
 
 class Contender:

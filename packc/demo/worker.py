@@ -1,7 +1,7 @@
 """A contender in a process of its own: trains a stock model, one step a request.
 
 Run by path (see contender.py), because importing it from packc would bring packc into the stock contenders. A job is
-a file from ``torch.save``: the model's configuration, its first weights, the batches, which backend, the learning rate.
+a file from ``torch.save``: the model, its configuration and first weights, the batches, backend and learning rate.
 Requests come on stdin and replies go to stdout, a JSON object a line: ``{"batch": i}`` makes a training step,
 ``{"restart": true}`` goes back to the first weights.
 """
@@ -20,7 +20,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [path for path in sys.path if path != HERE]  # files beside this one must not pass for libraries
 
 import torch  # noqa: E402
-from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
+import transformers  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,10 @@ class Training:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
-        self.model = MambaForCausalLM(MambaConfig(**job["config"])).train()
+        kind = getattr(transformers, job["model"])
+        named = job["config_class"]
+        config = getattr(transformers, named) if named is not None else kind.config_class
+        self.model = kind(config(**job["config"])).train()
         self.forward: Callable[..., Any] = self.model
         if job["backend"] != "eager":
             self.forward = torch.compile(self.model, backend=job["backend"])
