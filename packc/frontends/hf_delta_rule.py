@@ -54,10 +54,10 @@ def _delta_rule(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
-    normalised: bool,
+    l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     dtype = query.dtype
-    if normalised:
+    if l2norm:
         query, key = normalised(query), normalised(key)
     result: Any = ops.gated_delta_rule(
         query, key, value, g, beta, initial_state=initial_state, output_final_state=output_final_state

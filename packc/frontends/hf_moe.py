@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from packc.frontends.keep_whole import Around, Method, PackedForm
+from packc.frontends.keep_whole import Around, KeptWhole, Method
 from packc.ops.row_wise import begin_row_wise, end_row_wise
 
 
@@ -57,7 +57,7 @@ _WITH_A_BALANCING_LOSS = (
     "qwen3_5_moe",
 )
 
-KEPT_WHOLE: dict[str, dict[str, PackedForm | Around | Method]] = {
+KEPT_WHOLE: KeptWhole = {
     "transformers.integrations.moe": {
         "batched_mm_experts_forward": Around(experts_forward),
         "grouped_mm_experts_forward": Around(experts_forward),
@@ -68,4 +68,3 @@ KEPT_WHOLE: dict[str, dict[str, PackedForm | Around | Method]] = {
         for family in _WITH_A_BALANCING_LOSS
     },
 }
-"""Module -> name of its function or class -> the same with packc's ops."""

@@ -1,7 +1,7 @@
-"""The packages of kernels that models call by themselves: causal-conv1d, mamba-ssm and flash-linear-attention.
+"""The packages that models call by themselves: causal-conv1d, mamba-ssm, flash-linear-attention, and mambapy.
 
-Their kernels know no padding, and most of them no compiler. Layouts are each package's own: the convolution and the
-Mamba-1 scan of the first two are channel-first, (B, D, L).
+Kernels of the first three know no padding, and most of them no compiler; the last is plain torch. Layouts are each
+package's own: the convolution and the Mamba-1 scan of the first two are channel-first, (B, D, L).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from packc import ops
 from packc.frontends import hf_delta_rule
-from packc.frontends.keep_whole import ByName, KeptWhole
+from packc.frontends.keep_whole import ByName, KeptWhole, Method
 
 
 def _says_something(others: dict[str, Any]) -> bool:
@@ -76,6 +76,13 @@ def selective_scan_fn(
     return (result[0].transpose(1, 2), result[1]) if return_last_state else result.transpose(1, 2)
 
 
+def selective_scan_of_a_block(
+    self: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **others: Any
+) -> Any:
+    """mambapy's, token-major: x and delta ``(B, L, D)``, B and C ``(B, L, N)``."""
+    return NotImplemented if _says_something(others) else ops.selective_scan(x, delta, A, B, C, D)
+
+
 def mamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -95,10 +102,10 @@ def mamba_inner_fn(
     if _says_something(others) or A.is_complex():
         return NotImplemented
     x, z = xz.transpose(1, 2).chunk(2, dim=2)
-    x = ops.causal_conv1d(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
-    delta, B, C = F.linear(x, x_proj_weight).split([delta_proj_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
+    mixed: Any = ops.causal_conv1d(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
+    delta, B, C = F.linear(mixed, x_proj_weight).split([delta_proj_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
     delta = F.linear(delta, delta_proj_weight)
-    out: Any = ops.selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    out: Any = ops.selective_scan(mixed, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return F.linear(out, out_proj_weight, out_proj_bias)
 
 
@@ -128,9 +135,9 @@ def mamba_chunk_scan_combined(
         C,
         D,
         z,
-        dt_bias,
-        dt_softplus,
-        dt_limit,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
         initial_state=initial_states,
         output_final_state=return_final_states,
     )
@@ -162,12 +169,22 @@ def mamba_split_conv1d_scan_combined(
     if _says_something(others) or zxbcdt.shape[-1] != 2 * inner + 2 * states + heads:  # an MLP of its own beside it
         return NotImplemented
     z, xBC, dt = zxbcdt.split([inner, inner + 2 * states, heads], dim=-1)
-    xBC = ops.causal_conv1d(xBC, conv1d_weight, conv1d_bias, activation=activation)
-    x, B, C = xBC.split([inner, states, states], dim=-1)
-    of_heads = [each.unflatten(-1, (heads, inner // heads)) for each in (x, z)]
-    of_groups = [each.unflatten(-1, (ngroups, states // ngroups)) for each in (B, C)]
-    gate = of_heads[1] if rmsnorm_weight is None else None
-    out: Any = ops.ssd(of_heads[0], dt, A, *of_groups, D, gate, dt_bias=dt_bias, dt_softplus=True, dt_limit=dt_limit)
+    mixed: Any = ops.causal_conv1d(xBC, conv1d_weight, conv1d_bias, activation=activation)
+    x, B, C = mixed.split([inner, states, states], dim=-1)
+    x, gate = (each.unflatten(-1, (heads, inner // heads)) for each in (x, z))
+    B, C = (each.unflatten(-1, (ngroups, states // ngroups)) for each in (B, C))
+    out: Any = ops.ssd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        gate if rmsnorm_weight is None else None,
+        dt_bias=dt_bias,
+        dt_softplus=True,
+        dt_limit=dt_limit,
+    )
     out = out.flatten(2)
     if rmsnorm_weight is not None:
         wide, silu = out.float(), F.silu(z.float())
@@ -215,6 +232,7 @@ KEPT_WHOLE: KeptWhole = {
         "mamba_chunk_scan_combined": ByName(mamba_chunk_scan_combined),
         "mamba_split_conv1d_scan_combined": ByName(mamba_split_conv1d_scan_combined),
     },
+    "mambapy.mamba": {"MambaBlock": Method("selective_scan", ByName(selective_scan_of_a_block))},
     "fla.ops.*": {
         "chunk_gated_delta_rule": ByName(chunk_gated_delta_rule),
         "fused_recurrent_gated_delta_rule": ByName(chunk_gated_delta_rule),

@@ -71,6 +71,26 @@ def test_selective_scan(package, packc_backend):
     assert_close(compiled(function, packc_backend, **one_group, delta_softplus=True), expected)
 
 
+BLOCK = """
+class MambaBlock:
+    def selective_scan(self, x, delta, A, B, C, D):
+        raise NotImplementedError
+"""
+
+
+def test_a_block_of_mambapy(tmp_path, monkeypatch, packc_backend):
+    given = {name: value for name, value in scan_arguments().items() if name not in ("z", "delta_bias")}
+    expected = mamba.mamba_selective_scan(*given.values()).transpose(1, 2)
+    tokens_first = [value.transpose(1, 2) if value.dim() == 3 else value for value in given.values()]
+    (tmp_path / "mambapy").mkdir()
+    (tmp_path / "mambapy" / "mamba.py").write_text(BLOCK)
+    monkeypatch.syspath_prepend(tmp_path)
+    block = importlib.import_module("mambapy.mamba").MambaBlock()
+    for name in ("mambapy", "mambapy.mamba"):
+        monkeypatch.delitem(sys.modules, name)
+    assert_close(compiled(block.selective_scan, packc_backend, *tokens_first), expected)
+
+
 def test_groups_of_a_selective_scan_go_to_the_original(package, packc_backend):
     given = scan_arguments()
     given["B"] = given["B"][:, None].expand(-1, 2, -1, -1)

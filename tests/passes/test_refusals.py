@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import RecordingBackend, masks
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 import packc
@@ -36,6 +37,8 @@ ACROSS_TOKENS = {
     "joined along positions": (lambda x, m: torch.cat([x, x], 1), "cat"),
     "a position written": (lambda x, m: _write_a_position(x), "select_scatter"),
     "written in place through a reshape": (lambda x, m: _write_through_a_reshape(x), "copy_"),
+    "scan by sums of logarithms": (lambda x, m: _scan_of_logarithms(x.sigmoid(), x), "cumsum"),
+    "associative scan": (lambda x, m: _associative_scan(x.sigmoid(), x), "a tensor of numbers"),
     "gradient by torch.func": (lambda x, m: torch.func.grad(lambda y: y.cumsum(1).sum())(x), "a derivative"),
     "tangent by torch.func": (lambda x, m: torch.func.jvp(torch.sin, (x,), (x,))[1], "a derivative"),
     "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "broadcast_tensors"),
@@ -54,6 +57,26 @@ def _write_through_a_reshape(x):
     return y
 
 
+def _scan_in_a_loop(a, b):
+    h, states = torch.zeros_like(b[:, 0]), []
+    for t in range(b.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states, 1)
+
+
+def _scan_of_logarithms(a, b):
+    decay = a.log().cumsum(1)
+    return (b * (-decay).exp()).cumsum(1) * decay.exp()
+
+
+def _associative_scan(a, b):
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    return associative_scan(combine, (a, b), dim=1, combine_mode="generic")[1]
+
+
 @pytest.mark.parametrize("name", ACROSS_TOKENS)
 def test_runs_unpacked_with_the_reason(name):
     function, op = ACROSS_TOKENS[name]
@@ -68,6 +91,16 @@ def test_runs_unpacked_with_the_reason(name):
     torch.testing.assert_close(actual, expected)
     (reason,) = backend.reasons
     assert op in reason
+
+
+def test_a_scan_in_a_loop_over_time_reads_stock_values():
+    def after_a_mixer(x, mask):
+        mixed = packc.ops.causal_conv1d(x * mask[..., None], TAPS)
+        return _scan_in_a_loop(mixed.sigmoid(), mixed)
+
+    x, mask = torch.randn(H, H, H), masks(["1111", "1110", "1100", "0110"])
+    compiled = torch.compile(after_a_mixer, backend=RecordingBackend("eager"), fullgraph=True)
+    torch.testing.assert_close(compiled(x, mask), after_a_mixer(x, mask))
 
 
 def test_a_mixer_that_is_packed_already_is_left_alone():
