@@ -1,4 +1,4 @@
-"""Which tests run on interpreted kernels by default: a kernel takes thousands of times as long there. --thorough: all."""
+"""Which tests run on interpreted kernels by default: kernels take thousands of times as long there. --thorough: all."""
 
 # Beside what all mixers promise: modules whose own tests would add some minutes, and those of them that run.
 OF_MODULES = {
