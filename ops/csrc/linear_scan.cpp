@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan(
   const auto fp32 = b.options().dtype(at::kFloat);
   const Tensor out = at::empty(b.sizes(), b.options());
   const Tensor final = at::empty({output_final_state ? documents.count() : 0, D}, fp32);
-  const Tensor kept = at::empty({rows * (L / kChunk) * D}, fp32);
+  const Tensor kept = at::empty({rows * (L / kLinearScanChunk) * D}, fp32);
   const DocumentStates initial(initial_state, D), finals(final, D);
   hand_on_states(documents, initial, finals);
   for_each_range(
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd(
   const Documents documents(cu_seqlens, rows, L);
   check_sizes("a", a, b.sizes());
   check_sizes("dout", dout, b.sizes());
-  check_sizes("chunk_states", chunk_states, {rows * (L / kChunk) * D});
+  check_sizes("chunk_states", chunk_states, {rows * (L / kLinearScanChunk) * D});
   if (dfinal_state)
     check_sizes("dfinal_state", *dfinal_state, {documents.count(), D});
   const Tensor da = at::empty(a.sizes(), a.options()), db = at::empty(b.sizes(), b.options());

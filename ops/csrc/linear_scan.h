@@ -23,7 +23,8 @@ namespace packc {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 16; // tokens; the state that leaves every whole chunk of a row is kept for the backward
+// Tokens; the state that leaves every whole chunk of a row is kept for the backward.
+constexpr int64_t kLinearScanChunk = 16;
 constexpr int64_t kPair = 2 * kVec; // channels computed at once: a vector of a 16-bit dtype
 constexpr int64_t kBlock = 2048; // channels of a tile: long rows are read faster than many short ones
 constexpr int64_t kRange = 4096; // channels of a task, at most
@@ -36,7 +37,7 @@ struct Piece {
   bool first, last; // of its document
 
   bool ends_chunk() const {
-    return (begin + length) % kChunk == 0;
+    return (begin + length) % kLinearScanChunk == 0;
   }
 };
 
@@ -56,7 +57,7 @@ inline std::vector<Group> groups_of(const Documents& documents) {
     room -= documents.length(n);
     const int64_t start = documents.packed ? documents.starts[n] : 0, end = start + documents.length(n);
     for (int64_t t = start; t < end;) {
-      const int64_t stop = std::min(end, (t / kChunk + 1) * kChunk);
+      const int64_t stop = std::min(end, (t / kLinearScanChunk + 1) * kLinearScanChunk);
       groups.back().push_back({n, documents.packed ? 0 : n, t, stop - t, t == start, stop == end});
       t = stop;
     }
@@ -70,11 +71,13 @@ struct ChunkStates {
   int64_t of_row, channels;
 
   ChunkStates(const Tensor& flat, const Tensor& x)
-      : data(const_cast<float*>(flat.const_data_ptr<float>())), of_row(x.size(1) / kChunk), channels(x.size(2)) {}
+      : data(const_cast<float*>(flat.const_data_ptr<float>())),
+        of_row(x.size(1) / kLinearScanChunk),
+        channels(x.size(2)) {}
 
   // The state that leaves the token in front of `token`, a multiple of 16.
   float* before(int64_t row, int64_t token) const {
-    return data + (row * of_row + token / kChunk - 1) * channels;
+    return data + (row * of_row + token / kLinearScanChunk - 1) * channels;
   }
 };
 
@@ -192,7 +195,7 @@ inline bool side_by_side(std::initializer_list<Tensor> tensors) {
 class Tile {
  public:
   Rows<float> rows() {
-    values_.resize(kChunk * kWidth);
+    values_.resize(kLinearScanChunk * kWidth);
     return {values_.data(), kWidth};
   }
   Rows<float> load(const Tensor& x, const Piece& piece, int64_t first, int64_t count) {

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(
   const ForwardOutputs outputs{
       at::empty(u.sizes(), u.options()),
       at::empty({output_final_state ? documents.count() : 0, p.channels, p.N}, fp32),
-      at::empty({u.size(0) * at::divup(u.size(1), kChunk) * p.N * p.channels}, fp32)};
+      at::empty({u.size(0) * at::divup(u.size(1), kSelectiveScanChunk) * p.N * p.channels}, fp32)};
   if (output_final_state)
     hand_on_states(documents, p.initial_state, outputs.final_state);
   const std::vector<Group> groups = groups_of(documents);
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_sizes("dout", dout, u.sizes());
   if (dfinal_state)
     check_sizes("dfinal_state", *dfinal_state, {documents.count(), p.channels, p.N});
-  check_sizes("chunk_states", chunk_states, {u.size(0) * at::divup(u.size(1), kChunk) * p.N * p.channels});
+  check_sizes("chunk_states", chunk_states, {u.size(0) * at::divup(u.size(1), kSelectiveScanChunk) * p.N * p.channels});
   const auto fp32 = u.options().dtype(at::kFloat);
   const int64_t rows = u.size(0), L = u.size(1);
   const std::vector<Group> groups = groups_of(documents);

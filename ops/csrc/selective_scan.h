@@ -28,7 +28,8 @@ namespace packc {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 64; // tokens; the state that enters every chunk of a row is kept for the backward
+// Tokens; the state that enters every chunk of a row is kept for the backward.
+constexpr int64_t kSelectiveScanChunk = 64;
 constexpr int64_t kChannels = 64; // of a block
 constexpr int64_t kStates = 4; // computed at once, in registers
 constexpr int64_t kGroupTokens = 1024; // a group of documents has at least so many tokens
@@ -50,10 +51,10 @@ struct Piece {
   std::vector<Run> runs;
 
   bool begins_chunk() const {
-    return first % kChunk == 0;
+    return first % kSelectiveScanChunk == 0;
   }
   int64_t chunk() const {
-    return first / kChunk;
+    return first / kSelectiveScanChunk;
   }
 };
 
@@ -75,8 +76,8 @@ inline std::vector<Group> groups_of(const Documents& documents) {
     const int64_t row = documents.packed ? 0 : n, base = documents.packed ? 0 : documents.starts[n];
     const int64_t begin = documents.starts[n] - base, end = documents.starts[n + 1] - base;
     for (int64_t t = begin; t < end;) {
-      const int64_t stop = std::min(end, (t / kChunk + 1) * kChunk);
-      const bool extends = !group.empty() && group.back().row == row && group.back().chunk() == t / kChunk;
+      const int64_t stop = std::min(end, (t / kSelectiveScanChunk + 1) * kSelectiveScanChunk);
+      const bool extends = !group.empty() && group.back().row == row && group.back().chunk() == t / kSelectiveScanChunk;
       if (!extends)
         group.push_back(Piece{row, t, 0, {}});
       Piece& piece = group.back();
@@ -136,7 +137,7 @@ struct Problem {
 // Where the state that enters a piece's chunk is kept: (B, chunks, N, D) with contiguous channels. The tensor is flat: a
 // compiler that traces the op need not ask whether there is but one chunk.
 inline int64_t kept_state(const Problem& p, const Piece& piece, int64_t n, int64_t channel) {
-  const int64_t chunk = piece.row * at::divup(p.u.size(1), kChunk) + piece.chunk();
+  const int64_t chunk = piece.row * at::divup(p.u.size(1), kSelectiveScanChunk) + piece.chunk();
   return (chunk * p.N + n) * p.channels + channel;
 }
 
@@ -177,9 +178,9 @@ class Scratch {
 
 // A value per (vector of channels, token, lane): all the tokens of one vector of channels lie together.
 struct Tile : Scratch {
-  Tile() : Scratch(kChunk * kChannels) {}
+  Tile() : Scratch(kSelectiveScanChunk * kChannels) {}
   float* at(int64_t v, int64_t t) const {
-    return data() + (v * kChunk + t) * kVec;
+    return data() + (v * kSelectiveScanChunk + t) * kVec;
   }
 };
 
@@ -253,7 +254,12 @@ struct Inputs {
   Tile delta, u, x; // delta after bias and softplus; x = delta u
 
   explicit Inputs(const Problem& p)
-      : p(p), block{}, states(whole_states(p.N)), rows(kChunk * kChannels), B(kChunk * states), C(kChunk * states) {}
+      : p(p),
+        block{},
+        states(whole_states(p.N)),
+        rows(kSelectiveScanChunk * kChannels),
+        B(kSelectiveScanChunk * states),
+        C(kSelectiveScanChunk * states) {}
 
   void load_BC(const Piece& piece, int64_t g) {
     load(p.B.select(2, g), piece.row, piece.first, 0, piece.count, p.N, B.data(), states);
@@ -278,7 +284,7 @@ struct Inputs {
   void load_piece(const Piece& piece, const ChannelBlock& next, const Before& before) {
     // Lanes beyond a block's channels stay zero, so that sums over lanes need no mask.
     if (next.count < block.count)
-      std::fill_n(rows.data(), kChunk * kChannels, 0.f);
+      std::fill_n(rows.data(), kSelectiveScanChunk * kChannels, 0.f);
     block = next;
     load_rows(p.delta, piece);
     for (int64_t v = 0; v < block.vectors(); ++v) {

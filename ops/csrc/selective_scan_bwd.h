@@ -32,10 +32,12 @@ class Backward {
       const Problem& p, const Tensor& dout, const OptionalTensor& dfinal_state, const Tensor& chunk_states,
       const BackwardOutputs& grads)
       : p_(p), dout_(dout), dfinal_state_(dfinal_state), chunk_states_(chunk_states), grads_(grads), in_(p),
-        decays_(kChunk * kStates * kVec),
+        decays_(kSelectiveScanChunk * kStates * kVec),
         // A run begins with the state that enters it: one place more for each.
-        history_(2 * kChunk * kStates * kVec), dB_(kChunk * kStates * kVec), dC_(kChunk * kStates * kVec),
-        result_(kChunk * kChannels) {}
+        history_(2 * kSelectiveScanChunk * kStates * kVec),
+        dB_(kSelectiveScanChunk * kStates * kVec),
+        dC_(kSelectiveScanChunk * kStates * kVec),
+        result_(kSelectiveScanChunk * kChannels) {}
 
   void run(const Group& group, int64_t index, std::span<const ChannelBlock> blocks) {
     std::vector<Carried> carried;
@@ -334,7 +336,7 @@ inline std::pair<Tensor, Tensor> sum_over_blocks(const Problem& p, const Tensor&
       }
     });
   };
-  at::parallel_for(0, rows * L, kChunk, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, rows * L, kSelectiveScanChunk, [&](int64_t first, int64_t last) {
     write(dB, 0, first, last);
     write(dC, 1, first, last);
   });

@@ -16,7 +16,7 @@ struct ForwardOutputs {
 class Forward {
  public:
   Forward(const Problem& p, const ForwardOutputs& outputs)
-      : p_(p), outputs_(outputs), in_(p), result_(kChunk * kChannels) {}
+      : p_(p), outputs_(outputs), in_(p), result_(kSelectiveScanChunk * kChannels) {}
 
   void run(const Group& group, std::span<const ChannelBlock> blocks) {
     std::vector<Carried> carried;

@@ -1,19 +1,20 @@
 """``kernels``: a test that takes it runs on every implementation of the ops, each on its device."""
 
 import pytest
+from budget import runs_by_default
 from implementations import implementation
-
-# Interpreted kernels pass what all mixers promise, and run on large heads; these modules' own tests add some minutes.
-SLOW_TO_INTERPRET = ("test_gated_delta_rule", "test_linear_attention", "test_linear_scan", "test_ssd")
-ALWAYS = ("test_any_size_of_heads", "test_any_trailing_shape", "test_is_linear_attention_bit_for_bit")
+from mixers import MIXERS
 
 IMPLEMENTATIONS = ["reference", "cpu", "triton", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def kernels(request):
-    slow = request.param == "triton" and request.module.__name__.split(".")[-1] in SLOW_TO_INTERPRET
-    if slow and request.node.originalname not in ALWAYS and not request.config.getoption("--thorough"):
+    test, module = request.node.originalname, request.module.__name__.split(".")[-1]
+    mixer = request.node.callspec.params.get("mixer") if module == "test_mixers" else None
+    name = next((name for name, each in MIXERS.items() if each is mixer), None)
+    thorough = request.config.getoption("--thorough")
+    if request.param == "triton" and not thorough and not runs_by_default(module, test, name):
         pytest.skip("slow to interpret: only with --thorough")
     with implementation(request.param):
         yield request.param

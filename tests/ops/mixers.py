@@ -56,21 +56,25 @@ def _gated_delta_rule_per_channel(B: int, L: int, H: int = 2, G: int = 1, K: int
     return _gated_delta_rule(B, L, H, G, K, V) | {"g": F.logsigmoid(torch.randn(B, L, H, K) + 2)}
 
 
-MIXERS = {
-    "gated_delta_rule": Mixer(ops.gated_delta_rule, _gated_delta_rule, (2, 5, 3), ("g",)),
-    "gated_delta_rule_per_channel": Mixer(ops.gated_delta_rule, _gated_delta_rule_per_channel, (2, 5, 3), ("g",)),
-    "linear_attention": Mixer(ops.linear_attention, _attention, (2, 5, 3), ("g",)),
-    "linear_scan": Mixer(ops.linear_scan, _linear_scan, (21,)),
-    "ssd": Mixer(ops.ssd, _ssd, (2, 3, 5), ("A", "D", "dt_bias"), {"dt_softplus": True, "dt_limit": (0.01, 2.0)}),
-}
-
-
 def _selective_scan(B: int, L: int, D: int = 3, N: int = 2) -> dict[str, Tensor]:
     return make_inputs(B, L, D, N)
 
 
 def _convolution(B: int, L: int, D: int = 3, W: int = 4) -> dict[str, Tensor]:
     return {"x": torch.randn(B, L, D), "weight": torch.randn(D, W), "bias": torch.randn(D)}
+
+
+MIXERS = {
+    "gated_delta_rule": Mixer(ops.gated_delta_rule, _gated_delta_rule, (2, 5, 3), ("g",)),
+    "gated_delta_rule_per_channel": Mixer(ops.gated_delta_rule, _gated_delta_rule_per_channel, (2, 5, 3), ("g",)),
+    "linear_attention": Mixer(ops.linear_attention, _attention, (2, 5, 3), ("g",)),
+    "linear_scan": Mixer(ops.linear_scan, _linear_scan, (21,)),
+    "causal_conv1d": Mixer(ops.causal_conv1d, _convolution, (3, 3)),
+    "selective_scan": Mixer(
+        ops.selective_scan, _selective_scan, (3, 2), ("A", "D", "delta_bias"), {"delta_softplus": True}
+    ),
+    "ssd": Mixer(ops.ssd, _ssd, (2, 3, 5), ("A", "D", "dt_bias"), {"dt_softplus": True, "dt_limit": (0.01, 2.0)}),
+}
 
 
 def _channel_first(B: int, L: int) -> dict[str, Tensor]:
@@ -81,12 +85,8 @@ def _halves(B: int, L: int) -> dict[str, Tensor]:
     return {name: x.half() for name, x in _convolution(B, L).items()}
 
 
-# Those whose promises have tests of their own.
+# Inputs for which other kernels run.
 OTHERS = {
-    "selective_scan": Mixer(
-        ops.selective_scan, _selective_scan, (3, 2), ("A", "D", "delta_bias"), {"delta_softplus": True}
-    ),
-    "causal_conv1d": Mixer(ops.causal_conv1d, _convolution, (3, 3)),
     "causal_conv1d of channel-first inputs": Mixer(ops.causal_conv1d, _channel_first, (3, 3)),
     "causal_conv1d of halves": Mixer(ops.causal_conv1d, _halves, (3, 3)),
 }

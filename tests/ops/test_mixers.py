@@ -17,23 +17,6 @@ few = settings(
 )
 
 
-# What the kernels of decays per channel do not share with those of decays per head.
-OF_CHANNELS = (
-    "test_documents_agree_with_the_fp64_reference",
-    "test_low_precision_inputs_lose_no_more_than_a_plain_implementation",
-    "test_nothing_in_one_document_changes_another_by_one_bit",
-    "test_no_tokens_at_all",
-)
-
-
-@pytest.fixture(autouse=True)
-def _slow_to_interpret(request):
-    given = request.node.callspec.params
-    of_channels = given["mixer"] is MIXERS["gated_delta_rule_per_channel"] and given.get("kernels") == "triton"
-    if of_channels and request.node.originalname not in OF_CHANNELS:
-        pytest.skip("slow to interpret, and the same code as with a decay per head")
-
-
 def states(mixer, documents):
     return torch.randn(documents, *mixer.state)
 
