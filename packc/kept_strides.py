@@ -94,7 +94,7 @@ def _lower() -> None:
         from torch._inductor.virtualized import V
     if _OP not in lowerings:
 
-        def lower(x: ir.TensorBox) -> ir.TensorBox:
+        def lower(x: ir.TensorBox) -> ir.IRNode:
             return ir.ExternKernel.require_stride_order(x, _order(V.graph.current_node))
 
         register_lowering(_OP, type_promotion_kind=None)(lower)

@@ -10,8 +10,8 @@ from harness import BOTH, HOLE, LEFT, RIGHT, batch_of, shaken
 import packc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import transformers  # noqa: E402
-from families import FAMILIES, configuration  # noqa: E402
+import transformers
+from families import FAMILIES, configuration
 
 DEBUG = {"packc.inner": "aot_eager"}
 STEMS = {"jamba": "Jamba", "zamba": "Zamba", "zamba2": "Zamba2", "llama": "Llama", "bert": "Bert"}
