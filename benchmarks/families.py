@@ -301,8 +301,9 @@ def _padded(report: Report) -> str:
 
 def _rest(report: Report) -> str:
     graphs = f"{report.graphs} graphs" if report.graphs > 1 else ""
+    padded = dict.fromkeys(boundary.reason for boundary in report.boundaries if report.tokens is not None)
     reason = re.sub(", and [a-z_0-9]+ is not zero at padding", "", report.fallback or "")
-    return "; ".join(filter(None, [graphs, reason.replace("|", "/")]))
+    return "; ".join(filter(None, [graphs, *padded, reason])).replace("|", "/")
 
 
 def table(rows: list[str]) -> str:

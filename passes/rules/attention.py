@@ -40,7 +40,7 @@ def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     if not isinstance(seen, Band):
         raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
     if op.argument("dropout_p") != 0:
-        raise NotTokenwise("drops out probabilities, and runs padded")
+        raise NotTokenwise("attention with dropout runs padded")
     heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))
     if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
         raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
