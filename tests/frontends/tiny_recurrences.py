@@ -24,8 +24,8 @@ _GROUPED = {
 }
 _BATCHED = {"experts_implementation": "batched_mm"}  # the other knows no fp64
 _EXPERTS = {
-    "num_experts": 2,
-    "num_experts_per_tok": 1,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,  # of one alone the weight is 1, and the router has no gradient
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 8,
     **_BATCHED,
