@@ -106,7 +106,8 @@ def contend(job: Job, backend: str, rounds: int, time_limit: float) -> dict[str,
     except TimeLimit:
         return {"failure": f"did not finish in {time_limit:.0f} s"}
     except RuntimeError as error:
-        return {"failure": str(error).splitlines()[-1]}
+        said = [line for line in str(error).splitlines() if "Error: " in line] or str(error).splitlines()
+        return {"failure": said[-1][:200]}
     full, half = zip(*steps, strict=True)
     return {
         "first_seconds": first.seconds,

@@ -1,11 +1,13 @@
 """Classifiers of sequences and of tokens: the model packs, and the numbers are eager's, whatever their head reads."""
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import BOTH, HOLE, LEFT, RIGHT, batch_of, shaken
+from harness import BOTH, HOLE, LEFT, RIGHT, batch_of, shaken, train_step
+from test_hf_recurrences import exact  # noqa: F401
 
 import packc
 
@@ -41,26 +43,30 @@ def labelled(rows, on):
 
 
 @each_kind
-def test_a_training_step_equals_eager(family, on, subtests):
+def test_a_training_step_is_as_exact_as_eager(family, on, exact):  # noqa: F811
+    """Within 1e-5 of fp64, or twice what eager is off."""
     model = classifier(family, on)
     compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
+    reference = copy.deepcopy(model)
+    reference.set_experts_implementation("eager")  # the one way that there is in fp64 too
+    packed, eager = [], []
     for rows in (RIGHT, LEFT, BOTH, HOLE):
-        with subtests.test(rows=rows):
-            assert_same(compiled, model, labelled(rows, on), of_tokens=on == ON[1])
+        batch = labelled(rows, on)
+        real = batch["attention_mask"].bool() if on == ON[1] else slice(None)
+        wanted = exact(reference, batch)
+        packed.append(error(train_step(compiled, batch), wanted, real))
+        eager.append(error(train_step(reference, batch), wanted, real))
+    assert max(packed) <= max(1e-5, 2 * max(eager)), (packed, eager)
 
 
-def assert_same(compiled, model, batch, *, of_tokens):
-    results = []
-    for forward in (compiled, model):
-        model.zero_grad()
-        out = forward(**batch)
-        out.loss.backward()
-        logits = out.logits[batch["attention_mask"].bool()] if of_tokens else out.logits
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results.append({"loss": out.loss.detach(), "logits": logits.detach(), **gradients})
-    actual, expected = results
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5 * value.abs().max().item(), msg=name)
+def error(actual, wanted, real):
+    """The largest of all results against its own largest value; what is zero but for rounding, against all others'."""
+    least = 1e-6 * max(value.abs().max().item() for value in wanted.values())
+    pairs = [
+        (actual[name][real], value[real]) if name == "logits" else (actual[name], value)
+        for name, value in wanted.items()
+    ]
+    return max(((x.double() - y).abs().max() / max(y.abs().max().item(), least)).item() for x, y in pairs)
 
 
 @each_kind
