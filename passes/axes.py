@@ -83,6 +83,19 @@ def inputs_of(node: fx.Node) -> set[fx.Node]:
     return {each for each in seen if each.op == "placeholder"}
 
 
+def hint_of(size: Any) -> Any:
+    """A size as the example has it; None where nobody knows before the graph runs."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
+def made_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; if they are in the example alone, both symbolic, from now on by a guard."""
+    if same_size(a, b):
+        return True
+    symbolic = isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)
+    return symbolic and hint_of(a) is not None and hint_of(a) == hint_of(b) and bool(a == b)
+
+
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are known to be equal; False when it would take a guard to find out."""
     return statically_known_true(a == b)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, OTHER, SEQ, covers_tokens, is_tensor, same_size, value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, covers_tokens, is_tensor, made_equal, value_of
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules import rule_for
@@ -33,7 +33,8 @@ def _inputs_of_size(graph: Graph) -> list[fx.Node]:
     """The arguments whose first two axes have the mask's sizes.
 
     One that means something else by them is no danger: a layout only claims that the axes have these sizes, and a rule
-    that finds them where it wants features says so.
+    that finds them where it wants features says so. Of symbolic sizes it is guarded: the rows of ids and mask have two
+    symbols, unless the model makes them meet.
     """
     batch, length = value_of(graph.mask).shape
     return [
@@ -41,8 +42,7 @@ def _inputs_of_size(graph: Graph) -> list[fx.Node]:
         for node in graph.placeholders
         if is_argument(node)
         and value_of(node).ndim >= 2
-        and same_size(value_of(node).shape[0], batch)
-        and same_size(value_of(node).shape[1], length)
+        and all(map(made_equal, value_of(node).shape[:2], (batch, length)))
     ]
 
 

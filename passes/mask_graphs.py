@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from packc.passes.axes import value_of
+from packc.passes.axes import hint_of, value_of
 from packc.passes.graph import Graph
 
 _MOST_NODES = 500
@@ -104,9 +104,10 @@ def number(value: Any, at: Sizes) -> int | float | bool:
             raise ValueError(f"{value} is not known at {at}")
         kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
         return kind(expression)
-    if value.node.hint is None:
+    hint = hint_of(value)
+    if hint is None:
         raise ValueError(f"{value} is not known before the graph runs")
-    return value.node.hint
+    return hint
 
 
 def _is_number(value: Any) -> bool:

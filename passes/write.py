@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, OTHER, SEQ, TOKENS, Axis, Layout, Whole, value_of
+from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, value_of
 from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed
 from packc.passes.graph import Graph, is_item, switches_mode
@@ -163,17 +164,18 @@ class _Writer:
         return result
 
     def _padded_size(self, node: fx.Node, axis: int) -> Any:
-        layout = self.tokens.layout(node)
-        if layout is not None and layout[axis] in (BATCH, SEQ):
-            return self.padded.size(layout[axis])
-        return self._write(aten.sym_size.int, self.in_packed[node], axis)
+        layout, size = self.tokens.layout(node), value_of(node).shape[axis]
+        kind = None if layout is None else layout[axis]
+        if kind in (BATCH, SEQ):
+            return self.padded.size(kind)
+        if kind is TOKENS:
+            return self._times(self.padded.batch, self.padded.length)
+        if isinstance(size, int):
+            return size
+        return self._write(aten.sym_size.int, self._padded(node) if kind is FLAT else self.in_packed[node], axis)
 
     def _padded_numel(self, of: fx.Node) -> Any:
-        numel: Any = 1
-        for kind, size in zip(self.tokens.layout(of) or (), value_of(of).shape, strict=True):
-            for factor in {OTHER: (size,), TOKENS: (self.padded.batch, self.padded.length)}.get(kind, (kind,)):
-                numel = self._times(numel, self.padded.size(factor) if isinstance(factor, Axis) else factor)
-        return numel
+        return functools.reduce(self._times, (self._padded_size(of, axis) for axis in range(value_of(of).ndim)), 1)
 
     def _times(self, a: Any, b: Any) -> Any:
         return self._write(operator.mul, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a * b

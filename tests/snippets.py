@@ -164,6 +164,7 @@ REDUCTIONS = {
     "masked sums": lambda x, m: (
         x * ((x * m[..., None]).sum() + (x * m[..., None]).mean() + (x * m[..., None]).mean((0, 1, 2)))
     ),
+    "masked mean of flattened tokens": lambda x, m: x * (x * m[..., None]).flatten(0, 1).mean(),
     "losses of every token": lambda x, m: (
         F.cross_entropy(x.view(-1, H), m.flatten(), reduction="none").view(H, H)
         + aten.nll_loss_nd(x.transpose(1, 2), m, None, 0, -100)

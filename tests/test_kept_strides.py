@@ -35,8 +35,8 @@ def test_without_it_inductor_refuses_them(monkeypatch):
     """Should this pass one day, the file has done its service."""
     torch._dynamo.reset()
     monkeypatch.setattr(packc.inner_backend, "keep_strides", lambda gm: None)
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    with pytest.raises(AssertionError, match="expected size"):
+    no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with no_cache, pytest.raises(AssertionError, match="expected size"):
         gradient(torch.compile(attend, backend="packc", options=STRICT))
 
 

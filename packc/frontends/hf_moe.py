@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from packc.frontends.hf import MODELING
 from packc.frontends.keep_whole import Around, KeptWhole, Method
 from packc.ops.row_wise import begin_row_wise, end_row_wise
 
@@ -47,24 +48,11 @@ def load_balancing_loss_func(
     return (chosen / tokens * (probability / tokens)).sum() * num_experts
 
 
-_WITH_A_BALANCING_LOSS = (
-    "granitemoehybrid",
-    "jamba",
-    "minimax",
-    "mixtral",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_5_moe",
-)
-
 KEPT_WHOLE: KeptWhole = {
     "transformers.integrations.moe": {
         "batched_mm_experts_forward": Around(experts_forward),
         "grouped_mm_experts_forward": Around(experts_forward),
         "ExpertsInterface": Method("get_interface", get_interface),
     },
-    **{
-        f"transformers.models.{family}.modeling_{family}": {"load_balancing_loss_func": load_balancing_loss_func}
-        for family in _WITH_A_BALANCING_LOSS
-    },
+    MODELING: {"load_balancing_loss_func": load_balancing_loss_func},
 }

@@ -270,3 +270,21 @@ def test_random_graphs_keep_every_real_position(seeds):
 def test_many_random_graphs_keep_every_real_position(seeds):
     for seed in seeds:
         check(seed)
+
+
+def test_rows_of_ids_and_mask_may_have_two_symbols():
+    """The model does not make them meet: a mask of keys is spread over the rows of the ids, by an index."""
+    torch._dynamo.reset()
+
+    def model(ids, attention_mask):
+        x = F.embedding(ids, torch.ones(8, 4))
+        rows = torch.arange(ids.shape[0])[:, None, None, None]
+        visible = attention_mask.bool()[rows, torch.arange(ids.shape[1])]
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], visible)[:, 0]
+
+    compiled = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager", "packc.strict": True})
+    for step, rows in enumerate((["1110", "1100"], ["1110", "1100", "1111"], ["11100", "11000", "11110", "11111"])):
+        mask = masks(rows)
+        ids = torch.randint(0, 8, mask.shape)
+        with torch._dynamo.config.patch(error_on_recompile=step > 2):
+            torch.testing.assert_close(compiled(ids, mask)[mask.bool()], model(ids, mask)[mask.bool()])
