@@ -17,6 +17,22 @@ from torch import Tensor
 from packc.ops.shapes import Groups, Shape, Shapes, Sizes
 
 
+@dataclass(frozen=True)
+class Example:
+    """Small inputs with values as models have them (``testing.py``)."""
+
+    sizes: Mapping[str, Any]
+    """But B and L, by letter."""
+    drawn: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Of tensors whose values are not normal: what makes them of normal ones."""
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """Of tensors with several shapes: which, if not the first."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of ``packc.ops.<name>``."""
+    fp32: tuple[str, ...] = ()
+    """Tensors that models keep in fp32 when all others are bf16."""
+
+
 @dataclass(frozen=True, eq=False)
 class Mixer:
     """``torch.ops.packc.<name>``. It never looks ahead, and a state of zero stays zero if tokens add nothing to it.
@@ -60,6 +76,7 @@ class Mixer:
     own_layout: tuple[str, ...] = ()
     """Tensors whose gradients lie in memory as they do: channel-first, if they are."""
     tags: tuple[torch.Tag, ...] = ()
+    example: Example = field(kw_only=True)
     flops: Callable[..., int] = field(kw_only=True)
     """Of the sizes and options, by name."""
     backward_flops: Callable[..., int] = field(kw_only=True)

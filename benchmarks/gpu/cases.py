@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from step import HERE
@@ -20,6 +20,8 @@ sys.path += [str(ROOT / "tests" / "ops"), str(ROOT / "tests"), str(ROOT / "bench
 
 from mixers import MIXERS, OTHERS, Mixer, in_dtype, run  # noqa: E402
 from selective_scan_data import offsets  # noqa: E402
+
+from packc.ops import testing  # noqa: E402
 
 TOKENS = 32768  # of what is timed
 SHORT = [3, 0, 130, 1, 64, 250]  # documents compared with fp64: empty, of one token, of a chunk, of several
@@ -36,28 +38,24 @@ def half(x: Tensor) -> Tensor:
 
 
 class Sized(NamedTuple):
-    state: tuple[int, ...]
-    sizes: dict[str, int]
-    tiny: dict[str, int]  # for a dry run
-    tiny_state: tuple[int, ...]
+    sizes: dict[str, Any]
+    tiny: dict[str, Any]  # for a dry run
     layout: dict[str, Callable[[Tensor], Tensor]] = {}  # noqa: RUF012
 
 
 HEADS, TINY = {"H": 32, "G": 32, "K": 128, "V": 128}, {"H": 2, "G": 2, "K": 8, "V": 8}
 OPS = {
-    "causal_conv1d": Sized((4096, 3), {"D": 4096}, {"D": 8}, (8, 3), {"x": half}),
+    "causal_conv1d": Sized({"D": 4096}, {"D": 8}, {"x": half}),
     "selective_scan": Sized(
-        (4096, 16),
         {"D": 4096, "N": 16},
         {"D": 8, "N": 4},
-        (8, 4),
         {"delta": channel_first, "z": half, "B": half, "C": half},
     ),
-    "linear_scan": Sized((4096,), {"D": 4096}, {"D": 8}, (8,)),
-    "linear_attention": Sized((32, 128, 128), HEADS, TINY, (2, 8, 8)),
-    "ssd": Sized((64, 64, 128), {"H": 64, "G": 1, "P": 64, "N": 128}, {"H": 2, "P": 8, "N": 8}, (2, 8, 8)),
-    "gated_delta_rule": Sized((32, 128, 128), HEADS, TINY, (2, 8, 8)),
-    "gated_delta_rule_per_channel": Sized((32, 128, 128), HEADS, TINY, (2, 8, 8)),
+    "linear_scan": Sized({"D": (4096,)}, {"D": (8,)}),
+    "linear_attention": Sized(HEADS, TINY),
+    "ssd": Sized({"H": 64, "G": 1, "P": 64, "N": 128}, {"H": 2, "P": 8, "N": 8}),
+    "gated_delta_rule": Sized(HEADS, TINY),
+    "gated_delta_rule_per_channel": Sized(HEADS, TINY),
 }
 
 
@@ -101,15 +99,15 @@ def make(case: Case, lengths: list[int], dry: bool, on: torch.device | None = No
 def _make(case: Case, lengths: list[int], dry: bool) -> Inputs:
     sized = OPS[case.op]
     mixer = (MIXERS | OTHERS)[case.op]
+    sizes = sized.tiny if dry else sized.sizes
     mixer = mixer._replace(
-        make=functools.partial(mixer.make, **(sized.tiny if dry else sized.sizes)),
-        state=sized.tiny_state if dry else sized.state,
+        make=functools.partial(mixer.make, **sizes), state=testing.state_shape(mixer.declaration, **sizes)
     )
     packed, stateful = case.form.startswith("packed"), case.form.endswith("states")
     rows, tokens = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     tensors = in_dtype(mixer, mixer.make(rows, tokens), DTYPES[case.dtype])
     tensors |= {name: lay(tensors[name]) for name, lay in sized.layout.items()}
-    like = next(tensors[name] for name in ("u", "v", "x", "b") if name in tensors)
+    like = tensors[mixer.declaration.like]
     states = (len(lengths), *mixer.state)
     return Inputs(
         mixer,

@@ -31,12 +31,13 @@ def environment(scratch: Path, dry: bool) -> dict[str, str]:
 
 
 def lay_out_packc(folder: Path) -> None:
-    """passes/ and ops/ where they are imported from. Of links, so that nobody sees an old copy."""
+    """passes/ and ops/ where they are imported from. Of links, so that nobody sees an old copy; not the clone's own
+    packc/passes and packc/ops, which need not have travelled."""
     package = folder / "packc"
     package.mkdir(parents=True)
-    for file in (*(ROOT / "packc").iterdir(), ROOT / "passes", ROOT / "ops"):
-        if file.name != "__pycache__":
-            (package / file.name).symlink_to(file)
+    own = [file for file in (ROOT / "packc").iterdir() if file.name != "__pycache__" and not file.is_symlink()]
+    for file in (*own, ROOT / "passes", ROOT / "ops"):
+        (package / file.name).symlink_to(file)
 
 
 def unpack_wheels(folder: Path) -> Path | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packc.ops import documents
-from packc.ops.mixer import Mixer
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import FLOATING
 
@@ -78,6 +78,7 @@ MIXER = declare(
         check=_check,
         forward=_forward,
         backward=_backward,
+        example=Example({"D": 3, "W": 4}),
         flops=_flops,
         # The pre-activation once more, and the gradients of the input and of the taps.
         backward_flops=lambda **sizes: 3 * _flops(**sizes),

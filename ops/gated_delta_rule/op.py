@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
-from packc.ops.mixer import Mixer
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
 
@@ -36,6 +39,16 @@ MIXER = declare(
         in_state_dtype=("g", "beta"),
         groups=Groups("G", "H", "q's {G} heads do not divide v's {H}"),
         check=check_heads,
+        example=Example(
+            {"H": 2, "G": 1, "K": 5, "V": 3},
+            # Keys that are not normalised let states grow without bound.
+            drawn={
+                "k": lambda x: F.normalize(x, dim=-1),
+                "g": lambda x: F.logsigmoid(x + 2),
+                "beta": torch.sigmoid,
+            },
+            fp32=("g",),
+        ),
         flops=_flops,
         backward_flops=_backward_flops,
     )

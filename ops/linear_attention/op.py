@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
-from packc.ops.mixer import Mixer
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
 
@@ -61,6 +62,7 @@ MIXER = declare(
         check=check_heads,
         forward=_forward,
         backward=_backward,
+        example=Example({"H": 2, "G": 1, "K": 5, "V": 3}, drawn={"g": lambda x: F.logsigmoid(x + 2)}, fp32=("g",)),
         flops=flops,
         backward_flops=backward_flops,
     )

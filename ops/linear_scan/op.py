@@ -9,10 +9,11 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from packc.ops.linear_scan.reference import CHUNK
-from packc.ops.mixer import Mixer
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 
 
@@ -65,6 +66,7 @@ MIXER = declare(
         keeps={"chunk_states": lambda B, L, D: B * (L // CHUNK) * prod(D)},
         forward=_forward,
         backward=_backward,
+        example=Example({"D": (21,)}, drawn={"a": lambda x: torch.sigmoid(x + 2)}),
         flops=lambda B, L, D: 2 * B * L * prod(D),
         # The recurrence again (2), dh (2) and da.
         backward_flops=lambda B, L, D: 5 * B * L * prod(D),

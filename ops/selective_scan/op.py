@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from packc.ops.mixer import Mixer
+import torch
+
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.shapes import Groups
@@ -51,6 +53,12 @@ MIXER = declare(
         groups=Groups("G", "D", "B's G = {G} groups do not divide u's D = {D} channels"),
         # The projection that made it takes the gradient without a copy.
         own_layout=("delta",),
+        example=Example(
+            {"D": 3, "N": 2, "G": 1},
+            drawn={"A": lambda x: -torch.exp(x / 2), "delta_bias": lambda x: x - 1},
+            options={"delta_softplus": True},
+            fp32=("A", "D", "delta_bias"),
+        ),
         flops=_flops,
         backward_flops=_backward_flops,
     )

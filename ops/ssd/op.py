@@ -15,7 +15,7 @@ from packc.ops import dispatch
 from packc.ops.common.chunks import chunk_states_length
 from packc.ops.common.silu import silu_slope
 from packc.ops.linear_attention import op as linear_attention
-from packc.ops.mixer import Mixer
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
 
@@ -115,6 +115,13 @@ MIXER = declare(
         kernels="linear_attention",
         forward=_forward,
         backward=_backward,
+        example=Example(
+            {"H": 2, "G": 1, "P": 3, "N": 5},
+            drawn={"A": lambda x: -torch.exp(x / 2), "dt_bias": lambda x: x - 1},
+            forms={"B": "B L G N", "C": "B L G N", "D": "H"},
+            options={"dt_softplus": True, "dt_limit": (0.01, 2.0)},
+            fp32=("A", "D", "dt_bias"),
+        ),
         flops=_flops,
         backward_flops=_backward_flops,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packc.ops import dispatch, documents
-from packc.ops.mixer import Mixer
+from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import FLOATING, Groups
 from packc.ops.varlen_attention import cpu, cuda, reference
@@ -92,6 +92,7 @@ MIXER = declare(
         choose=choose,
         forward=lambda kernels, *args: kernels.varlen_attention(*args),
         backward=lambda kernels, *args: kernels.varlen_attention_bwd(*args),
+        example=Example({"H": 2, "G": 1, "K": 3, "V": 4}),
         flops=_flops,
         backward_flops=_backward_flops,
         # Strides are read in place where that can be (layout.py), and those of the results do not depend on them. On

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from mixers import MIXERS
+from mixers import MIXERS, Mixer, mixer
 from selective_scan_data import offsets
 from torch import Tensor
 
@@ -20,43 +20,24 @@ class Op(NamedTuple):
     make: Callable[[], dict[str, Tensor]]
 
 
-def _selective_scan(states: int) -> dict[str, Tensor]:
-    D, N = 4, 3
-    return {
-        **{name: torch.randn(1, TOKENS, D) for name in ("u", "delta", "z")},
-        **{name: torch.randn(1, TOKENS, 2, N) for name in ("B", "C")},
-        "A": -torch.rand(D, N) - 0.1,
-        "D": torch.randn(D),
-        "delta_bias": torch.randn(D),
-        "initial_state": torch.randn(states, D, N),
-    }
-
-
-def _causal_conv1d(states: int) -> dict[str, Tensor]:
-    D, W = 4, 3
-    return {
-        "x": torch.randn(1, TOKENS, D),
-        "weight": torch.randn(D, W),
-        "bias": torch.randn(D),
-        "initial_state": torch.randn(states, D, W - 1),
-    }
+# Further arguments and options, whose derivatives are others.
+MORE = {
+    "selective_scan": mixer("selective_scan", {"B": "B L G N", "C": "B L G N"}, D=4, N=3, G=2),
+    "causal_conv1d": MIXERS["causal_conv1d"]._replace(options={"activation": "silu"}),
+}
 
 
 def _with_states(packed: bool) -> dict[str, Op]:
     states, how = (len(LENGTHS), {"cu_seqlens": offsets(LENGTHS)}) if packed else (1, {})
 
-    def op(function: Callable, make: Callable[[], dict[str, Tensor]], **options: object) -> Op:
-        return Op(lambda **tensors: function(**tensors, **how, **options, output_final_state=True), make)
+    def op(mixer: Mixer) -> Op:
+        options = {**mixer.options, **how, "output_final_state": True}
+        return Op(
+            lambda **tensors: mixer.function(**tensors, **options),
+            lambda: mixer.make(1, TOKENS) | {"initial_state": torch.randn(states, *mixer.state)},
+        )
 
-    def mixer(name: str) -> Op:
-        function, make, state, _, options = MIXERS[name]
-        return op(function, lambda: make(1, TOKENS) | {"initial_state": torch.randn(states, *state)}, **options)
-
-    return {
-        **{name: mixer(name) for name in MIXERS},
-        "selective_scan": op(ops.selective_scan, lambda: _selective_scan(states), delta_softplus=True),
-        "causal_conv1d": op(ops.causal_conv1d, lambda: _causal_conv1d(states), activation="silu"),
-    }
+    return {name: op(each) for name, each in {**MIXERS, **MORE}.items()}
 
 
 OPS = {

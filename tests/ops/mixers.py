@@ -1,94 +1,57 @@
 """The mixers that share a contract, each with inputs for its tests; and a call together with all its gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from selective_scan_data import make_inputs, offsets, relative_error, reproducible_like
+from selective_scan_data import offsets, relative_error, reproducible_like
 from torch import Tensor
 
 from packc import ops
+from packc.ops import testing
+from packc.ops.mixer import MIXERS as DECLARED
+from packc.ops.mixer import Mixer as Declaration
 
 
 class Mixer(NamedTuple):
     function: Callable
-    make: Callable[[int, int], dict[str, Tensor]]  # of B and L: fp32, every argument that has a gradient but the states
+    make: Callable[..., dict[str, Tensor]]  # of B and L, and sizes: fp32, every argument that has a gradient but states
     state: tuple[int, ...]  # of a document
-    keeps_fp32: tuple[str, ...] = ()  # arguments that models keep in fp32 when all others are bf16
+    declaration: Declaration
     options: Mapping = MappingProxyType({})
 
     def per_token(self) -> tuple[str, ...]:
         return tuple(name for name, x in self.make(1, 1).items() if x.ndim > 2)
 
 
-def _attention(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3) -> dict[str, Tensor]:
-    q, k, v = torch.randn(B, L, G, K), torch.randn(B, L, G, K), torch.randn(B, L, H, V)
-    return {"q": q, "k": k, "v": v, "g": F.logsigmoid(torch.randn(B, L, H) + 2)}
+def mixer(
+    name: str,
+    forms: Mapping[str, str] | None = None,
+    lay: Mapping[str, Callable] | None = None,
+    without: Sequence[str] = (),
+    **sizes: Any,
+) -> Mixer:
+    """As declared; with arguments of other shapes, or that lie otherwise in memory, or without some, by name."""
+    declaration = DECLARED[name]
+
+    def make(B: int, L: int, **others: Any) -> dict[str, Tensor]:
+        tensors = testing.inputs(declaration, B, L, forms, **{**sizes, **others})
+        tensors |= {name: how(tensors[name]) for name, how in (lay or {}).items()}
+        return {name: x for name, x in tensors.items() if name not in without}
+
+    state = testing.state_shape(declaration, **sizes)
+    return Mixer(getattr(ops, name), make, state, declaration, declaration.example.options)
 
 
-def _ssd(B: int, L: int, H: int = 2, G: int = 1, P: int = 3, N: int = 5) -> dict[str, Tensor]:
-    return {
-        "x": torch.randn(B, L, H, P),
-        "dt": torch.randn(B, L, H),
-        "A": -torch.rand(H) - 0.1,
-        "B": torch.randn(B, L, G, N),
-        "C": torch.randn(B, L, G, N),
-        "D": torch.randn(H),
-        "z": torch.randn(B, L, H, P),
-        "dt_bias": torch.randn(H) - 1,
-    }
-
-
-def _linear_scan(B: int, L: int, D: int = 21) -> dict[str, Tensor]:
-    return {"a": torch.sigmoid(torch.randn(B, L, D) + 2), "b": torch.randn(B, L, D)}
-
-
-def _gated_delta_rule(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3) -> dict[str, Tensor]:
-    k = F.normalize(torch.randn(B, L, G, K), dim=-1)  # as in models; states grow without bound otherwise
-    g, beta = F.logsigmoid(torch.randn(B, L, H) + 2), torch.rand(B, L, H)
-    return {"q": torch.randn(B, L, G, K), "k": k, "v": torch.randn(B, L, H, V), "g": g, "beta": beta}
-
-
-def _gated_delta_rule_per_channel(B: int, L: int, H: int = 2, G: int = 1, K: int = 5, V: int = 3) -> dict[str, Tensor]:
-    return _gated_delta_rule(B, L, H, G, K, V) | {"g": F.logsigmoid(torch.randn(B, L, H, K) + 2)}
-
-
-def _selective_scan(B: int, L: int, D: int = 3, N: int = 2) -> dict[str, Tensor]:
-    return make_inputs(B, L, D, N)
-
-
-def _convolution(B: int, L: int, D: int = 3, W: int = 4) -> dict[str, Tensor]:
-    return {"x": torch.randn(B, L, D), "weight": torch.randn(D, W), "bias": torch.randn(D)}
-
-
-MIXERS = {
-    "gated_delta_rule": Mixer(ops.gated_delta_rule, _gated_delta_rule, (2, 5, 3), ("g",)),
-    "gated_delta_rule_per_channel": Mixer(ops.gated_delta_rule, _gated_delta_rule_per_channel, (2, 5, 3), ("g",)),
-    "linear_attention": Mixer(ops.linear_attention, _attention, (2, 5, 3), ("g",)),
-    "linear_scan": Mixer(ops.linear_scan, _linear_scan, (21,)),
-    "causal_conv1d": Mixer(ops.causal_conv1d, _convolution, (3, 3)),
-    "selective_scan": Mixer(
-        ops.selective_scan, _selective_scan, (3, 2), ("A", "D", "delta_bias"), {"delta_softplus": True}
-    ),
-    "ssd": Mixer(ops.ssd, _ssd, (2, 3, 5), ("A", "D", "dt_bias"), {"dt_softplus": True, "dt_limit": (0.01, 2.0)}),
-}
-
-
-def _channel_first(B: int, L: int) -> dict[str, Tensor]:
-    return _convolution(B, L) | {"x": torch.randn(B, 3, L).mT}
-
-
-def _halves(B: int, L: int) -> dict[str, Tensor]:
-    return {name: x.half() for name, x in _convolution(B, L).items()}
-
+MIXERS = {name: mixer(name) for name, declared in sorted(DECLARED.items()) if declared.state is not None}
+MIXERS["gated_delta_rule_per_channel"] = mixer("gated_delta_rule", {"g": "B L H K"})
 
 # Inputs for which other kernels run.
 OTHERS = {
-    "causal_conv1d of channel-first inputs": Mixer(ops.causal_conv1d, _channel_first, (3, 3)),
-    "causal_conv1d of halves": Mixer(ops.causal_conv1d, _halves, (3, 3)),
+    "causal_conv1d of channel-first inputs": mixer("causal_conv1d", lay={"x": lambda x: x.mT.contiguous().mT}),
+    "causal_conv1d of halves": mixer("causal_conv1d", lay=dict.fromkeys(("x", "weight", "bias"), Tensor.half)),
 }
 
 
@@ -102,8 +65,7 @@ def only(mixer: Mixer, inputs: dict[str, Tensor], part: slice | Tensor) -> dict[
 
 
 def in_dtype(mixer: Mixer, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    keep = () if dtype == torch.float64 else mixer.keeps_fp32
-    return {name: x if name in keep else x.to(dtype) for name, x in inputs.items()}
+    return testing.in_dtype(mixer.declaration, inputs, dtype)
 
 
 def run(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import BOTH, LEFT, RIGHT, masks
-from mixers import MIXERS, Mixer
+from mixers import MIXERS, mixer
 
 import packc
 from packc.ops.mixer import MIXERS as DECLARED
@@ -11,30 +11,13 @@ from packc.ops.mixer import MIXERS as DECLARED
 STRICT = {"packc.inner": "aot_eager", "packc.strict": True}
 
 
-def convolution(B, L, D=4, W=3):
-    return {"x": torch.randn(B, L, D), "weight": torch.randn(D, W)}
-
-
-def scan(B, L, D=4, N=3):
-    (u, delta, z), (projection_in, projection_out) = torch.randn(3, B, L, D), torch.randn(2, B, L, N)
-    return {"u": u, "delta": delta, "A": -torch.rand(D, N), "B": projection_in, "C": projection_out, "z": z}
-
-
-def retention(B, L):
-    return MIXERS["linear_attention"].make(B, L) | {"g": -torch.rand(2)}
-
-
-def declared(mixer):
-    return DECLARED[mixer.function.__name__]
-
-
 ALL = {
     **MIXERS,
-    "linear_attention_of_one_decay": Mixer(packc.ops.linear_attention, retention, (2, 5, 3)),
-    "causal_conv1d": Mixer(packc.ops.causal_conv1d, convolution, (4, 2)),
-    "selective_scan": Mixer(packc.ops.selective_scan, scan, (4, 3), options={"delta_softplus": True}),
+    "linear_attention_of_one_decay": mixer("linear_attention", {"g": "H"}),
+    # With a bias, zero gives no zero.
+    "causal_conv1d": mixer("causal_conv1d", without=("bias",)),
 }
-ENTERING = [(name, argument) for name, mixer in ALL.items() for argument in declared(mixer).enter_state]
+ENTERING = [(name, argument) for name, mixer in ALL.items() for argument in mixer.declaration.enter_state]
 # dt is made positive outside of the op: zero before is not zero after.
 ENTERING.remove(("ssd", "dt"))
 
@@ -58,7 +41,7 @@ def outputs(function, mask, inputs):
 
 def test_no_declaration_is_untried():
     attention = "varlen_attention"  # takes packed input only
-    assert {declared(mixer).name for mixer in ALL.values()} | {attention} == set(DECLARED)
+    assert {mixer.declaration.name for mixer in ALL.values()} | {attention} == set(DECLARED)
 
 
 @pytest.mark.parametrize(("name", "masked"), ENTERING)
@@ -79,13 +62,13 @@ def test_a_mixer_packs_that_reads_nothing_of_padding(name, masked):
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_mixer_makes_of_zeros_is_zero(name):
     mixer, inputs = ALL[name], ALL[name].make(2, 8)
-    for argument in declared(mixer).gives_zero:
+    for argument in mixer.declaration.gives_zero:
         zeros_first = inputs[argument].clone()
         zeros_first[:, :5] = 0
         given = {**inputs, argument: zeros_first}
         assert mixer.function(**given, **mixer.options)[:, :5].eq(0).all()
-        for other in declared(mixer).unless:
-            given |= {other: torch.ones(4)}
+        for other in mixer.declaration.unless:
+            given |= {other: torch.ones_like(MIXERS[name].make(2, 8)[other])}
             assert mixer.function(**given, **mixer.options)[:, :5].ne(0).all()
 
 
