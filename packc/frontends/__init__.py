@@ -8,7 +8,7 @@ from packc.frontends.keep_whole import Around, ByName, Method, PackedForm, captu
 from packc.frontends.traced_call import arguments_of_traced_call
 from packc.import_hook import on_import
 
-__all__ = ["arguments_of_traced_call", "captured", "install", "not_captured"]
+__all__ = ["arguments_of_traced_call", "captured", "install", "looked_for", "not_captured"]
 
 _TABLES = (
     hf_short_conv.KEPT_WHOLE,
@@ -19,6 +19,15 @@ _TABLES = (
     hf_moe.KEPT_WHOLE,
     kernel_packages.KEPT_WHOLE,
 )
+
+
+def looked_for() -> dict[str, list[str]]:
+    """Modules, by name or pattern -> the functions and classes of theirs that stay whole where they are found."""
+    found: dict[str, list[str]] = {}
+    for table in _TABLES:
+        for modules, forms in table.items():
+            found.setdefault(modules, []).extend(forms)
+    return found
 
 
 @functools.cache

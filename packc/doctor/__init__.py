@@ -1,0 +1,1 @@
+"""``python -m packc doctor``: whether packc works on this machine, and what it finds there."""
