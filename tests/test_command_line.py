@@ -71,7 +71,12 @@ def test_explain_tells_of_a_model_in_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("mine.py:unbatched", "vocab_size"), ("mine.py:nothing", "nothing"), ("none.py:make", "no file"), ("json", "names no function")],
+    [
+        ("mine.py:unbatched", "vocab_size"),
+        ("mine.py:nothing", "nothing"),
+        ("none.py:make", "no file"),
+        ("json", "names no function"),
+    ],
 )
 def test_what_explain_cannot_make_it_says(tmp_path, capsys, monkeypatch, name, said):
     (tmp_path / "mine.py").write_text(TINY)

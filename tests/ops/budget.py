@@ -2,6 +2,7 @@
 
 # Beside what all mixers promise: modules whose own tests would add some minutes, and those of them that run.
 OF_MODULES = {
+    "test_opcheck": (),
     "test_gated_delta_rule": ("test_any_size_of_heads",),
     "test_linear_attention": ("test_any_size_of_heads",),
     "test_linear_scan": ("test_any_trailing_shape",),

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import opcheck
 from torch.autograd import gradcheck
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -439,22 +438,6 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pattern", ["plain", "biased", "packed", "stateful"])
-def test_opcheck(kernels, pattern):
-    (x, weight, bias, initial_state), cu_seqlens = inputs([2, 0, 9], D=3)
-    arguments = {
-        "plain": (x.transpose(1, 2).contiguous().transpose(1, 2), weight, None, None, None, None, False),
-        "biased": (x.detach(), weight.bfloat16(), bias, "silu", None, None, True),
-        "packed": (x, weight, bias, "silu", cu_seqlens, None, False),
-        "stateful": (x, weight, bias, "silu", cu_seqlens, initial_state, True),
-    }[pattern]
-    opcheck(kernels, torch.ops.packc.causal_conv1d.default, arguments)
-    out, final_state = torch.ops.packc.causal_conv1d(*arguments)
-    backward = (out, final_state if arguments[-1] else None, *arguments[:-1])
-    backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
-    opcheck(kernels, torch.ops.packc.causal_conv1d_bwd.default, backward)
 
 
 def test_flops_are_counted_forward_and_backward():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from implementations import opcheck
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, relative_error
 from torch.utils.flop_counter import FlopCounterMode
@@ -184,34 +183,6 @@ def test_what_stays_in_fp32_is_exact_to_16_bits_whatever_the_inputs(kernels, per
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
-
-
-def arguments(dtype=torch.float32, packed=True, per_channel=False, state=True):
-    inputs = make(B=1 if packed else 2, H=4, G=2, K=5, V=3, per_channel=per_channel)
-    q, k, v, g, beta = (inputs[name] if name == "g" else inputs[name].to(dtype) for name in inputs)
-    initial = torch.randn(3 if packed else 2, 4, 5, 3) if state else None
-    return q, k, v, g, beta, 0.5, offsets([0, 30, 40]) if packed else None, initial, state
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        arguments(torch.bfloat16),
-        arguments(per_channel=True),
-        arguments(packed=False),
-        arguments(packed=False, state=False),
-    ],
-    ids=["bf16 packed", "per channel", "rows", "bare"],
-)
-def test_opcheck(kernels, arguments):
-    if kernels == "triton" and arguments[6] is None:
-        pytest.skip("slow to interpret")
-    leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    opcheck(kernels, torch.ops.packc.gated_delta_rule.default, tuple(leaves))
-    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, final, kept = torch.ops.packc.gated_delta_rule.default(*plain)
-    dfinal = torch.randn_like(final) if plain[-1] else None
-    opcheck(kernels, torch.ops.packc.gated_delta_rule_bwd.default, (torch.randn_like(out), dfinal, kept, *plain[:-1]))
 
 
 def test_flops_are_those_of_chunks_of_64():

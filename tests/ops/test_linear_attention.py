@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from implementations import opcheck
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, relative_error
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,27 +114,6 @@ def test_the_backward_keeps_inputs_and_one_state_a_chunk():
     others = [x for pointer, x in kept.items() if pointer not in given]
     assert sum(x.numel() for x in others) <= 640 // 64 * 2 * 16 * 16
     out.sum().backward()
-
-
-def arguments(dtype=torch.float32, packed=True, g=True, state=True):
-    tensors = [torch.randn(1, 66, 1, 4).to(dtype) for _ in range(2)] + [torch.randn(1, 66, 2, 3).to(dtype)]
-    documents = offsets([0, 65, 1]) if packed else None
-    states = torch.randn(3 if packed else 1, 2, 4, 3) if state else None
-    return (*tensors, -torch.rand(1, 66, 2) if g else None, 0.5, documents, states, state)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [arguments(), arguments(torch.bfloat16, packed=False), arguments(g=False, state=False)],
-    ids=["packed", "bf16 rows", "bare"],
-)
-def test_opcheck(kernels, arguments):
-    leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    opcheck(kernels, torch.ops.packc.linear_attention.default, tuple(leaves))
-    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, final, kept = torch.ops.packc.linear_attention.default(*plain)
-    dfinal = torch.randn_like(final) if plain[-1] else None
-    opcheck(kernels, torch.ops.packc.linear_attention_bwd.default, (torch.randn_like(out), dfinal, kept, *plain[:-1]))
 
 
 def test_flops_are_those_of_chunks_of_64():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from implementations import opcheck
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, relative_error
 from torch._higher_order_ops.associative_scan import associative_scan
@@ -134,32 +133,6 @@ def test_documents_that_end_where_chunks_and_segments_do(kernels, lengths):
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
-
-
-def patterns():
-    everything = make(1, 37, 3, 2)
-    yield "everything", (*everything.values(), offsets([0, 30, 7]), torch.randn(3, 3, 2), True)
-    yield "bare", (*make(2, 18).values(), None, None, False)
-    yield "channel-first", (*(x.mT.contiguous().mT for x in make(2, 18, 3).values()), None, torch.randn(2, 3), False)
-    mixed = make(1, 18, 3)
-    yield "bf16", (mixed["a"], mixed["b"].bfloat16(), None, torch.randn(1, 3).bfloat16(), True)
-    yield "fp64", (*(x.double() for x in make(1, 5, 3).values()), None, None, True)
-
-
-def on_default_device(x):
-    return x.to(torch.get_default_device()) if isinstance(x, torch.Tensor) else x
-
-
-@pytest.mark.parametrize(("name", "arguments"), [*patterns()], ids=[name for name, _ in patterns()])
-def test_opcheck(kernels, name, arguments):
-    arguments = tuple(on_default_device(x) for x in arguments)
-    leaves = tuple(
-        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments
-    )
-    opcheck(kernels, torch.ops.packc.linear_scan.default, leaves)
-    out, final, chunks = torch.ops.packc.linear_scan.default(*arguments)
-    dfinal = torch.randn_like(final) if arguments[-1] else None
-    opcheck(kernels, torch.ops.packc.linear_scan_bwd.default, (torch.randn_like(out), dfinal, chunks, *arguments[:-1]))
 
 
 def test_flops():

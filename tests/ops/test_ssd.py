@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from implementations import opcheck
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, reproducible_like
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -101,29 +100,6 @@ def test_one_fp64_argument_makes_fp64_states(name):
     assert state.dtype == torch.float64
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert ssd(**inputs, output_final_state=True)[1].dtype == torch.float64
-
-
-def arguments(dtype=torch.float32, packed=True, optional=True):
-    inputs = {name: x if name in ("dt", "A", "D") else x.to(dtype) for name, x in make(L=66, H=2, G=1).items()}
-    inputs["dt"] = inputs["dt"].exp()
-    documents = offsets([0, 65, 1]) if packed else None
-    states = torch.randn(3 if packed else 1, 2, 3, 5) if optional else None
-    tensors = (inputs[name] if name not in OPTIONAL or optional else None for name in ARGUMENTS)
-    return (*tensors, documents, states, optional)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [arguments(), arguments(torch.bfloat16, packed=False), arguments(optional=False)],
-    ids=["packed", "bf16 rows", "bare"],
-)
-def test_opcheck(kernels, arguments):
-    leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    opcheck(kernels, torch.ops.packc.ssd.default, tuple(leaves))
-    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, final, kept = torch.ops.packc.ssd.default(*plain)
-    dfinal = torch.randn_like(final) if plain[-1] else None
-    opcheck(kernels, torch.ops.packc.ssd_bwd.default, (torch.randn_like(out), dfinal, kept, *plain[:-1]))
 
 
 def test_flops_are_linear_attentions():
