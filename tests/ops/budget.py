@@ -1,5 +1,9 @@
 """Which tests run on interpreted kernels by default: kernels take thousands of times as long there. --thorough: all."""
 
+import pytest
+
+thorough = False  # --thorough: conftest.py
+
 # Beside what all mixers promise: modules whose own tests would add some minutes, and those of them that run.
 OF_MODULES = {
     "test_opcheck": (),
@@ -25,7 +29,16 @@ OF_MIXERS = {
 
 
 def runs_by_default(module: str, test: str, mixer: str | None) -> bool:
-    """Whether a test runs on interpreted kernels; ``mixer``: of which mixer, for what all of them promise."""
+    """Whether a test runs on interpreted kernels by default; ``mixer``: of which, for what all of them promise."""
     if mixer is not None:
         return test in OF_MIXERS.get(mixer, (test,))
     return test in OF_MODULES.get(module, (test,))
+
+
+def skip_if_interpreted(kernels: str) -> None:
+    """In a test of which only a part is too slow for interpreted kernels."""
+    if kernels == "triton" and not thorough:
+        pytest.skip(SLOW)
+
+
+SLOW = "slow to interpret: only with --thorough"

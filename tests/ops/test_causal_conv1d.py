@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import skip_if_interpreted
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -183,8 +184,8 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs_are_those_of_contiguous_ones(kernels, view, dtype):
-    if kernels == "triton" and dtype == torch.float32:
-        pytest.skip("slow to interpret")
+    if dtype == torch.float32:
+        skip_if_interpreted(kernels)
     leaves, cu_seqlens = inputs([3, 0, size(kernels, 70, 24)], dtype=dtype)
     strided = VIEWS[view](leaves[0].detach()).requires_grad_()
     assert not strided.is_contiguous()

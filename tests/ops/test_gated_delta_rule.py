@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import skip_if_interpreted
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, relative_error
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,8 +70,7 @@ def test_equals_the_update_as_the_papers_write_it(kernels, per_channel):
 
 
 def test_one_gate_for_all_channels_equals_as_many_that_are_alike(kernels):
-    if kernels == "triton":
-        pytest.skip("slow to interpret, and both are compared with the reference")
+    skip_if_interpreted(kernels)
     inputs, state, documents = make(L=150, K=16, V=24), torch.randn(3, 2, 16, 24), offsets([3, 130, 17])
     alike = inputs | {"g": inputs["g"][..., None].expand(1, 150, 2, 16)}
     one, many = run(MIXER, inputs, documents, state), run(MIXER, alike, documents, state)
@@ -91,8 +91,8 @@ def test_heads_share_queries_and_keys_in_consecutive_groups(kernels, per_channel
 @gates
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (33, 130), (64, 64), (128, 128), (17, 256), (256, 16)])
 def test_any_size_of_heads(kernels, per_channel, K, V):
-    if kernels == "triton" and ((33, 130) if per_channel else (17, 256)) != (K, V):
-        pytest.skip("slow to interpret")
+    if ((33, 130) if per_channel else (17, 256)) != (K, V):
+        skip_if_interpreted(kernels)
     inputs, state = make(L=82, H=1, K=K, V=V, per_channel=per_channel), torch.randn(2, 1, K, V)
     assert_close(run(MIXER, inputs, offsets([1, 81]), state), exactly(MIXER, inputs, offsets([1, 81]), state))
 
@@ -172,8 +172,8 @@ def test_gradients_of_gates_stay_exact_in_long_documents(kernels, per_channel):
 @gates
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_stays_in_fp32_is_exact_to_16_bits_whatever_the_inputs(kernels, per_channel, dtype):
-    if kernels == "triton" and per_channel and dtype == torch.float16:
-        pytest.skip("slow to interpret, and the same code as with a gate per head")
+    if per_channel and dtype == torch.float16:
+        skip_if_interpreted(kernels)
     inputs, state = make(L=130, H=1, K=16, V=24, per_channel=per_channel), torch.randn(1, 1, 16, 24)
     inputs |= {name: inputs[name].to(dtype) for name in "qkv"}
     given = {"dout": torch.randn(1, 130, 1, 24).to(dtype), "dfinal": torch.randn(1, 1, 16, 24)}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import skip_if_interpreted
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, relative_error
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,8 +39,8 @@ def test_every_kind_of_decay_is_the_definition(kernels, decay):
 
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (33, 130), (64, 64), (128, 128), (17, 256), (256, 16)])
 def test_any_size_of_heads(kernels, K, V):
-    if kernels == "triton" and (K, V) not in [(1, 1), (33, 130)]:
-        pytest.skip("slow to interpret")
+    if (K, V) not in [(1, 1), (33, 130)]:
+        skip_if_interpreted(kernels)
     inputs = make(L=66, H=1, K=K, V=V, g=-torch.rand(1, 66, 1))
     state = torch.randn(2, 1, K, V)
     assert_close(run(MIXER, inputs, offsets([1, 65]), state), exactly(MIXER, inputs, offsets([1, 65]), state))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from budget import skip_if_interpreted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from implementations import implementation
@@ -24,11 +25,6 @@ def states(mixer, documents):
 def random_dout(mixer, inputs):
     with config.patch(kernels="reference"):
         return torch.randn_like(mixer.function(**inputs, **mixer.options))
-
-
-def skip_if_interpreted(kernels):
-    if kernels == "triton":
-        pytest.skip("slow to interpret")
 
 
 # ---- values and gradients --------------------------------------------------------------------------------------------
