@@ -139,21 +139,20 @@ def test_many_transitions_are_applied_at_once(recurrence):
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def exact(recurrence, tensors, dout, place):
-    wide = in_dtype(tensors, torch.float64)
-    return (*recurrence.summarize(wide, place), recurrence.adjoin(dout.double(), wide, place))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("L", "place"), [(150, 0), (150, 70), (150, 149), (66, 66), (0, 0)])
 def test_kernels_agree_with_fp64(recurrence, kernels, dtype, L, place):
     if kernels == "triton" and (L, dtype) != (66, torch.float32) and (place, dtype) != (70, torch.bfloat16):
         pytest.skip("slow to interpret")
     tensors = make(recurrence, L, dtype)
-    dout = torch.randn_like(tensors[recurrence.mixer.like])
-    results = (*recurrence.summarize(tensors, place), recurrence.adjoin(dout, tensors, place))
-    for result, expected in zip(results, exact(recurrence, tensors, dout, place), strict=True):
-        assert_equal(result, expected.float(), 3e-6)
+    wide, dout = in_dtype(tensors, torch.float64), torch.randn_like(tensors[recurrence.mixer.like])
+    transition, state = recurrence.summarize(tensors, place)
+    expected, expected_state = recurrence.summarize(wide, place)
+    assert_equal(state, expected_state.float(), 3e-6)
+    assert_equal(recurrence.adjoin(dout, tensors, place), recurrence.adjoin(dout.double(), wide, place).float(), 3e-6)
+    # A matrix that takes almost all away is the small difference of large ones: small beside what enters.
+    slack = 3e-6 / min(1, expected.abs().max().item()) if transition.ndim == 4 else 3e-6
+    assert_equal(transition, expected.float(), slack)
 
 
 def test_strided_inputs_are_read_in_place(recurrence, kernels):
