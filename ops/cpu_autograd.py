@@ -6,6 +6,7 @@ The public ops call them below autograd, so that what stands here costs them not
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def refuse_derivatives() -> None:
 @functools.cache
 def _refuse_derivatives_of(name: str) -> None:
     op = getattr(torch.ops.packc_cpu, name).default
-    public = _PUBLIC.get(name, f"packc.ops.{name.removesuffix('_bwd')}")
+    public = _PUBLIC.get(name, f"packc.ops.{re.sub('_(bwd|summary|adjoint)$', '', name)}")
 
     def without_derivative(*args: Any) -> Any:
         if autograd.gradients_asked(*args) or autograd.tangents_given(*args):

@@ -88,7 +88,7 @@ def below_autograd(op: Any, implementation: Implementation) -> Implementation:
 
 
 def register_gradients(library: torch.library.Library, name: str, implementation: Implementation) -> None:
-    """The derivatives of ``packc::name``, a ``_bwd`` op: those of its reference."""
+    """The derivatives of ``packc::name``, which has no kernels for them: those of its reference."""
 
     def setup_context(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
         ctx.others = [None if isinstance(x, Tensor) else x for x in args]
@@ -108,6 +108,7 @@ def register_gradients(library: torch.library.Library, name: str, implementation
                 args[n] = x
             with dispatch.reference_only():
                 results = implementation(*args)
+            results = (results,) if isinstance(results, Tensor) else results
             return tuple(results[n] for n in given)
 
         # torch.autograd.grad would take an input that another is made from for the source of both.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from packc.ops.shapes import Groups, Shape, Shapes, Sizes
+from packc.ops.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class Mixer:
     backward: Callable[..., Sequence[Tensor | None]] | None = None
     """``(kernels, *arguments of the _bwd op) -> gradients`` of the tensors and the initial state."""
 
+    summary: Summary | None = None
+    """What a segment of a document does to the state that enters it, if that is affine in the state."""
+
     # ---- what follows ------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -127,6 +131,22 @@ class Mixer:
             tensors = {name: arguments.pop(name) for name in self.tensor_names}
             return {"dout": "Tensor", **tensors, **kept, **arguments}
         return {"dout": "Tensor", "dfinal_state": "Tensor?", **kept, **arguments, **layouts}
+
+    def _taken(self, names: Sequence[str]) -> dict[str, str]:
+        arguments = self.arguments
+        return {name: arguments[name] for name in names}
+
+    @cached_property
+    def summary_arguments(self) -> dict[str, str]:
+        """Of the ``_summary`` op: types by name, in order."""
+        assert self.summary is not None
+        return {**self._taken(self.summary.takes), "begin": "Tensor"}
+
+    @cached_property
+    def adjoint_arguments(self) -> dict[str, str]:
+        """Of the ``_adjoint`` op."""
+        assert self.summary is not None
+        return {"dout": "Tensor", **self._taken(self.summary.adjoint_takes), "end": "Tensor"}
 
     @cached_property
     def results(self) -> tuple[str, ...]:

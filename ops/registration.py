@@ -1,5 +1,7 @@
 """What follows from a mixer's declaration: ``packc::<name>`` and ``packc::<name>_bwd``, with fakes, FLOPs and autograd.
 
+What follows from its summary is in ``summary_registration.py``.
+
 A call goes down like this, every step of it decided when it runs::
 
     packc.ops.ssd                       checks its arguments (ops/ssd/__init__.py)
@@ -10,18 +12,17 @@ A call goes down like this, every step of it decided when it runs::
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from operator import itemgetter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from packc.ops import autograd, derivatives, dispatch, documents
-from packc.ops.flops import flop_formula
+from packc.ops import autograd, derivatives, documents, summary_registration
+from packc.ops.flops import count_flops
+from packc.ops.implementations import implementations
 from packc.ops.mixer import MIXERS, Mixer, state_dtype
 from packc.ops.shapes import Sizes
 
@@ -43,6 +44,8 @@ def declare(mixer: Mixer) -> Mixer:
     forward, backward = kernels.values()
     derivatives.register(_library, mixer.name, forward, *_differentiation(mixer, backward))
     derivatives.register_gradients(_library, f"{mixer.name}_bwd", backward)
+    if mixer.summary is not None:
+        summary_registration.register(_library, mixer, mixer.summary)
     return mixer
 
 
@@ -89,7 +92,7 @@ def _preparation(mixer: Mixer, arguments: dict[str, str]) -> Callable[[tuple[Any
     cu_seqlens, like = places.index("cu_seqlens"), places.index(mixer.like)
     states = ("initial_state", "dfinal_state", *mixer.in_state_dtype)
     in_state_dtype = [n for n, name in enumerate(places) if name in states]
-    implementation = _implementations(mixer)
+    implementation = implementations(mixer)
 
     def prepare(args: tuple[Any, ...]) -> tuple[Any, list[Any], Any]:
         tensors = tensors_of(args)
@@ -103,30 +106,6 @@ def _preparation(mixer: Mixer, arguments: dict[str, str]) -> Callable[[tuple[Any
         return kernels, converted, tensors
 
     return prepare
-
-
-def _implementations(mixer: Mixer) -> Callable[[torch.dtype, Tensor], Any]:
-    """Which implementation runs. float64 is the reference's."""
-    folder = mixer.kernels or mixer.name
-    loaded: dict[str, Any] = {}
-
-    def implementation(dtype: torch.dtype, like: Tensor) -> Any:
-        choose = mixer.choose or dispatch.choose
-        choice = "reference" if dtype is torch.float64 else choose(folder, like)
-        if mixer.implementations is not None:
-            return mixer.implementations[choice]
-        if choice not in loaded:
-            loaded[choice] = _load(folder, choice)
-        return loaded[choice]
-
-    return implementation
-
-
-def _load(folder: str, choice: str) -> Any:
-    if choice == "cpu":
-        cpu = torch.ops.packc_cpu
-        return SimpleNamespace(forward=getattr(cpu, folder).default, backward=getattr(cpu, f"{folder}_bwd").default)
-    return importlib.import_module(f"packc.ops.{folder}.{'triton_op' if choice == 'triton' else choice}")
 
 
 # ---- fakes -----------------------------------------------------------------------------------------------------------
@@ -172,19 +151,9 @@ def _backward_fake(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _count_flops(mixer: Mixer) -> None:
-    """torch's counter calls formulas with shapes in the place of tensors."""
-
-    def formula(flops: Callable[..., int], arguments: dict[str, str]) -> Callable[..., int]:
-        def count(*args: Any, out_shape: Any = None, **named: Any) -> int:
-            given = dict(zip(arguments, args)) | named  # noqa: B905  the rest is named, or left at its default
-            shapes = {name: given.get(name) for name in mixer.tensor_names}
-            return flops(**mixer.shapes.sizes(shapes), **{name: given[name] for name in mixer.options})
-
-        return count
-
     op, backward = getattr(torch.ops.packc, mixer.name), getattr(torch.ops.packc, f"{mixer.name}_bwd")
-    flop_formula(op)(formula(mixer.flops, mixer.arguments))
-    flop_formula(backward)(formula(mixer.backward_flops, mixer.backward_arguments))
+    count_flops(op, mixer.flops, mixer.shapes, mixer.arguments, mixer.options)
+    count_flops(backward, mixer.backward_flops, mixer.shapes, mixer.backward_arguments, mixer.options)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 // packc_cpu::gated_delta_rule and its backward, chunked, with a decay per head or per channel.
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/eye.h>
 #include <torch/library.h>
 
 #include "gated_delta_rule_channel_gate.h"
@@ -125,6 +127,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
   return {dq, dk, dv, dg, dbeta, dinitial};
 }
 
+// Of tokens begin .. L of the one row: the matrix (1, H, K, K) by which they multiply a state, and what they leave. The
+// matrix is what becomes of the unit matrix, whose columns are carried beside the state's, with values of zero.
+std::tuple<Tensor, Tensor> gated_delta_rule_summary(
+    const Tensor& all_k, const Tensor& all_v, const Tensor& all_g, const Tensor& all_betas, const Tensor& begin) {
+  const int64_t first = begin.item<int64_t>();
+  const auto segment = [&](const Tensor& x) { return x.slice(1, first); };
+  const int64_t H = all_v.size(2), V = all_v.size(3), K = all_k.size(3);
+  const Tensor k = segment(all_k), v = at::constant_pad_nd(segment(all_v), {0, K}), g = segment(all_g);
+  const Chunks chunks(Documents(std::nullopt, 1, v.size(1)));
+  const GatedDeltaRule p = problem(k, k, v, segment(all_betas), 1);
+  const auto fp32 = v.options().dtype(at::kFloat);
+  const Tensor unit = at::constant_pad_nd(at::eye(K, fp32), {V, 0}).expand({1, H, K, V + K});
+  Tensor both = new_states(v, 1, K), resolvents = workspace(p, v, kChunk);
+  with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
+    float* r = resolvents.mutable_data_ptr<float>();
+    resolve_chunks<Gate>(p, chunks, g, r);
+    correct_states<Gate>(p, chunks, g, States(unit), States(both), r, nullptr, nullptr);
+  });
+  return {both.slice(3, V).contiguous(), both.slice(3, 0, V).contiguous()};
+}
+
+// Of tokens 0 .. end of the one row: the gradient of the state that enters.
+Tensor gated_delta_rule_adjoint(
+    const Tensor& all_douts,
+    const Tensor& all_q,
+    const Tensor& all_k,
+    const Tensor& all_g,
+    const Tensor& all_betas,
+    double scale,
+    const Tensor& end) {
+  const int64_t last = end.item<int64_t>();
+  const auto segment = [&](const Tensor& x) { return x.slice(1, 0, last); };
+  const Tensor dout = segment(all_douts), k = segment(all_k), g = segment(all_g);
+  const Chunks chunks(Documents(std::nullopt, 1, dout.size(1)));
+  const GatedDeltaRule p = problem(segment(all_q), k, dout, segment(all_betas), scale);
+  Tensor dstate = new_states(dout, 1, p.K());
+  Tensor resolvents = workspace(p, dout, kChunk), du = workspace(p, dout, padded(p.V()));
+  const Workspace w{resolvents.mutable_data_ptr<float>(), nullptr, du.mutable_data_ptr<float>()};
+  const States none{Tensor()};
+  with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
+    recompute_errors<Gate>(p, chunks, g, Heads(dout), none, nullptr, w);
+    correct_state_gradients<Gate>(p, chunks, g, Heads(dout), none, States(dstate), w, nullptr);
+  });
+  return dstate;
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
@@ -135,8 +183,15 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
       "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
       "Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "gated_delta_rule_summary(Tensor k, Tensor v, Tensor g, Tensor beta, Tensor begin) -> (Tensor, Tensor)");
+  library.def(
+      "gated_delta_rule_adjoint(Tensor dout, Tensor q, Tensor k, Tensor g, Tensor beta, float scale, Tensor end) "
+      "-> Tensor");
   library.impl("gated_delta_rule", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule));
   library.impl("gated_delta_rule_bwd", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_bwd));
+  library.impl("gated_delta_rule_summary", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_summary));
+  library.impl("gated_delta_rule_adjoint", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_adjoint));
 }
 
 } // namespace packc

@@ -27,7 +27,7 @@ struct GatedDeltaRuleGradients {
 // Of tokens, between the phases.
 struct Workspace {
   float* resolvents; // (64, 64) of a chunk and head
-  float* errors; // e, (64, V)
+  float* errors; // e, (64, V); or null, where nobody wants them
   float* du; // (64, V); l in the end
 };
 
@@ -70,19 +70,22 @@ void recompute_errors(
     s.gate.query_products(chunk, s.q, s.kt);
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
       const int64_t at = p.tile_at(chunk, h, wide_V);
-      float *resolvent = w.resolvents + p.tile_at(chunk, h, kChunk), *e = w.errors + at, *du = w.du + at;
+      float *resolvent = w.resolvents + p.tile_at(chunk, h, kChunk), *du = w.du + at;
       s.gate.head_with_pairs(chunk, h);
       s.gate.key_pairs(s.k, s.k, s.pairs);
       resolve(p, chunk, h, s.pairs, resolvent);
-      // Zeros first: a tile's padding takes part in what follows.
-      std::fill_n(e, length * wide_V, 0.f);
-      p.v.load(chunk, h, e, wide_V);
-      if (const float* state = entering_state(p, chunk, h, initial, chunk_states, s.state)) {
-        s.gate.from_start(s.k, -1, s.decayed);
-        multiply(length, wide_V, K, Left{s.decayed, wide_K}, state, wide_V, e, wide_V, true);
+      if (w.errors != nullptr) {
+        float* e = w.errors + at;
+        // Zeros first: a tile's padding takes part in what follows.
+        std::fill_n(e, length * wide_V, 0.f);
+        p.v.load(chunk, h, e, wide_V);
+        if (const float* state = entering_state(p, chunk, h, initial, chunk_states, s.state)) {
+          s.gate.from_start(s.k, -1, s.decayed);
+          multiply(length, wide_V, K, Left{s.decayed, wide_K}, state, wide_V, e, wide_V, true);
+        }
+        scale_by_beta(p, chunk, h, 1, e, wide_V, wide_V, s.left, wide_V);
+        multiply_triangle(length, wide_V, Left{resolvent, kChunk}, s.left, wide_V, e, wide_V);
       }
-      scale_by_beta(p, chunk, h, 1, e, wide_V, wide_V, s.left, wide_V);
-      multiply_triangle(length, wide_V, Left{resolvent, kChunk}, s.left, wide_V, e, wide_V);
 
       s.gate.query_pairs(s.q, s.k, s.pairs);
       dout.load(chunk, h, s.dout, wide_V);

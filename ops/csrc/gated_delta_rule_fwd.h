@@ -38,8 +38,8 @@ void resolve_chunks(const GatedDeltaRule& p, const Chunks& chunks, const at::Ten
   for_each_task(tasks, scratch, body, batch_of(tasks));
 }
 
-// u, and S' = whole S + sum_j to_end_j k_j u_j^T along every document; what enters a chunk is kept, except its
-// document's first.
+// u, and S' = whole S + sum_j to_end_j k_j u_j^T along every document; u and what enters a chunk are kept, except its
+// document's first, unless there is no place for them.
 template <typename Gate>
 void correct_states(
     const GatedDeltaRule& p,
@@ -79,13 +79,15 @@ void correct_states(
     scale_by_beta(p, chunk, h, 1, s.error, columns, width, s.left, columns);
     const Left resolvent{resolvents + p.tile_at(chunk, h, kChunk), kChunk};
     multiply_triangle(chunk.length, width, resolvent, s.left, columns, s.error, columns);
-    float* u = corrections + p.tile_at(chunk, h, wide_V) + at.first;
-    scale_by_beta(p, chunk, h, 1, s.error, columns, width, u, wide_V);
+    const bool kept = corrections != nullptr;
+    float* u = kept ? corrections + p.tile_at(chunk, h, wide_V) + at.first : s.left;
+    const int64_t u_row = kept ? wide_V : columns;
+    scale_by_beta(p, chunk, h, 1, s.error, columns, width, u, u_row);
     if (!at.wanted)
       return;
     s.gate.to_end(s.k, s.decayed);
     decay_state(at, K, [&](int64_t i) { return s.gate.whole(i); });
-    multiply(K, width, chunk.length, Left{s.decayed, wide_K}.transposed(), u, wide_V, at.state, columns, true);
+    multiply(K, width, chunk.length, Left{s.decayed, wide_K}.transposed(), u, u_row, at.state, columns, true);
   });
 }
 

@@ -135,6 +135,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   return {dq, dk, dv, dg, dstep, skip ? dskip.sum(0).slice(1, 0, p.V()).contiguous() : none(false, {}), dinitial};
 }
 
+// Of tokens begin .. L of the one row: the sum of the logarithms of their decays (1, H), and the state that they leave.
+std::tuple<Tensor, Tensor> linear_attention_summary(
+    const Tensor& all_k,
+    const Tensor& all_v,
+    const Optional& all_g,
+    const Optional& all_steps,
+    bool value_major,
+    const Tensor& begin) {
+  const int64_t first = begin.item<int64_t>();
+  const auto segment = [&](const Tensor& x) { return x.slice(1, first); };
+  const auto segment_if = [&](const Optional& x) { return x ? Optional(segment(*x)) : std::nullopt; };
+  const Tensor k = segment(all_k), v = segment(all_v);
+  const Optional g = segment_if(all_g), step = segment_if(all_steps);
+  const Chunks chunks(Documents(std::nullopt, 1, v.size(1)));
+  const LinearAttention p = problem(k, k, v, g, step, std::nullopt, 1, std::nullopt);
+  Tensor state = new_states(v, 1, p.K(), value_major);
+  carry_states(p, chunks, States(Tensor()), States(key_major(state, value_major)), nullptr);
+  return {g ? g->sum(1) : at::zeros({1, p.heads}, state.options()), state};
+}
+
+// Of tokens 0 .. end of the one row: the gradient of the state that enters.
+Tensor linear_attention_adjoint(
+    const Tensor& all_douts,
+    const Tensor& all_q,
+    const Optional& all_g,
+    double scale,
+    bool value_major,
+    const Tensor& end) {
+  const int64_t last = end.item<int64_t>();
+  const auto segment = [&](const Tensor& x) { return x.slice(1, 0, last); };
+  const Tensor dout = segment(all_douts), q = segment(all_q);
+  const Optional g = all_g ? Optional(segment(*all_g)) : std::nullopt;
+  const Chunks chunks(Documents(std::nullopt, 1, q.size(1)));
+  const LinearAttention p = problem(q, q, dout, g, std::nullopt, std::nullopt, scale, std::nullopt);
+  Tensor dstate = new_states(dout, 1, p.K(), value_major);
+  const States dstates(key_major(dstate, value_major));
+  carry_state_gradients(p, Heads(dout), chunks, States(Tensor()), dstates, nullptr);
+  return dstate;
+}
+
 // Contiguous fp32. ATen's own rounds the last elements of a thread's share in another way than the rest, so that a
 // token's result would depend on where it lies.
 Tensor silu_everywhere_alike(const Tensor& x) {
@@ -162,9 +202,16 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
       "linear_attention_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
       "Tensor? g, Tensor? step, Tensor? skip, float scale, Tensor? cu_seqlens, Tensor? initial_state, bool value_major) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "linear_attention_summary(Tensor k, Tensor v, Tensor? g, Tensor? step, bool value_major, Tensor begin) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "linear_attention_adjoint(Tensor dout, Tensor q, Tensor? g, float scale, bool value_major, Tensor end) -> Tensor");
   library.def("silu(Tensor x) -> Tensor");
   library.impl("linear_attention", c10::DispatchKey::CPU, TORCH_FN(linear_attention));
   library.impl("linear_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_attention_bwd));
+  library.impl("linear_attention_summary", c10::DispatchKey::CPU, TORCH_FN(linear_attention_summary));
+  library.impl("linear_attention_adjoint", c10::DispatchKey::CPU, TORCH_FN(linear_attention_adjoint));
   library.impl("silu", c10::DispatchKey::CPU, TORCH_FN(silu_everywhere_alike));
 }
 

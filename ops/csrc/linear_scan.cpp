@@ -1,9 +1,12 @@
 // packc_cpu::linear_scan and its backward. linear_scan.h says how the work is cut.
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "linear_scan.h"
+#include "linear_scan_summary.h"
 
 namespace packc {
 namespace {
@@ -185,6 +188,40 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd(
   return {da, db, dinitial};
 }
 
+// Of tokens begin .. L of the one row: the product of a, and the state that they leave.
+std::tuple<Tensor, Tensor> linear_scan_summary(const Tensor& all_a, const Tensor& all_b, const Tensor& begin) {
+  const int64_t first = begin.item<int64_t>(), D = all_b.size(2);
+  const Tensor a = all_a.slice(1, first), b = all_b.slice(1, first);
+  const auto fp32 = b.options().dtype(at::kFloat);
+  const Tensor transition = at::ones({1, D}, fp32), state = at::zeros({1, D}, fp32);
+  float *products = transition.mutable_data_ptr<float>(), *states = state.mutable_data_ptr<float>();
+  for_each_range(
+      groups_of(Documents(std::nullopt, 1, b.size(1))),
+      D,
+      [&] { return PieceReader(a, b); },
+      [&](PieceReader& ab, const Group& group, int64_t first, int64_t end) {
+        summarize(group, first, end, ab, products, states);
+      });
+  return {transition, state};
+}
+
+// Of tokens 0 .. end of the one row: the gradient of the state that enters.
+Tensor linear_scan_adjoint(const Tensor& all_douts, const Tensor& all_a, const Tensor& end) {
+  const int64_t last = end.item<int64_t>(), D = all_a.size(2);
+  const Tensor dout = all_douts.slice(1, 0, last), a = all_a.slice(1, 0, last);
+  const auto fp32 = a.options().dtype(at::kFloat);
+  const Tensor transition = at::ones({1, D}, fp32), dstate = at::zeros({1, D}, fp32);
+  float *products = transition.mutable_data_ptr<float>(), *dstates = dstate.mutable_data_ptr<float>();
+  for_each_range(
+      groups_of(Documents(std::nullopt, 1, a.size(1))),
+      D,
+      [&] { return PieceReader(dout, a); },
+      [&](PieceReader& douts_a, const Group& group, int64_t first, int64_t end) {
+        adjoin(group, first, end, douts_a, products, dstates);
+      });
+  return dstate;
+}
+
 TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
   m.def(
       "linear_scan(Tensor a, Tensor b, Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state) "
@@ -192,8 +229,12 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
   m.def(
       "linear_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor a, Tensor b, "
       "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_scan_summary(Tensor a, Tensor b, Tensor begin) -> (Tensor, Tensor)");
+  m.def("linear_scan_adjoint(Tensor dout, Tensor a, Tensor end) -> Tensor");
   m.impl("linear_scan", c10::DispatchKey::CPU, TORCH_FN(linear_scan));
   m.impl("linear_scan_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_scan_bwd));
+  m.impl("linear_scan_summary", c10::DispatchKey::CPU, TORCH_FN(linear_scan_summary));
+  m.impl("linear_scan_adjoint", c10::DispatchKey::CPU, TORCH_FN(linear_scan_adjoint));
 }
 
 } // namespace

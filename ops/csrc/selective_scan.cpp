@@ -6,6 +6,7 @@
 
 #include "selective_scan_bwd.h"
 #include "selective_scan_fwd.h"
+#include "selective_scan_summary.h"
 #include "tasks.h"
 
 namespace packc {
@@ -111,6 +112,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       initial_state ? grads.dinitial_state.to(initial_state->scalar_type()) : none()};
 }
 
+template <bool backwards>
+StateOutputs walk_states(const Problem& p) {
+  const auto fp32 = p.u.options().dtype(at::kFloat);
+  // Of no tokens, as which they begin.
+  const StateOutputs outputs{at::zeros({1, p.channels}, fp32), at::zeros({1, p.channels, p.N}, fp32)};
+  const std::vector<Group> groups = groups_of(Documents(std::nullopt, 1, p.u.size(1)));
+  for_each_bundle(
+      groups,
+      channel_blocks(p.channels, p.G),
+      [&] { return StateWalk<backwards>(p, outputs); },
+      [&](StateWalk<backwards>& worker, int64_t group, auto blocks) { worker.run(groups[group], blocks); });
+  return outputs;
+}
+
+// Of tokens begin .. L of the one row: the sum of their steps, and the state that they leave.
+std::tuple<Tensor, Tensor> selective_scan_summary(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const OptionalTensor& delta_bias,
+    bool delta_softplus, const Tensor& begin) {
+  const int64_t first = begin.item<int64_t>();
+  const auto segment = [&](const Tensor& x) { return x.slice(1, first); };
+  const Tensor Bs = segment(B);
+  const Problem p(
+      segment(u), segment(delta), A, Bs, Bs, std::nullopt, std::nullopt, delta_bias, delta_softplus, std::nullopt);
+  const StateOutputs outputs = walk_states<false>(p);
+  return {outputs.steps, outputs.state};
+}
+
+// Of tokens 0 .. end of the one row: the gradient of the state that enters.
+Tensor selective_scan_adjoint(
+    const Tensor& dout, const Tensor& delta, const Tensor& A, const Tensor& C, const OptionalTensor& z,
+    const OptionalTensor& delta_bias, bool delta_softplus, const Tensor& end) {
+  const int64_t last = end.item<int64_t>();
+  const auto segment = [&](const Tensor& x) { return x.slice(1, 0, last); };
+  const Tensor Cs = segment(C);
+  const OptionalTensor zs = z ? OptionalTensor(segment(*z)) : std::nullopt;
+  const Problem p(
+      segment(dout), segment(delta), A, Cs, Cs, std::nullopt, zs, delta_bias, delta_softplus, std::nullopt);
+  return walk_states<true>(p).state;
+}
+
 TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -121,8 +162,16 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
       "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? cu_seqlens, "
       "Tensor? initial_state, bool channel_first_ddelta) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "selective_scan_summary(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus, "
+      "Tensor begin) -> (Tensor, Tensor)");
+  m.def(
+      "selective_scan_adjoint(Tensor dout, Tensor delta, Tensor A, Tensor C, Tensor? z, Tensor? delta_bias, "
+      "bool delta_softplus, Tensor end) -> Tensor");
   m.impl("selective_scan", c10::DispatchKey::CPU, TORCH_FN(selective_scan));
   m.impl("selective_scan_bwd", c10::DispatchKey::CPU, TORCH_FN(selective_scan_bwd));
+  m.impl("selective_scan_summary", c10::DispatchKey::CPU, TORCH_FN(selective_scan_summary));
+  m.impl("selective_scan_adjoint", c10::DispatchKey::CPU, TORCH_FN(selective_scan_adjoint));
 }
 
 } // namespace

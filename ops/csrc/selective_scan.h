@@ -261,8 +261,11 @@ struct Inputs {
         B(kSelectiveScanChunk * states),
         C(kSelectiveScanChunk * states) {}
 
-  void load_BC(const Piece& piece, int64_t g) {
+  void load_B(const Piece& piece, int64_t g) {
     load(p.B.select(2, g), piece.row, piece.first, 0, piece.count, p.N, B.data(), states);
+  }
+  void load_BC(const Piece& piece, int64_t g) {
+    load_B(piece, g);
     load(p.C.select(2, g), piece.row, piece.first, 0, piece.count, p.N, C.data(), states);
   }
 

@@ -51,7 +51,7 @@ struct Carried {
 
 // Carries states along every document, forwards or `backwards`: `from`, or zeros, at its start, into `to` at its end.
 // What comes to a chunk, except to a document's first one on the way, is kept where the state between it and the one
-// before it is. make(columns) makes what a thread works with; step(carried, scratch) lets the state pass a chunk.
+// before it is, unless `between` is null. make(columns) makes what a thread works with; step(carried, scratch) lets the state pass a chunk.
 template <typename Problem, typename Make, typename Step>
 void carry_along_documents(
     const Problem& p, const Chunks& chunks, bool backwards, States from, States to, float* between, const Make& make,
@@ -76,7 +76,7 @@ void carry_along_documents(
     const int64_t length = chunks.of[n + 1] - chunks.of[n];
     for (int64_t i = 0; i < length; ++i) {
       const Chunk* chunk = &chunks.all[backwards ? chunks.of[n + 1] - 1 - i : chunks.of[n] + i];
-      if (i > 0) {
+      if (i > 0 && between != nullptr) {
         float* kept = between + p.state_at(backwards ? chunk[1] : *chunk, h) + first;
         for (int64_t k = 0; k < K; ++k)
           std::copy_n(own.state + k * columns, width, kept + k * wide_V);

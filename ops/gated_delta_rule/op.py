@@ -14,6 +14,7 @@ from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
+from packc.ops.summary import Summary
 
 
 def _flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:
@@ -24,6 +25,16 @@ def _flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:
 def _backward_flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:
     """Both of keys again; of every head five products of chunks with values, four with keys, and seven with states."""
     return 2 * B * L * (CHUNK * (2 * G * K + H * (5 * V + 4 * K)) + 7 * H * K * V)
+
+
+def _summary_flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:
+    """k k^T of every group; of every head one product of chunks with values, two with the state, of V and K columns."""
+    return 2 * B * L * (CHUNK * (G * K + H * (V + K)) + 2 * H * K * (V + K))
+
+
+def _adjoint_flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> int:
+    """k k^T and q k^T of every group; of every head two products of chunks with values, and three with the state."""
+    return 2 * B * L * (CHUNK * 2 * (G * K + H * V) + 3 * H * K * V)
 
 
 MIXER = declare(
@@ -51,5 +62,15 @@ MIXER = declare(
         ),
         flops=_flops,
         backward_flops=_backward_flops,
+        summary=Summary(
+            takes=("k", "v", "g", "beta"),
+            adjoint_takes=("q", "k", "g", "beta", "scale"),
+            transition="H K K",
+            through=lambda transition, state, _: transition @ state,
+            transposed=lambda transition, dstate, _: transition.mT @ dstate,
+            compose=lambda first, second: second @ first,
+            flops=_summary_flops,
+            adjoint_flops=_adjoint_flops,
+        ),
     )
 )

@@ -189,3 +189,23 @@ def backward(
         beta=dbeta.reshape(beta.shape).to(beta.dtype),
         initial_state=None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )
+
+
+def summary(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+    """The transition is a matrix ``(1, H, K, K)``: what becomes of the unit matrix where nothing is added to it."""
+    k, v, g, beta = (x[:, int(begin) :] for x in (k, v, g, beta))
+    _, state, _ = forward(k, k, v, g, beta, output_final_state=True)
+    unit = torch.eye(k.shape[3], dtype=state.dtype, device=k.device).expand(1, v.shape[2], -1, -1)
+    nothing = v.new_zeros((*v.shape[:3], k.shape[3]))
+    _, transition, _ = forward(k, k, nothing, g, beta, initial_state=unit, output_final_state=True)
+    return transition.contiguous(), state
+
+
+def adjoint(dout: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, end: Tensor) -> Tensor:
+    """Of states that are affine in what enters, so that values may be any."""
+    dout, q, k, g, beta = (x[:, : int(end)] for x in (dout, q, k, g, beta))
+    dtype = state_dtype(dout, q, k, g, beta)
+    state = dout.new_zeros((1, dout.shape[2], k.shape[3], dout.shape[3]), dtype=dtype)
+    dstate = backward(dout, None, state, q, k, dout, g, beta, scale, None, state).initial_state
+    assert dstate is not None
+    return dstate

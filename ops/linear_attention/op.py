@@ -14,6 +14,7 @@ from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
+from packc.ops.summary import Summary, add, decay_heads
 
 
 def _forward(kernels: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -47,6 +48,23 @@ def backward_flops(B: int, L: int, G: int, H: int, K: int, V: int, **_: Any) -> 
     return 2 * B * L * (CHUNK * (G * K + H * (2 * V + 2 * K)) + 4 * H * K * V)
 
 
+def _summary(kernels: Any, k: Tensor, v: Tensor, g: Tensor | None, begin: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.summary(k, v, _per_token(g, v), None, False, begin)
+
+
+def _adjoint(kernels: Any, dout: Tensor, q: Tensor, g: Tensor | None, scale: float, end: Tensor) -> Tensor:
+    return kernels.adjoint(dout, q, _per_token(g, dout), scale, False, end)
+
+
+def _per_token(g: Tensor | None, v: Tensor) -> Tensor | None:
+    return None if g is None else g.expand(v.shape[:3])
+
+
+def state_flops(B: int, L: int, H: int, K: int, V: int, **_: Any) -> int:
+    """k^T v of every head, forward; q^T do, backward."""
+    return 2 * B * L * H * K * V
+
+
 MIXER = declare(
     Mixer(
         "linear_attention",
@@ -65,5 +83,16 @@ MIXER = declare(
         example=Example({"H": 2, "G": 1, "K": 5, "V": 3}, drawn={"g": lambda x: F.logsigmoid(x + 2)}, fp32=("g",)),
         flops=flops,
         backward_flops=backward_flops,
+        summary=Summary(
+            takes=("k", "v", "g"),
+            adjoint_takes=("q", "g", "scale"),
+            transition="H",
+            through=decay_heads,
+            compose=add,
+            summary=_summary,
+            adjoint=_adjoint,
+            flops=state_flops,
+            adjoint_flops=state_flops,
+        ),
     )
 )

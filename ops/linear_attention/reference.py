@@ -191,3 +191,26 @@ def backward(
         if initial_state is None
         else (dstate.mT if value_major else dstate).to(initial_state.dtype).contiguous(),
     )
+
+
+def summary(
+    k: Tensor, v: Tensor, g: Tensor | None, step: Tensor | None, value_major: bool, begin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The transition is the sum of the logarithms of decays, ``(1, H)``."""
+    first = int(begin)
+    k, v = k[:, first:], v[:, first:]
+    g, step = (None if x is None else x[:, first:] for x in (g, step))
+    _, state, _ = forward(k, k, v, g, step, output_final_state=True, value_major=value_major)
+    return state.new_zeros((1, v.shape[2])) if g is None else g.sum(1).to(state.dtype), state
+
+
+def adjoint(dout: Tensor, q: Tensor, g: Tensor | None, scale: float, value_major: bool, end: Tensor) -> Tensor:
+    """Of states that are affine in what enters, so that keys and values may be any."""
+    dout, q = dout[:, : int(end)], q[:, : int(end)]
+    g = None if g is None else g[:, : int(end)]
+    heads, K, V = dout.shape[2], q.shape[3], dout.shape[3]
+    sizes = (1, heads, V, K) if value_major else (1, heads, K, V)
+    state = dout.new_zeros(sizes, dtype=state_dtype(dout, q, g))
+    dstate = backward(dout, None, state, q, q, dout, g, None, None, scale, None, state, value_major).initial_state
+    assert dstate is not None
+    return dstate

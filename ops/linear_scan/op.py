@@ -15,6 +15,7 @@ from torch import Tensor
 from packc.ops.linear_scan.reference import CHUNK
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
+from packc.ops.summary import Summary, multiply
 
 
 def _forward(
@@ -41,6 +42,15 @@ def _backward(
         return kernels.backward(dout, dfinals, kept, a, b, cu_seqlens, initials)
     da, db, dinitial = kernels.backward(_tokens(dout), dfinals, kept, _tokens(a), _tokens(b), cu_seqlens, initials)
     return da.view(a.shape), db.view(b.shape), None if initial is None else dinitial.view(initial.shape)
+
+
+def _summary(kernels: Any, a: Tensor, b: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+    transition, state = kernels.summary(_tokens(a), _tokens(b), begin)
+    return transition.view(1, *b.shape[2:]), state.view(1, *b.shape[2:])
+
+
+def _adjoint(kernels: Any, dout: Tensor, a: Tensor, end: Tensor) -> Tensor:
+    return kernels.adjoint(_tokens(dout), _tokens(a), end).view(1, *dout.shape[2:])
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -70,5 +80,17 @@ MIXER = declare(
         flops=lambda B, L, D: 2 * B * L * prod(D),
         # The recurrence again (2), dh (2) and da.
         backward_flops=lambda B, L, D: 5 * B * L * prod(D),
+        summary=Summary(
+            takes=("a", "b"),
+            adjoint_takes=("a",),
+            transition="*D",
+            through=lambda transition, state, _: transition * state,
+            compose=multiply,
+            summary=_summary,
+            adjoint=_adjoint,
+            # The recurrence (2) and the product.
+            flops=lambda B, L, D: 3 * B * L * prod(D),
+            adjoint_flops=lambda B, L, D: 2 * B * L * prod(D),
+        ),
     )
 )

@@ -110,3 +110,19 @@ def backward(
         documents.along_tokens(db, args.b).to(b.dtype),
         None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )
+
+
+def summary(a: Tensor, b: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+    """The transition is the product of ``a``, ``(1, ...)``."""
+    a, b = a[:, int(begin) :], b[:, int(begin) :]
+    state = forward(a, b, None, None, True)[1]
+    return a.to(state.dtype).prod(1), state
+
+
+def adjoint(dout: Tensor, a: Tensor, end: Tensor) -> Tensor:
+    """Of states that are affine in what enters, so that inputs may be any."""
+    a, dout = a[:, : int(end)], dout[:, : int(end)]
+    state = dout.new_zeros((1, *dout.shape[2:]), dtype=state_dtype(a, dout))
+    dstate = backward(dout, None, state, a, dout, None, state).initial_state
+    assert dstate is not None
+    return dstate

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.shapes import Groups
+from packc.ops.summary import Arguments, Summary, add
 
 
 def _chunk_states(B: int, L: int, D: int, N: int, **_: Any) -> int:
@@ -29,6 +31,17 @@ def _flops(B: int, L: int, D: int, N: int, **_: Any) -> int:
 def _backward_flops(B: int, L: int, D: int, N: int, **_: Any) -> int:
     """The forward again; dh (2), dB (2), dC (2), B . dh (2), the decay of dh, g, dA (2) and A . g (2)."""
     return 21 * B * L * D * N
+
+
+def _decay(steps: Tensor, state: Tensor, arguments: Arguments) -> Tensor:
+    A = arguments["A"]
+    assert A is not None
+    return torch.exp(steps[..., None] * A.to(state.dtype)) * state
+
+
+def _state_flops(B: int, L: int, D: int, N: int, **_: Any) -> int:
+    """For each token, channel and state: delta A and its exp, x B (dy C, backward), the recurrence (2)."""
+    return 5 * B * L * D * N
 
 
 MIXER = declare(
@@ -61,5 +74,15 @@ MIXER = declare(
         ),
         flops=_flops,
         backward_flops=_backward_flops,
+        summary=Summary(
+            takes=("u", "delta", "A", "B", "delta_bias", "delta_softplus"),
+            adjoint_takes=("delta", "A", "C", "z", "delta_bias", "delta_softplus"),
+            # The sum of the steps: of decays, which are exponentials of A times that, there would be N as many.
+            transition="D",
+            through=_decay,
+            compose=add,
+            flops=_state_flops,
+            adjoint_flops=_state_flops,
+        ),
     )
 )

@@ -228,3 +228,33 @@ def backward(
         delta_bias=None if delta_bias is None else ddelta.sum((0, 1)).to(delta_bias.dtype),
         initial_state=None if initial_state is None else torch.cat(dinitial).to(initial_state.dtype),
     )
+
+
+def summary(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool, begin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The transition is the sum of the steps, ``(1, D)``."""
+    u, delta, B = (x[:, int(begin) :] for x in (u, delta, B))
+    steps = prepare(u, delta, A, B, B, None, None, delta_bias, delta_softplus, None, None).tokens
+    _, state, _ = forward(u, delta, A, B, B, None, None, delta_bias, delta_softplus, output_final_state=True)
+    return sum((token.delta for token in steps), state.new_zeros((1, A.shape[0]))), state
+
+
+def adjoint(
+    dout: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    end: Tensor,
+) -> Tensor:
+    """Of states that are affine in what enters, so that inputs may be any."""
+    dout, delta, C = (x[:, : int(end)] for x in (dout, delta, C))
+    z = None if z is None else z[:, : int(end)]
+    state = A.new_zeros((1, *A.shape), dtype=state_dtype(dout, delta, A, C, z, delta_bias))
+    rest = (delta_bias, delta_softplus, None, state, False)
+    dstate = backward(dout, None, state, dout, delta, A, C, C, None, z, *rest).initial_state
+    assert dstate is not None
+    return dstate

@@ -18,6 +18,7 @@ from packc.ops.linear_attention import op as linear_attention
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
+from packc.ops.summary import Summary, add, decay_heads
 
 
 def _as_attention(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[Any, ...]:
@@ -79,6 +80,17 @@ def _backward(
     return dx, dg * A + dstep, (dg * dt).sum((0, 1)), dB, dC, dD, dz, dinitial_state
 
 
+def _summary(kernels: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.summary(B, x, dt * A, dt, True, begin)
+
+
+def _adjoint(kernels: Any, dout: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Tensor | None, end: Tensor) -> Tensor:
+    if z is not None:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        dout = dout * _silu(z)
+    return kernels.adjoint(dout, C, dt * A, 1.0, True, end)
+
+
 # As attention has it, groups and heads are those of q and v, keys are N and values P.
 def _chunk_states(B: int, L: int, H: int, P: int, N: int, **_: Any) -> int:
     return chunk_states_length(B, L, H, K=N, V=P)
@@ -90,6 +102,10 @@ def _flops(B: int, L: int, G: int, H: int, P: int, N: int, **_: Any) -> int:
 
 def _backward_flops(B: int, L: int, G: int, H: int, P: int, N: int, **_: Any) -> int:
     return linear_attention.backward_flops(B, L, G, H, K=N, V=P)
+
+
+def _state_flops(B: int, L: int, H: int, P: int, N: int, **_: Any) -> int:
+    return linear_attention.state_flops(B, L, H, K=N, V=P)
 
 
 MIXER = declare(
@@ -124,5 +140,16 @@ MIXER = declare(
         ),
         flops=_flops,
         backward_flops=_backward_flops,
+        summary=Summary(
+            takes=("x", "dt", "A", "B"),
+            adjoint_takes=("dt", "A", "C", "z"),
+            transition="H",
+            through=decay_heads,
+            compose=add,
+            summary=_summary,
+            adjoint=_adjoint,
+            flops=_state_flops,
+            adjoint_flops=_state_flops,
+        ),
     )
 )

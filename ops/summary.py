@@ -1,0 +1,75 @@
+"""What the tokens of a segment do to a state that passes through them: a recurrence's summary, declared with its mixer.
+
+Every recurrence here is affine in its state. Of a segment, some consecutive tokens of one document, whatever comes in
+leaves as::
+
+    h_out = transition h_in + state
+
+where ``state`` is what the segment leaves behind from a state of zero, and ``transition`` is kept as compact as the
+recurrence allows: a sum of logarithms where decays multiply, a matrix only where channels of the state mix. Going
+backwards, the gradient ``dh_in = transition^T dh_out + dstate``, where ``dstate`` is the gradient of the state that
+enters, from the segment's own results alone. A sequence cut in segments needs no more than these to be computed piece
+by piece (LASP, https://arxiv.org/abs/2404.02882; Blelloch, "Prefix Sums and Their Applications", CMU-CS-90-190).
+
+From the declaration follow ``packc::<name>_summary`` and ``packc::<name>_adjoint`` (``summary_registration.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Arguments = Mapping[str, Tensor | None]
+"""What a summary was taken of, by name: a transition may want weights."""
+
+Through = Callable[[Tensor, Tensor, Arguments], Tensor]
+"""``(transition, state, arguments) -> state``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Of a recurrence. A transition is ``(1, *transition)`` and a state ``(1, *state)``, or any number of either, one
+    for each segment: :attr:`through` and its kind are plain torch on trailing axes, of fp32 or fp64 tensors.
+    """
+
+    takes: tuple[str, ...]
+    """Arguments of the mixer, in its order, on which the states depend: all that ``<name>_summary`` reads."""
+    adjoint_takes: tuple[str, ...]
+    """Those on which the gradient of an entering state depends beside ``dout``: all that ``<name>_adjoint`` reads."""
+    transition: str
+    """Shape of a transition, in the letters of the mixer."""
+    through: Through
+    """What becomes of a state that enters."""
+    compose: Callable[[Tensor, Tensor], Tensor]
+    """``(first, second)``: the transition through two neighbouring segments. Associative."""
+    transposed: Through | None = None
+    """What becomes of a gradient that comes from behind, where that is not :attr:`through` itself: of matrices."""
+    summary: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """``(kernels, *arguments of the op) -> (transition, state)``, where kernels want their arguments in another way."""
+    adjoint: Callable[..., Tensor] | None = None
+    """``(kernels, *arguments of the op) -> dstate``, likewise."""
+    flops: Callable[..., int] = field(kw_only=True)
+    """Of the sizes and options, by name; as if all tokens were the segment's."""
+    adjoint_flops: Callable[..., int] = field(kw_only=True)
+
+    def through_adjoint(self, transition: Tensor, dstate: Tensor, arguments: Arguments) -> Tensor:
+        """The gradient of the state that enters, from that of the state that leaves: the transpose of ``through``."""
+        return (self.transposed or self.through)(transition, dstate, arguments)
+
+
+def add(first: Tensor, second: Tensor) -> Tensor:
+    """Composes transitions that are sums: of logarithms of decays, of step sizes."""
+    return first + second
+
+
+def multiply(first: Tensor, second: Tensor) -> Tensor:
+    """Composes transitions that are factors."""
+    return first * second
+
+
+def decay_heads(transition: Tensor, state: Tensor, _: Any) -> Tensor:
+    """Through a logarithm of a decay per head, ``(..., H)``, of states ``(..., H, *, *)``."""
+    return transition.exp()[..., None, None] * state
