@@ -35,6 +35,7 @@ struct Left {
   }
 };
 
+// Unrolled whole, at most 12 times: sums with an index that is not known would lie in memory, not in registers.
 template <int64_t rows>
 inline void multiply_block(int64_t k, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   Vec sums[rows][kColumnVectors];
@@ -43,13 +44,13 @@ inline void multiply_block(int64_t k, Left a, const float* b, int64_t b_row, flo
       sums[i][j] = add ? Vec::loadu(c + i * c_row + j * kVec) : Vec(0.f);
   for (int64_t p = 0; p < k; ++p) {
     Vec right[kColumnVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t j = 0; j < kColumnVectors; ++j)
       right[j] = Vec::loadu(b + p * b_row + j * kVec);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t i = 0; i < rows; ++i) {
       const Vec left(a.data[i * a.row + p * a.column]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int64_t j = 0; j < kColumnVectors; ++j)
         sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
     }

@@ -46,17 +46,13 @@ def _check(op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor) -> None:
 
 
 def choose(op: str, q: Tensor) -> str:
-    """``"reference"``, ``"cpu"`` (torch's CPU flash attention) or ``"triton"`` (flash or Flex on CUDA), as for all ops.
-
-    There is no kernel of ours: the names are those of ``packc.config.kernels``, by device.
-    """
-    wanted = dispatch.wanted_kernels()
-    if wanted == "reference" or q.dtype == torch.float64:
-        return "reference"
-    by_device = {"cpu": "cpu", "cuda": "triton"}.get(q.device.type, "reference")
-    if wanted in ("auto", by_device):
-        return by_device
-    raise ValueError(f'packc.config.kernels = "{wanted}": {op} got a {q.dtype} tensor on {q.device}')
+    """``"reference"``, ``"cpu"`` (C++) or ``"triton"``: flash or Flex on CUDA, which are not ours, nor want Triton."""
+    wanted, exact = dispatch.wanted_kernels(), q.dtype == torch.float64
+    if q.is_cuda and not exact and wanted in ("auto", "triton"):
+        return "triton"
+    if wanted == "triton" and not exact:
+        raise ValueError(f'packc.config.kernels = "triton": {op} got a {q.dtype} tensor on {q.device}')
+    return dispatch.choose(op, q)
 
 
 # Where documents end is data, which formulas do not see: they count one document of T tokens, an upper bound.

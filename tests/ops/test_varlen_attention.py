@@ -70,6 +70,29 @@ def test_heads_of_a_group_stand_next_to_each_other(kernels):
         torch.testing.assert_close(out[:, :, h : h + 1], varlen_attention(*heads, cu_seqlens=cu_seqlens))
 
 
+@pytest.mark.parametrize("H_kv", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_the_number_of_threads(H_kv, dtype):
+    leaves, cu_seqlens = inputs([0, 130], H_kv=H_kv, V=9, dtype=dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 8):  # more than groups: then heads are shared out, if there are more
+            torch.set_num_threads(number)
+            results.append(run(leaves, cu_seqlens, window=70))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_softmax_over_nothing_but_minus_infinity_is_nan(kernels):
+    (q, k, v), cu_seqlens = inputs([3, 70], H=1, H_kv=1)
+    with torch.no_grad():
+        q[:], k[:, :67] = 1, -torch.inf  # of the last document, all keys of the first chunk
+    out = varlen_attention(q, k, v, cu_seqlens=cu_seqlens)
+    assert out[:, :67].isnan().all()
+    torch.testing.assert_close(out[:, 67], v[:, 67])
+
+
 def test_float64_takes_the_reference_whatever_is_forced():
     leaves, cu_seqlens = inputs([4, 5], dtype=torch.float64)
     with config.patch(kernels="cpu"):
@@ -152,7 +175,6 @@ VIEWS = {
     "token last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
     "one token for all": lambda x: x[:, :1].expand_as(x),
 }
-IN_PLACE = list(VIEWS)[:4]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -178,14 +200,14 @@ def test_strided_gradients_are_those_of_contiguous_ones(kernels):
         assert all(map(torch.equal, results, expected))
 
 
-@pytest.mark.parametrize("view", IN_PLACE)
+@pytest.mark.parametrize("view", VIEWS)
 def test_strided_inputs_are_read_in_place(view):
     leaves, cu_seqlens = inputs([300], H_kv=4)
     strided = [VIEWS[view](leaf.detach()) for leaf in leaves]
     with config.patch(kernels="cpu"), profile(record_shapes=True) as record:
         varlen_attention(*strided, cu_seqlens=cu_seqlens)
-    copies = [event for event in record.events() if event.name in ("aten::copy_", "aten::clone", "aten::contiguous")]
-    assert len([event for event in copies if event.input_shapes[0] == [1, 4, 300, 16]]) == 1  # out's
+    copies = ("aten::copy_", "aten::clone", "aten::contiguous")
+    assert not [each for each in record.events() if each.name in copies and len(each.input_shapes[0]) == 4]
 
 
 def test_what_is_kept_for_the_backward_is_linear_in_the_length(kernels):

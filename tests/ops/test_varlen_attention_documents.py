@@ -22,7 +22,7 @@ def kernels(request):
 
 
 def same(kernels, a, b):
-    """torch's flash attention gives a document the same bits wherever it lies; its matrix products do not."""
+    """The kernels give a document the same bits wherever it lies; torch's matrix products do not."""
     return torch.equal(a, b) if kernels == "cpu" else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
