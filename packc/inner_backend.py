@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,25 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) ->
         """Forward or backward, now or, with nothing of ours around it, when the first gradient is asked for."""
         keep_saved_tensors()
         keep_strides(args[0])
-        with keyed_by(key):
+        with keyed_by(key), _hiding_communication(args[0]):
             return compile_fx_inner(*args, **kwargs)
 
     with keyed_by(key):
         return compile_fx(gm, inputs, inner_compile=compile_one, config_patches=patches)
+
+
+def _hiding_communication(gm: fx.GraphModule) -> contextlib.AbstractContextManager[None]:
+    """In a graph with collectives the last say on its order is packc's, unless the user has a pass of his own there."""
+    with private_torch():
+        from torch._inductor import config as inductor
+
+    collectives = any(getattr(node.target, "namespace", "") == "_c10d_functional" for node in gm.graph.nodes)
+    if not collectives or inductor.post_grad_custom_post_pass is not None:
+        return contextlib.nullcontext()
+    from packc.passes.overlap import HideCommunication
+
+    # Reordering for memory would undo it.
+    return inductor.patch(post_grad_custom_post_pass=HideCommunication(), reorder_for_peak_memory=False)
 
 
 def _without_code_generation(gm: fx.GraphModule, inputs: list[Any], name: str) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ def early_and_late(tasks: Sequence[Task]) -> list[int]:
     """Collectives start where their operands are there, and are waited for before the first task that wants them."""
     placed: list[int] = []
     done: set[int] = set()
+    starts = [number for number, task in enumerate(tasks) if task.kind == "start"]
 
     def place(number: int) -> None:
         for before in tasks[number].after:
@@ -33,7 +34,7 @@ def early_and_late(tasks: Sequence[Task]) -> list[int]:
         done.add(number)
 
     def ready_starts() -> list[int]:
-        return [n for n, t in enumerate(tasks) if t.kind == "start" and n not in done and done.issuperset(t.after)]
+        return [number for number in starts if number not in done and done.issuperset(tasks[number].after)]
 
     for number, task in enumerate(tasks):
         if task.kind == "compute" and number not in done:
@@ -60,12 +61,13 @@ def list_schedule(tasks: Sequence[Task], memory: int | None = None) -> list[int]
     """
     usual = program_order(tasks)
     limit = peak(tasks, usual) if memory is None else memory
-    candidates = [early_and_late(tasks), _greedy(tasks, limit)]
+    candidates = [early_and_late(tasks), *(_greedy(tasks, limit, patient) for patient in (False, True))]
     fitting = [order for order in candidates if peak(tasks, order) <= max(limit, peak(tasks, usual))]
     return min([usual, *fitting], key=lambda order: seconds(tasks, order))
 
 
-def _greedy(tasks: Sequence[Task], limit: int) -> list[int]:
+def _greedy(tasks: Sequence[Task], limit: int, patient: bool) -> list[int]:
+    """``patient``: rather stand still than run what would end after a collective that more urgent tasks wait for."""
     users, ways = users_of(tasks), longest_ways(tasks)
     missing = [len(set(task.after)) for task in tasks]
     ready = {number for number, count in enumerate(missing) if not count}
@@ -84,9 +86,17 @@ def _greedy(tasks: Sequence[Task], limit: int) -> list[int]:
         task = tasks[number]
         fits = live + task.makes <= limit
         if task.kind == "start":
-            return (2, 0, ways[number], -number)
-        waits = task.kind == "wait" and ends[started_by(tasks, number)] > now
-        return (1 if fits and not waits else 0, not waits, -grows(number) if not fits else ways[number], -number)
+            return (2, ways[number], -number)
+        if task.kind == "wait":
+            late = ends[started_by(tasks, number)] > now
+        else:
+            late = patient and any(now + task.seconds > end and ways[wait] > ways[number] for wait, end in pending())
+        return (1 if fits and not late else 0, ways[number] if fits else -grows(number), -number)
+
+    def pending() -> list[tuple[int, float]]:
+        """Waits that are ready for collectives under way, and when these end."""
+        waits = [(number, ends[started_by(tasks, number)]) for number in ready if tasks[number].kind == "wait"]
+        return [(number, end) for number, end in waits if end > now]
 
     while ready:
         starts = [number for number in ready if tasks[number].kind == "start"]
@@ -111,7 +121,7 @@ def _greedy(tasks: Sequence[Task], limit: int) -> list[int]:
 
 
 def coarse(tasks: Sequence[Task], branch: Collection[int]) -> list[int]:
-    """Optimus's coarse move (arXiv 2408.03505, section 4): a branch as one piece, where it hides most.
+    """Optimus's coarse move (arXiv 2408.03505): a branch as one piece, where it hides most.
 
     Args:
         tasks: in program order.

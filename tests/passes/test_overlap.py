@@ -11,7 +11,6 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from packc.passes.overlap import (
-    HideCommunication,
     Task,
     early_and_late,
     exact,
@@ -230,11 +229,10 @@ def test_a_graph_without_collectives_stays(group):
     assert hide_communication(gm.graph) is None
 
 
-def test_inductor_keeps_the_order(group):
+def test_packc_has_inductor_keep_the_order(group):
     torch._dynamo.reset()
     inputs = torch.randn(256, 64), torch.randn(64, 64)
-    options = {"post_grad_custom_post_pass": HideCommunication(), "reorder_for_peak_memory": False}
-    compiled = torch.compile(exchanging(group), options=options)
+    compiled = torch.compile(exchanging(group), backend="packc")
     _, (code,) = run_and_get_code(compiled, *inputs)
     body = code[code.index("def call(") :]
     places = [body.index(name) for name in ("all_gather_into_tensor", "extern_kernels.mm(", "wait_tensor")]
