@@ -30,6 +30,7 @@ from mixer_contenders import SECTIONS as MIXERS
 from op_contenders import SECTIONS as OTHERS
 from op_contenders import Contender, Problem
 from rich.progress import track
+from summary_contenders import SECTIONS as SUMMARIES
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -37,7 +38,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = OTHERS | MIXERS
+SECTIONS = OTHERS | MIXERS | SUMMARIES
 TOKENS = {"cpu": [2048], "cuda": [2048, 8192, 32768, 131072]}
 TOKENS_OF_MIXERS = {"cpu": [4096], "cuda": TOKENS["cuda"]}
 CHANNELS = {"cpu": [512], "cuda": [1536, 2560, 5120]}
@@ -91,7 +92,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in args.sections or SECTIONS:
-        tokens = (TOKENS_OF_MIXERS if name in MIXERS else TOKENS)[device.type]
+        tokens = (TOKENS if name in OTHERS else TOKENS_OF_MIXERS)[device.type]
         for D in args.channels or CHANNELS[device.type]:
             for T in args.tokens or tokens:
                 torch.manual_seed(0)

@@ -27,7 +27,9 @@ def test_ops_are_measured_into_a_table_and_a_plot(tmp_path):
     run("ops.py", "--device=cpu", "--tokens=256", "--channels=64", "--rounds=1", f"--output={tmp_path}")
     rows = list(csv.DictReader((tmp_path / "ops-cpu.csv").open()))
     mixers = {"gated_delta_rule", "linear_attention", "linear_scan", "ssd"}
-    assert {row["op"] for row in rows} == {"causal_conv1d", "selective_scan", "pack", "varlen_attention"} | mixers
+    recurrences = mixers | {"selective_scan"}
+    walks = {f"{recurrence}_states" for recurrence in recurrences}
+    assert {row["op"] for row in rows} == {"causal_conv1d", "pack", "varlen_attention"} | recurrences | walks
     assert all(float(row["median_ms"]) > 0 for row in rows)
     assert (tmp_path / "ops-cpu.png").stat().st_size > 0
 

@@ -1,7 +1,8 @@
 """States from segment to segment of a row (``tritonsrc.segments``).
 
-With more than one, a first walk finds what each segment makes of a zero state; ``pass_states`` then carries states from
-segment to segment, forward, or gradients of states backward; a second walk starts from them.
+With more than one, a first walk finds each segment's summary (``ops/summary.py``): its state from zero, and its
+transition, the sum of its step sizes. ``pass_states`` then carries states from segment to segment, forward, or
+gradients of states backward; a second walk starts from them.
 """
 
 from __future__ import annotations

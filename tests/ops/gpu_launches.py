@@ -8,6 +8,10 @@ import torch
 CALLS: dict[str, dict] = {}
 
 
+def place():
+    return torch.empty(1, dtype=torch.int64, device="meta")
+
+
 def documents_of_tokens():
     from packc.ops.tritonsrc.documents import document_of_token
 
@@ -48,8 +52,23 @@ def selective_scan(dtype, packed, stateful, optional=True):
     return run
 
 
+def selective_scan_summary():
+    from packc.ops.selective_scan import triton_summary
+    from packc.ops.tritonsrc import segments
+
+    segments._processors = lambda device: 132
+
+    T, D, N = 100_000, 5120, 16
+    u, A, bias = (torch.empty(shape, device="meta") for shape in ((1, T, D), (D, N), D))
+    delta, z = torch.empty(1, D, T, device="meta").transpose(1, 2), torch.empty(1, T, 2 * D, device="meta")[..., D:]
+    B, C = torch.empty(1, T, 160 + 2 * N, device="meta")[..., 160:].chunk(2, -1)
+    triton_summary.summary(u, delta, A, B, bias, True, place())
+    triton_summary.adjoint(u, delta, A, C, z, bias, True, place())
+
+
 CALLS["selective_scan"] = {
     "fp32, packed, stateful": selective_scan(torch.float32, True, True),
+    "fp32, summary": selective_scan_summary,
     "bf16, packed": selective_scan(torch.bfloat16, True, False),
     "bf16, rows, stateful": selective_scan(torch.bfloat16, False, True),
     "fp16, packed, bare": selective_scan(torch.float16, True, False, optional=False),
@@ -109,8 +128,18 @@ def linear_attention(dtype, packed, K, V, ssd=False, H=64):
     return run
 
 
+def linear_attention_summary(T=100_000, H=64, G=8, K=128, V=64):
+    from packc.ops.linear_attention import triton_summary
+
+    q, k = torch.empty(1, T, 2 * G, K, dtype=torch.bfloat16, device="meta").chunk(2, 2)
+    v, g = torch.empty(1, T, H, V, dtype=torch.bfloat16, device="meta"), torch.empty(1, T, H, device="meta")
+    triton_summary.summary(k, v, g, g, True, place())
+    triton_summary.adjoint(v, q, g, 0.1, True, place())
+
+
 CALLS["linear_attention"] = {
     "bf16, ssd, packed": linear_attention(torch.bfloat16, True, 128, 64, ssd=True),
+    "bf16, ssd, summary": linear_attention_summary,
     "fp32, ssd, packed": linear_attention(torch.float32, True, 128, 64, ssd=True),
     "bf16, packed": linear_attention(torch.bfloat16, True, 128, 128),
     "bf16, rows": linear_attention(torch.bfloat16, False, 128, 128),
@@ -142,8 +171,23 @@ def gated_delta_rule(dtype, packed, per_channel):
     return run
 
 
+def gated_delta_rule_summary(dtype):
+    from packc.ops.gated_delta_rule import triton_summary
+
+    def run(T=100_000, H=32, K=128, V=128):
+        q, k = torch.empty(1, T, H, 2 * K, dtype=dtype, device="meta").chunk(2, -1)
+        v, beta = torch.empty(1, T, H, V, dtype=dtype, device="meta"), torch.empty(1, T, H, device="meta")
+        for g in (beta, torch.empty(1, T, H, K, device="meta")):
+            triton_summary.summary(k, v, g, beta, place())
+            triton_summary.adjoint(v, q, k, g, beta, 0.1, place())
+
+    return run
+
+
 CALLS["gated_delta_rule"] = {
     "fp32, per channel, packed": gated_delta_rule(torch.float32, True, True),
+    "fp32, summary": gated_delta_rule_summary(torch.float32),
+    "bf16, summary": gated_delta_rule_summary(torch.bfloat16),
     "bf16, per channel, packed": gated_delta_rule(torch.bfloat16, True, True),
     "fp16, per head, packed": gated_delta_rule(torch.float16, True, False),
     "bf16, per head, rows": gated_delta_rule(torch.bfloat16, False, False),
@@ -172,8 +216,20 @@ def linear_scan(a_dtype, b_dtype, packed, stateful, D=4096):
     return run
 
 
+def linear_scan_summary(T=100_000, D=4096):
+    from packc.ops.linear_scan import triton_summary
+    from packc.ops.tritonsrc import segments
+
+    segments._processors = lambda device: 132
+
+    a, b = torch.empty(1, T, D, device="meta"), torch.empty(1, T, 2 * D, dtype=torch.bfloat16, device="meta")[..., D:]
+    triton_summary.summary(a, b, place())
+    triton_summary.adjoint(b, a, place())
+
+
 CALLS["linear_scan"] = {
     "fp32, packed, stateful": linear_scan(torch.float32, torch.float32, True, True),
+    "fp32 and bf16, summary": linear_scan_summary,
     "fp32 and bf16, packed": linear_scan(torch.float32, torch.bfloat16, True, False),
     "bf16, rows, stateful": linear_scan(torch.bfloat16, torch.bfloat16, False, True),
     "fp32, one channel": linear_scan(torch.float32, torch.float32, True, True, D=1),
