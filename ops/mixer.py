@@ -52,7 +52,7 @@ class Mixer:
     like: str
     """The tensor whose dtype and device are ``out``'s, and whose shape is, unless ``out`` is given."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Arguments that are no tensors: name and type, as a schema has it."""
+    """Arguments without a gradient: name and type, as a schema has it."""
     out: str = ""
     """Shape of ``out``."""
     state: str | None = None

@@ -32,15 +32,18 @@ std::tuple<Tensor, Tensor> varlen_attention(
     const Tensor& cu_seqlens,
     bool causal,
     std::optional<double> scale,
-    std::optional<int64_t> window) {
+    std::optional<int64_t> window,
+    double dropout_p,
+    const std::optional<Tensor>& seed) {
   const int64_t T = q.size(1);
   const Chunks chunks{Documents(cu_seqlens, 1, T)};
   const Attention p = problem(q, k, v, causal, scale, window);
+  const Dropout dropout(dropout_p, seed);
   Tensor out = at::empty({1, T, p.heads, p.V()}, q.options());
   Tensor logsumexp = at::empty({p.heads, T}, q.options().dtype(at::kFloat));
   const Heads outs(out);
   float* logsumexps = logsumexp.mutable_data_ptr<float>();
-  const auto scratch = [&] { return AttentionForward(p, chunks, outs, logsumexps, T); };
+  const auto scratch = [&] { return AttentionForward(p, dropout, chunks, outs, logsumexps, T); };
   for_each_task(static_cast<int64_t>(chunks.all.size()) * p.groups, scratch, [&](int64_t task, AttentionForward& forward) {
     forward.run(task / p.groups, task % p.groups);
   });
@@ -57,10 +60,13 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     const Tensor& cu_seqlens,
     bool causal,
     std::optional<double> scale,
-    std::optional<int64_t> window) {
+    std::optional<int64_t> window,
+    double dropout_p,
+    const std::optional<Tensor>& seed) {
   const Documents documents(cu_seqlens, 1, q.size(1));
   const Chunks chunks(documents);
   const Attention p = problem(q, k, v, causal, scale, window);
+  const Dropout dropout(dropout_p, seed);
   int64_t longest = 0, full = 0;
   for (int64_t n = 0; n < documents.count(); ++n) {
     longest = std::max(longest, documents.length(n));
@@ -76,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
   const Tensor logsumexps = logsumexp.contiguous();
   const AttentionBackward::Tensors tensors{
       Heads(dout), Heads(out), logsumexps.const_data_ptr<float>(), Heads(dq), Heads(dk), Heads(dv), q.size(1)};
-  const auto scratch = [&] { return AttentionBackward(p, chunks, tensors, longest); };
+  const auto scratch = [&] { return AttentionBackward(p, dropout, chunks, tensors, longest); };
   for_each_task(documents.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
     const int64_t place = task % places;
     backward.run(task / places, Range{place * heads, (place + 1) * heads}, place);
@@ -90,11 +96,12 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
   library.def(
-      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float? scale, int? window) "
-      "-> (Tensor, Tensor)");
+      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float? scale, int? window, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
   library.def(
       "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, "
-      "Tensor cu_seqlens, bool causal, float? scale, int? window) -> (Tensor, Tensor, Tensor)");
+      "Tensor cu_seqlens, bool causal, float? scale, int? window, float dropout_p, Tensor? seed) "
+      "-> (Tensor, Tensor, Tensor)");
   library.impl("varlen_attention", c10::DispatchKey::CPU, TORCH_FN(varlen_attention));
   library.impl("varlen_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(varlen_attention_bwd));
 }

@@ -3,12 +3,15 @@
 //     dp_ij = do_i . v_j,   ds_ij = scale p_ij (dp_ij - D_i)
 //     dv_j = sum_i p_ij do_i,   dk_j = sum_i ds_ij q_i,   dq_i = sum_j ds_ij k_j
 //
+// Dropout's factors go into dp_ij, and into p_ij in dv_j: D_i stays what it is.
+//
 // A document and the heads of one group are a task: what the queries of a head, in order, give to a key is summed, then
 // that of the heads. So it is where every head is a task of its own, for want of others: no bit depends on which it was.
 #pragma once
 
 #include <ATen/ops/empty.h>
 
+#include "attention_dropout.h"
 #include "rows.h"
 #include "varlen_attention.h"
 
@@ -26,20 +29,22 @@ class AttentionBackward {
     int64_t tokens;
   };
 
-  AttentionBackward(const Attention& p, const Chunks& chunks, const Tensors& tensors, int64_t longest)
+  AttentionBackward(
+      const Attention& p, const Dropout& dropout, const Chunks& chunks, const Tensors& tensors, int64_t longest)
       : p_(p),
+        dropout_(dropout),
         chunks_(chunks),
         t_(tensors),
         wide_K_(padded(p.K())),
         wide_V_(padded(p.V())),
         tiles_(
-            kChunk * (2 * wide_K_ + 2 * wide_V_ + p.K() + p.V() + 2 * kChunk + 2) +
+            kChunk * (2 * wide_K_ + 2 * wide_V_ + p.K() + p.V() + 3 * kChunk + 2) +
             3 * longest * (wide_K_ + wide_V_) + 512) {
     for (float** tile : {&q_, &dq_})
       *tile = tiles_.take(kChunk * wide_K_);
     for (float** tile : {&do_, &out_})
       *tile = tiles_.take(kChunk * wide_V_);
-    for (float** tile : {&weights_, &dscores_})
+    for (float** tile : {&weights_, &dscores_, &dropped_})
       *tile = tiles_.take(kChunk * kChunk);
     for (float** row : {&logsumexp_, &inner_})
       *row = tiles_.take(kChunk);
@@ -107,6 +112,8 @@ class AttentionBackward {
       const float *k = k_ + at * wide_K_, *v = v_ + at * wide_V_;
       multiply_seen(pair, p_.K(), Left{k, wide_K_}, qt_, weights_);
       multiply_seen(pair, p_.V(), Left{v, wide_V_}, dot_, dscores_);
+      if (dropout_)
+        dropout_.factors(pair, chunks_, c, of_keys, h, dropped_);
       weigh(pair);
       add_over_queries(pair, weights_, do_, wide_V_, dv_ + at * wide_V_);
       add_over_queries(pair, dscores_, q_, wide_K_, dk_ + at * wide_K_);
@@ -124,7 +131,9 @@ class AttentionBackward {
         for (int64_t i = seeing.begin; i < seeing.end; i += kVec) {
           const int64_t at = j * kChunk + i;
           Vec weight = exp2(at::vec::fmsub(Vec::loadu(weights_ + at), factor, Vec::loadu(logsumexp_ + i)));
-          Vec dscore = weight * scale * (Vec::loadu(dscores_ + at) - Vec::loadu(inner_ + i));
+          const Vec dropped = dropout_ ? Vec::loadu(dropped_ + at) : Vec(1.f);
+          Vec dscore = weight * scale * at::vec::fmsub(Vec::loadu(dscores_ + at), dropped, Vec::loadu(inner_ + i));
+          weight = weight * dropped;
           if (!all) {
             const Vec hidden = pair.hidden(j, i);
             weight = Vec::blendv(weight, zero, hidden);
@@ -148,6 +157,7 @@ class AttentionBackward {
   }
 
   const Attention& p_;
+  const Dropout& dropout_;
   const Chunks& chunks_;
   const Tensors& t_;
   const int64_t wide_K_, wide_V_;
@@ -155,7 +165,7 @@ class AttentionBackward {
   int64_t start_ = 0; // of the document
   float *q_, *dq_, *do_, *out_; // (64, K) and (64, V)
   float *qt_, *dot_; // (K, 64) and (V, 64)
-  float *weights_, *dscores_; // (64, 64)
+  float *weights_, *dscores_, *dropped_; // (64, 64)
   float *logsumexp_, *inner_; // (64,)
   float *k_, *v_, *dk_, *dv_, *dk_sum_, *dv_sum_; // of all tokens of a document
 };

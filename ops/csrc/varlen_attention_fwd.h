@@ -2,6 +2,7 @@
 // the exponential (online softmax; Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
 #pragma once
 
+#include "attention_dropout.h"
 #include "rows.h"
 #include "varlen_attention.h"
 
@@ -9,8 +10,15 @@ namespace packc {
 
 class AttentionForward {
  public:
-  AttentionForward(const Attention& p, const Chunks& chunks, const Heads& out, float* logsumexp, int64_t tokens)
+  AttentionForward(
+      const Attention& p,
+      const Dropout& dropout,
+      const Chunks& chunks,
+      const Heads& out,
+      float* logsumexp,
+      int64_t tokens)
       : p_(p),
+        dropout_(dropout),
         chunks_(chunks),
         out_(out),
         logsumexp_(logsumexp),
@@ -18,10 +26,11 @@ class AttentionForward {
         wide_K_(padded(p.K())),
         wide_V_(padded(p.V())),
         heads_(p.heads_of_group()),
-        tiles_(kChunk * (wide_K_ + wide_V_ + kChunk + heads_ * (p.K() + wide_V_ + 2)) + 64 * (3 + 4 * heads_)) {
+        tiles_(kChunk * (wide_K_ + wide_V_ + 2 * kChunk + heads_ * (p.K() + wide_V_ + 2)) + 64 * (3 + 4 * heads_)) {
     k_ = tiles_.take(kChunk * wide_K_);
     v_ = tiles_.take(kChunk * wide_V_);
     scores_ = tiles_.take(kChunk * kChunk);
+    dropped_ = tiles_.take(kChunk * kChunk);
     for (int64_t h = 0; h < heads_; ++h) {
       OfHead head;
       head.qt = tiles_.take(p.K() * kChunk);
@@ -48,8 +57,11 @@ class AttentionForward {
       const Pair pair(p_.seen, queries, keys);
       p_.k.load(keys, group, k_, wide_K_);
       p_.v.load(keys, group, v_, wide_V_);
-      for (const OfHead& head : of_heads_) {
+      for (int64_t h = 0; h < heads_; ++h) {
+        const OfHead& head = of_heads_[h];
         multiply_seen(pair, p_.K(), Left{k_, wide_K_}, head.qt, scores_);
+        if (dropout_)
+          dropout_.factors(pair, chunks_, c, of_keys, group * heads_ + h, dropped_);
         weigh(pair, head, of_keys == seen.begin);
         add_over_keys(pair, scores_, v_, wide_V_, head.out);
       }
@@ -88,7 +100,9 @@ class AttentionForward {
         Vec weight = exp2(at::vec::fmsub(Vec::loadu(at), factor, reference));
         if (!all)
           weight = Vec::blendv(weight, zero, pair.hidden(j, i));
-        sum = sum + weight;
+        sum = sum + weight; // before any is dropped
+        if (dropout_)
+          weight = weight * Vec::loadu(dropped_ + j * kChunk + i);
         weight.store(at);
       }
       if (first) {
@@ -116,12 +130,13 @@ class AttentionForward {
   }
 
   const Attention& p_;
+  const Dropout& dropout_;
   const Chunks& chunks_;
   const Heads& out_;
   float* logsumexp_; // (H, T)
   const int64_t tokens_, wide_K_, wide_V_, heads_;
   Tiles tiles_;
-  float *k_, *v_, *scores_;
+  float *k_, *v_, *scores_, *dropped_;
   std::vector<OfHead> of_heads_;
 };
 

@@ -1,8 +1,9 @@
-"""Softmax attention within documents: causal or not, over a window or not, with grouped heads."""
+"""Softmax attention within documents: causal or not, over a window or not, with grouped heads, with dropout."""
 
 import torch
 from torch import Tensor
 
+from packc.ops.varlen_attention import dropout
 from packc.ops.varlen_attention import op as op
 from packc.ops.varlen_attention.document_mask import MaskMod
 from packc.ops.varlen_attention.with_mask_mod import with_mask_mod
@@ -18,6 +19,8 @@ def varlen_attention(
     scale: float | None = None,
     window: int | None = None,
     mask_mod: MaskMod | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``out[t, h] = sum_s softmax_s(scale * q[t, h] . k[s, g]) v[s, g]`` over the tokens s that t sees in its document.
 
@@ -41,6 +44,10 @@ def varlen_attention(
             packed row*; b is 0. A token sees what this, too, lets it see; one that sees nothing becomes 0. On CPU, and
             for fp64, it runs in plain torch: in memory quadratic in the longest document. Under ``torch.compile`` it
             breaks the graph.
+        dropout_p: the share of weights that are dropped, at random, at least 0 and at most 1; those that are kept are
+            multiplied by ``1 / (1 - dropout_p)``. Not with ``mask_mod``. On CUDA, and for fp64, it runs in plain torch.
+        seed: int64 ``()``, on the CPU, from which it follows what is dropped, whichever implementation runs; without
+            it, one is drawn from torch's generator.
 
     Returns:
         ``out (1, T, H, V)``, contiguous and of q's dtype. What is kept for the backward is linear in T.
@@ -53,6 +60,14 @@ def varlen_attention(
     op.MIXER.shapes.check({"q": q, "k": k, "v": v}, cu_seqlens)
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1; got {window}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"varlen_attention: dropout_p must be between 0 and 1; got {dropout_p}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"varlen_attention: seed must be one int64 number; got {tuple(seed.shape)} of {seed.dtype}")
     if mask_mod is not None:
+        if dropout_p:
+            raise ValueError("varlen_attention: dropout_p is not taken with mask_mod")
         return with_mask_mod(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
-    return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)[0]
+    if dropout_p and seed is None:
+        seed = dropout.draw_seed()
+    return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window, dropout_p, seed)[0]

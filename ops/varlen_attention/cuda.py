@@ -1,11 +1,14 @@
-"""On CUDA: torch's flash attention for what it takes (bf16, fp16; heads of up to 256), FlexAttention for the rest."""
+"""On CUDA: torch's flash attention for what it takes (bf16, fp16; heads of up to 256), FlexAttention for the rest.
+
+Neither drops weights by a seed that it is given: with dropout the reference runs.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packc.ops.varlen_attention import document_mask
+from packc.ops.varlen_attention import document_mask, reference
 from packc.ops.varlen_attention.layout import positive, readable
 from packc.private_torch import private_torch
 
@@ -20,11 +23,21 @@ _LARGEST_HEAD = 256
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (_, T, H, _), V = q.shape, v.shape[3]
     if T == 0:
         return q.new_empty(1, 0, H, V), q.new_empty(H, 0, dtype=torch.float32)
+    if dropout_p:
+        return reference.varlen_attention(q, k, v, cu_seqlens, causal, scale, window, dropout_p, seed)
     if not _takes_flash(q, v):
         from packc.ops.varlen_attention import flex
 
@@ -43,10 +56,16 @@ def varlen_attention_bwd(
     causal: bool,
     scale: float | None,
     window: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T = q.shape[1]
     if T == 0:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if dropout_p:
+        return reference.varlen_attention_bwd(
+            dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window, dropout_p, seed
+        )
     if not _takes_flash(q, v):
         from packc.ops.varlen_attention import flex
 

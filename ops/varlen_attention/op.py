@@ -1,7 +1,8 @@
 """``packc::varlen_attention`` and its backward.
 
 The op keeps its inputs, ``out``, and the log of each softmax's denominator, ``logsumexp (H, T)`` in fp32 (fp64 for fp64
-inputs): from that the backward finds the probabilities again, tile by tile.
+inputs): from that the backward finds the probabilities again, tile by tile. What is dropped of them is a function of
+``seed``, an int64 number on the CPU, which is wanted where ``dropout_p`` is not 0: the op itself draws nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ MIXER = declare(
         "varlen_attention",
         tensors={"q": "B L H K", "k": "B L G K", "v": "B L G V"},
         like="q",
-        options={"causal": "bool", "scale": "float?", "window": "int?"},
+        options={"causal": "bool", "scale": "float?", "window": "int?", "dropout_p": "float", "seed": "Tensor?"},
         out="B L H V",
         keeps={"out": "B L H V", "logsumexp": "H L"},
         groups=Groups("G", "H", "q's {H} heads must be a multiple of k's {G}"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from packc.ops.varlen_attention.dropout import SEEDS
 from packc.passes.asks import HidesPadding, KeepLeft
 from packc.passes.axes import BATCH, OTHER, SEQ, same_size, show, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
@@ -39,15 +40,20 @@ def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     q, k, v = op.args[:3]
     if not isinstance(seen, Band):
         raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
-    if op.argument("dropout_p") != 0:
-        raise NotTokenwise("attention with dropout runs padded")
+    dropout_p, seed = op.argument("dropout_p"), None
+    if dropout_p != 0:
+        if value_of(op.node).device.type != "cpu":
+            raise NotTokenwise(f"attention with dropout runs padded on {value_of(op.node).device.type}")
+        # Drawn by an op that everybody knows to draw: what is computed again for a checkpoint gets the same seed.
+        seed = Call(aten.randint.default, (SEEDS, []), {"dtype": torch.int64, "device": torch.device("cpu")})
     heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))
     if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
         raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
     dtype = value_of(op.node).dtype  # under autocast it is not that of q
     operands = [_tokens_first(each, dtype) for each in (q, k, v)]
     scale = op.argument("scale")
-    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, seen.causal, scale, seen.window), {})
+    options = (seen.causal, scale, seen.window, dropout_p, seed)
+    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, *options), {})
     out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
     return replace(padded, call=out, padded=None, is_mixer=True)
 

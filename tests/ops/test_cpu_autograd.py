@@ -18,10 +18,11 @@ ROOTS = {"packc": packc, "torch": torch}
 
 
 def arguments(name, first):
-    """Such as the function's schema takes, the first being ``first``; it is not to run on them."""
-    some = {"Tensor": torch.ones(2), "Optional[Tensor]": None, "float": 1.0, "int": 1, "bool": False}
+    """Such as the function's schema takes, the first being ``first``; it is not to run on them.
+    Optional ones are None."""
+    some = {"Tensor": torch.ones(2), "float": 1.0, "int": 1, "bool": False}
     schema = getattr(torch.ops.packc_cpu, name).default._schema
-    return [first, *(some[str(each.type)] for each in schema.arguments[1:])]
+    return [first, *(some.get(str(each.type)) for each in schema.arguments[1:])]
 
 
 def call(name, first):

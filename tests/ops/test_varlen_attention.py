@@ -190,13 +190,12 @@ def test_strided_inputs_are_those_of_contiguous_ones(kernels, view, options):
 
 def test_strided_gradients_are_those_of_contiguous_ones(kernels):
     leaves, cu_seqlens = inputs([3, 0, 70], V=9)
-    out, logsumexp = torch.ops.packc.varlen_attention(*leaves, cu_seqlens, True, None, None)
+    options = True, None, None, 0.0, None
+    out, logsumexp = torch.ops.packc.varlen_attention(*leaves, cu_seqlens, *options)
     dout = torch.randn_like(out)
-    expected = torch.ops.packc.varlen_attention_bwd(dout, *leaves, out, logsumexp, cu_seqlens, True, None, None)
+    expected = torch.ops.packc.varlen_attention_bwd(dout, *leaves, out, logsumexp, cu_seqlens, *options)
     for view in (VIEWS["head-first"], VIEWS["every other element"]):
-        results = torch.ops.packc.varlen_attention_bwd(
-            view(dout), *leaves, out, logsumexp, cu_seqlens, True, None, None
-        )
+        results = torch.ops.packc.varlen_attention_bwd(view(dout), *leaves, out, logsumexp, cu_seqlens, *options)
         assert all(map(torch.equal, results, expected))
 
 
@@ -223,7 +222,16 @@ def test_what_is_kept_for_the_backward_is_linear_in_the_length(kernels):
 # ---- the op ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(True, None, None), (False, 0.7, None), (True, None, 3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (True, None, None, 0.0, None),
+        (False, 0.7, None, 0.0, None),
+        (True, None, 3, 0.0, None),
+        (True, None, None, 0.3, torch.tensor(5)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(kernels, options, dtype):
     (q, k, v), cu_seqlens = inputs([2, 0, 9], K=3, V=5, dtype=dtype)

@@ -5,9 +5,17 @@ import sys
 import pytest
 import torch
 from harness import BOTH, HOLE, LEFT, RIGHT, RecordingBackend, masks
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import packc
+from packc.ops.varlen_attention import dropout
+from packc.passes.graph import Tokens
+from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.rules.attention import _HEADS_FIRST, varlen_attention
+from packc.passes.rules.registry import Op
+from packc.passes.visible import Band
 
 B, L, H, D = 3, 8, 2, 4
 TAPS = torch.randn(H * D, 3, generator=torch.Generator().manual_seed(1))
@@ -250,11 +258,8 @@ def test_a_nan_stays_in_its_document(rows):
     assert out[1].isnan().any()
 
 
-@pytest.mark.parametrize(
-    ("options", "packed"),
-    [({"dropout_p": 0.5}, False), ({"scale": 0.3}, True), ({"dropout_p": 0.0, "enable_gqa": True}, True)],
-)
-def test_options_of_attention(options, packed):
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"dropout_p": 0.0, "enable_gqa": True}])
+def test_options_of_attention(options):
     torch._dynamo.reset()
 
     def model(x, attention_mask):
@@ -262,10 +267,54 @@ def test_options_of_attention(options, packed):
 
     x, mask = torch.randn(B, L, H * D), masks(RIGHT)
     report = packc.explain(model)(x, mask)
-    assert [m.op for m in report.mixers] == [CONV, ATTENTION][: 1 + packed]
-    if packed:
-        compiled = torch.compile(model, backend="packc", options=STRICT)
-        torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
+    assert [m.op for m in report.mixers] == [CONV, ATTENTION]
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [RIGHT, LEFT])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_dropout_drops_what_a_seed_of_torchs_generator_says(rows, checkpointed):
+    torch._dynamo.reset()
+    mask = masks(rows)
+
+    def model(x, attention_mask):
+        def attention(x):
+            return attend(x, attention_mask, causal(attention_mask), dropout_p=0.5)
+
+        return checkpoint(attention, x, use_reentrant=False) if checkpointed else attention(x)
+
+    def written_out(x, attention_mask):
+        x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS, activation="silu")
+        scores = heads(x) @ heads(x.cos()).mT * D**-0.5
+        mixed = torch.zeros(B, H, L, D)
+        for row, real in enumerate(attention_mask.bool()):
+            n = int(real.sum())
+            seen = scores[row][:, real][:, :, real].masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+            weights = seen.softmax(-1) * dropout.factors(seed, row, H, n, 0.5, x)
+            mixed[row, :, real] = weights @ heads(x.sin())[row][:, real]
+        return F.layer_norm(x + mixed.transpose(1, 2).flatten(2), (H * D,))
+
+    x = torch.randn(B, L, H * D)
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    for _ in range(2):
+        state = torch.get_rng_state()
+        actual = step(compiled, x, mask)
+        torch.set_rng_state(state)
+        seed = dropout.draw_seed()
+        torch.testing.assert_close(actual, step(written_out, x, mask), rtol=1e-4, atol=1e-5)
+    assert [m.op for m in packc.explain(model)(x, mask).mixers if m.packed] == [CONV, ATTENTION]
+
+
+def test_dropout_on_another_device_runs_padded():
+    graph = torch.fx.Graph()
+    q = graph.placeholder("q")
+    node = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (q, q, q, None, 0.5))
+    with FakeTensorMode():
+        node.meta["val"] = q.meta["val"] = torch.empty(B, H, L, D, device="cuda")
+    padded = Reading(_HEADS_FIRST, dict.fromkeys([q], _HEADS_FIRST), padded="is not packed")
+    with pytest.raises(NotTokenwise, match="attention with dropout runs padded on cuda"):
+        varlen_attention(Op(node, Tokens(), B, L), Band(causal=True), padded)
 
 
 def test_grouped_heads_and_heads_of_two_widths():
