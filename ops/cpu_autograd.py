@@ -19,7 +19,12 @@ with private_torch():
     _names_of_all_ops = torch._C._dispatch_get_all_op_names
 
 _NAMESPACE = "packc_cpu::"
-_PUBLIC = {"gather_rows": "packc.ops.pack", "scatter_rows": "packc.ops.unpack", "silu": "torch.nn.functional.silu"}
+_PUBLIC = {
+    "gather_rows": "packc.ops.pack",
+    "scatter_rows": "packc.ops.unpack",
+    "silu": "torch.nn.functional.silu",
+    "silu_slope": "torch.nn.functional.silu",
+}
 
 _library = torch.library.Library("packc_cpu", "FRAGMENT")
 

@@ -50,7 +50,7 @@ def pack_batch(
     outside: str | None = None,
     positions: Sequence[Tensor] = (),
     one_before: bool = False,
-    before_is_stocks: bool = True,
+    padding_attends: bool = False,
     keep_left: str | None = None,
     keep_right: str | None = None,
 ) -> Packing:
@@ -64,8 +64,7 @@ def pack_batch(
         outside: why rows in which one of them does not must stay whole.
         positions: the call's ``position_ids``; a row in which some start again stays whole.
         one_before: a left-padded row begins one position before its first token, whatever its labels.
-        before_is_stocks: whether the value of that position is stock's if its row begins there; otherwise, where it is
-            read, the row stays whole.
+        padding_attends: whether padding that stays in may be read of an attention: all of its row stays in with it.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
     """
@@ -79,19 +78,20 @@ def pack_batch(
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
         if why is None and one_before and count:
             start = max(0, first - 1)
-        if why is None and start < first and not before_is_stocks:
-            start, stop, why = 0, length, _BEFORE
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
         if again:
             start, stop, why = 0, length, f"position_ids start again within it: {NOT_TAKEN}"
-        if why is None and keep_left is not None and start > 0:
-            start, why = 0, keep_left
-        if why is None and keep_right is not None and stop < length:
-            stop, why = length, keep_right
-        if why is not None:
-            whole_rows += 1
-            reasons[why] = None
+        whys = [] if why is None else [why]
+        if keep_left is not None and start > 0:
+            start, whys = 0, [*whys, keep_left]
+        if keep_right is not None and stop < length:
+            stop, whys = length, [*whys, keep_right]
+        if padding_attends and (start < first or end < stop):
+            # What attention gives at padding hangs on all other padding of the row.
+            start, stop, whys = 0, length, whys or [_BEFORE]
+        whole_rows += bool(whys)
+        reasons.update(dict.fromkeys(whys))
         left_padded += 0 < start == first
         real += 0 if other_values else count
         spans.append((start, stop))

@@ -76,7 +76,7 @@ class PackedCall:
             outside=wanted.outside,
             positions=[inputs[each] for each in self.positions],
             one_before=self.loss_outside and self.labels_may_follow,
-            before_is_stocks=not wanted.attends,
+            padding_attends=wanted.attends,
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
         )

@@ -56,6 +56,20 @@ def test_mask_values_other_than_zero_and_one_keep_the_row_whole():
     assert "mask values" in packing.reasons[0]
 
 
+def test_padding_may_have_to_stay_on_both_sides():
+    packed, reasons = spans(["0110", "0011", "1100"], keep_left="left", keep_right="right")
+    assert packed == ["1111", "1111", "1111"]
+    assert reasons == ("left", "right")
+
+
+def test_where_padding_attends_all_of_it_stays_or_none():
+    rows = ["0110", "0011", "1100", "1111"]
+    assert spans(rows, padding_attends=True) == (rows, ())
+    assert spans(rows, padding_attends=True, keep_left="left")[0] == ["1111", "1111", "1100", "1111"]
+    assert spans(rows, padding_attends=True, keep_right="right")[0] == ["1111", "0011", "1111", "1111"]
+    assert spans(rows, padding_attends=True, one_before=True)[0] == ["1111", "1111", "1100", "1111"]
+
+
 @pytest.mark.parametrize("rows", [["0000", "0000"], ["0100", "0000"]])
 def test_fewer_than_two_tokens_run_as_whole_rows(rows):
     assert spans(rows) == (["1111", "1111"], ())

@@ -13,9 +13,7 @@ void preactivation_grads(
     for (int64_t v = 0; v < width; v += kVec) {
       Vec grad = Vec::loadu(dout.data + t * dout.stride + v);
       if constexpr (kSilu) {
-        const Vec pre = convolve(taps, v, x.data + t * x.stride, x.stride), s = sigmoid(pre);
-        // silu' = s (1 + pre (1 - s))
-        grad = grad * s * at::vec::fmadd(pre, Vec(1.f) - s, Vec(1.f));
+        grad = grad * silu_slope(convolve(taps, v, x.data + t * x.stride, x.stride));
       }
       grad.store(dpre + t * kChannels + v);
     }

@@ -177,7 +177,8 @@ Tensor linear_attention_adjoint(
 
 // Contiguous fp32. ATen's own rounds the last elements of a thread's share in another way than the rest, so that a
 // token's result would depend on where it lies.
-Tensor silu_everywhere_alike(const Tensor& x) {
+template <Vec (*kFunction)(Vec)>
+Tensor everywhere_alike(const Tensor& x) {
   Tensor out = at::empty_like(x);
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
@@ -185,7 +186,7 @@ Tensor silu_everywhere_alike(const Tensor& x) {
   at::parallel_for(0, (n + kVec - 1) / kVec, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin * kVec; at < std::min(end * kVec, n); at += kVec) {
       const int64_t count = std::min<int64_t>(kVec, n - at);
-      silu(Vec::loadu(from + at, count)).store(to + at, count);
+      kFunction(Vec::loadu(from + at, count)).store(to + at, count);
     }
   });
   return out;
@@ -208,11 +209,13 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
   library.def(
       "linear_attention_adjoint(Tensor dout, Tensor q, Tensor? g, float scale, bool value_major, Tensor end) -> Tensor");
   library.def("silu(Tensor x) -> Tensor");
+  library.def("silu_slope(Tensor x) -> Tensor");
   library.impl("linear_attention", c10::DispatchKey::CPU, TORCH_FN(linear_attention));
   library.impl("linear_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_attention_bwd));
   library.impl("linear_attention_summary", c10::DispatchKey::CPU, TORCH_FN(linear_attention_summary));
   library.impl("linear_attention_adjoint", c10::DispatchKey::CPU, TORCH_FN(linear_attention_adjoint));
-  library.impl("silu", c10::DispatchKey::CPU, TORCH_FN(silu_everywhere_alike));
+  library.impl("silu", c10::DispatchKey::CPU, TORCH_FN(everywhere_alike<silu>));
+  library.impl("silu_slope", c10::DispatchKey::CPU, TORCH_FN(everywhere_alike<silu_slope>));
 }
 
 } // namespace packc

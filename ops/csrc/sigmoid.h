@@ -30,4 +30,10 @@ inline Vec silu(Vec x) {
   return x / (Vec(1.f) + exp2_clamped(x * Vec(-1.44269504f)));
 }
 
+// The derivative of silu: s (1 + x (1 - s)) with s the sigmoid.
+inline Vec silu_slope(Vec x) {
+  const Vec s = sigmoid(x);
+  return s * at::vec::fmadd(x, Vec(1.f) - s, Vec(1.f));
+}
+
 } // namespace packc

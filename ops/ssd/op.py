@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ def _forward(
     out, final_state, chunk_states = kernels.forward(
         *_as_attention(x, dt, A, B, C, D), cu_seqlens, initial_state, output_final_state, True, z is None
     )
-    return out if z is None else out * _silu(z.to(out.dtype)), final_state, chunk_states
+    return out if z is None else out * _gate("silu", F.silu, z.to(out.dtype)), final_state, chunk_states
 
 
-def _silu(x: Tensor) -> Tensor:
+def _gate(name: str, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     alike = dispatch.choose("linear_attention", x) == "cpu"
-    return torch.ops.packc_cpu.silu(x.contiguous()) if alike else F.silu(x)
+    return getattr(torch.ops.packc_cpu, name)(x.contiguous()) if alike else plain(x)
 
 
 def _backward(
@@ -72,8 +73,8 @@ def _backward(
         # y, in front of the gate, is computed again: out divided by the gate would not give it back.
         y, _, _ = kernels.forward(*attention, False, True, False)
         gate, dout = z.to(y.dtype), dout.to(y.dtype)
-        dz = (dout * y * silu_slope(gate)).contiguous()
-        dout = dout * _silu(gate)
+        dz = (dout * y * _gate("silu_slope", silu_slope, gate)).contiguous()
+        dout = dout * _gate("silu", F.silu, gate)
     dC, dB, dx, dg, dstep, dD, dinitial_state = kernels.backward(dout, dfinal_state, chunk_states, *attention, True)
     if D is not None and D.ndim == 1:
         dD = dD.sum(1)

@@ -299,3 +299,62 @@ def test_one_compilation_serves_every_length_and_number_of_documents(mixer):
             results = torch.autograd.grad(compiled(inputs, offsets(lengths), state), leaves)
         expected = torch.autograd.grad(loss(inputs, offsets(lengths), state), leaves)
         assert_close(dict(enumerate(results)), dict(enumerate(expected)))
+
+
+# ---- batch invariance ------------------------------------------------------------------------------------------------
+
+# A document of more than two chunks, and of less than one; others move their chunks' and blocks' boundaries.
+_DOCUMENT = 133
+_AROUND = {"alone": ([], []), "first": ([], [70, 3]), "last": ([5, 66], []), "among others": ([1, 64, 0, 9], [61, 200])}
+
+
+def as_kernels_alone(mixer, kernels):
+    """Without what torch computes around a kernel: on the CPU it rounds an array's last elements unlike the rest."""
+    if mixer is not MIXERS["ssd"]:
+        return mixer
+
+    def make(B, L):
+        return {name: x for name, x in mixer.make(B, L).items() if (name, kernels) != ("z", "triton")}
+
+    return mixer._replace(make=make, options={**mixer.options, "dt_softplus": False})
+
+
+def result_of(mixer, document, before, after):
+    """What a document gives between others: its results, and the gradients of all that it has of its own."""
+    lengths = [*before, document["out"].shape[1], *after]
+    start, number = sum(before), len(before)
+    inputs, state = mixer.make(1, sum(lengths)), states(mixer, len(lengths))
+    span = slice(start, start + document["out"].shape[1])
+    for name, x in document["inputs"].items():
+        if name in mixer.per_token():
+            inputs[name][:, span] = x
+        else:
+            inputs[name] = x
+    state[number] = document["state"][0]
+    dout, dfinal = torch.randn(1, sum(lengths), *document["out"].shape[2:]), torch.randn_like(state)
+    dout[:, span], dfinal[number] = document["out"], document["final"][0]
+    results = run(mixer, inputs, offsets(lengths), state, dout, dfinal)
+    return {
+        name: value[number] if name.endswith("state") else value[:, span]
+        for name, value in results.items()
+        if name.endswith("state") or name == "out" or name[1:] in mixer.per_token()
+    }
+
+
+@pytest.mark.parametrize("length", [_DOCUMENT, 7])
+def test_a_document_gives_the_same_bits_among_any_others(mixer, kernels, length):
+    if kernels == "reference":
+        pytest.skip("plain torch promises no such thing")
+    mixer, around = as_kernels_alone(mixer, kernels), _AROUND
+    if kernels == "triton":
+        around, length = {"alone": ([], []), "among others": ([3, 0], [2])}, 7 if length == 7 else 66
+    document = {"inputs": mixer.make(1, length), "state": states(mixer, 1), "final": states(mixer, 1)}
+    document["out"] = random_dout(mixer, document["inputs"])
+    expected, *others = [result_of(mixer, document, *each) for each in around.values()]
+    differing = [
+        (where, name)
+        for where, results in zip(list(around)[1:], others, strict=True)
+        for name, value in results.items()
+        if not torch.equal(value, expected[name])
+    ]
+    assert not differing

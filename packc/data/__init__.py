@@ -1,0 +1,6 @@
+"""Batches of documents for packc: as many tokens as a budget allows, whatever lengths the documents have."""
+
+from packc.data.collator import PackingCollator
+from packc.data.sampler import PackingBatchSampler
+
+__all__ = ["PackingBatchSampler", "PackingCollator"]
