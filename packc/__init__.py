@@ -1,6 +1,7 @@
 """packc: stock Mamba, hybrid and linear-attention models on packed sequences, at compile time."""
 
 from packc import config, data, ddp, frontends, ops
+from packc.boundaries import documents
 from packc.compiler import NotPacked, backend
 from packc.report import Report, explain
 
@@ -8,4 +9,4 @@ frontends.install()
 ddp.install()
 
 __version__ = "0.1.0"
-__all__ = ["NotPacked", "Report", "backend", "config", "data", "explain", "ops"]
+__all__ = ["NotPacked", "Report", "backend", "config", "data", "documents", "explain", "ops"]

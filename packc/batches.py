@@ -13,25 +13,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packc.boundaries import NOT_TAKEN, start_again
+from packc.boundaries import Given, starts
 from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
 _BEFORE = "the position before a row's first token is read, where attention sees padding"
+_FACTS = 12
+_NOWHERE = torch.empty(0, 2, dtype=torch.int64)
 _LABEL = "a label that counts in the loss, or what a head reads, on a padding position"
 
 
 @dataclass(frozen=True)
 class Packing:
-    """One batch, packed: which tokens, in which documents (one a row), and why rows were left whole."""
+    """One batch, packed: which tokens, in which documents (one a row, or several), and why rows were left whole."""
 
     index: Tensor
     """int64 (T,): ``b * L + l`` of every token, row by row."""
     cu_seqlens: Tensor
-    """int32 (B + 1,): where each row's document begins and ends among the tokens."""
+    """int32 (N + 1,): where each document begins and ends among the tokens; rows end documents."""
     tokens: int
     padded_tokens: int
+    rows: int = 0
     whole_rows: int = 0
     reasons: tuple[str, ...] = ()
     """Why rows were not packed, each reason once."""
@@ -39,6 +42,14 @@ class Packing:
     """Rows that begin at their first token, with padding before it."""
     only_tokens: bool = False
     """Whether no position of padding was packed."""
+    several: bool = False
+    """Whether some row holds several documents."""
+    across: bool = False
+    """Whether a label of the next token counts where that is another document's."""
+    gaps: bool = False
+    """Whether the positions of some row leave some out."""
+    elsewhere: bool = False
+    """Whether documents begin where no ``position_ids`` of the model's arguments start again."""
 
 
 @torch.no_grad()
@@ -48,7 +59,8 @@ def pack_batch(
     *,
     inside: Sequence[Tensor] = (),
     outside: str | None = None,
-    positions: Sequence[Tensor] = (),
+    boundaries: Sequence[Given] = (),
+    moved: Sequence[tuple[Tensor, int]] = (),
     one_before: bool = False,
     padding_attends: bool = False,
     keep_left: str | None = None,
@@ -62,26 +74,29 @@ def pack_batch(
             what a head reads, numbers that are not 0 there, and 0.
         inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
         outside: why rows in which one of them does not must stay whole.
-        positions: the call's ``position_ids``; a row in which some start again stays whole.
+        boundaries: what was handed over of documents within these rows.
+        moved: those of the labels that are other tokens', the next ones' as a rule.
         one_before: a left-padded row begins one position before its first token, whatever its labels.
         padding_attends: whether padding that stays in may be read of an attention: all of its row stays in with it.
         keep_left: why padding before a row's tokens must stay in; None if it may go.
         keep_right: the same for padding after them.
+
+    Raises:
+        ValueError: boundaries are of another size than the rows, do not rise to B * L, or disagree with one another.
     """
     batch, length = mask.shape
     if mask.numel() == 0:
-        return Packing(*_index([(0, length)] * batch, length, mask.device), 0, 0, batch)
-    facts = _facts(mask, labels, inside, positions).tolist()  # the one host sync
+        return Packing(*_index([(0, length)] * batch, _NOWHERE, length, mask.device), 0, 0, batch, batch)
+    facts = _facts(mask, labels, inside, boundaries, moved).cpu()  # the one host sync
+    facts, begins = facts[:, :_FACTS], facts[:, _FACTS:].nonzero()
     spans, reasons = [], dict[str, None]()
     whole_rows = left_padded = real = 0
-    for first, end, count, other_values, first_label, end_label, beyond, again in facts:
+    for first, end, count, other_values, first_label, end_label, beyond, *_ in facts.tolist():
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
         if why is None and one_before and count:
             start = max(0, first - 1)
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
-        if again:
-            start, stop, why = 0, length, f"position_ids start again within it: {NOT_TAKEN}"
         whys = [] if why is None else [why]
         if keep_left is not None and start > 0:
             start, whys = 0, [*whys, keep_left]
@@ -98,11 +113,26 @@ def pack_batch(
     if sum(stop - start for start, stop in spans) < 2:
         # The compiled graph is made for two tokens or more. Not a fallback: there is next to nothing to pack.
         spans, whole_rows, left_padded = [(0, length)] * batch, batch, 0
-    index, cu_seqlens = _index(spans, length, mask.device)
+    index, cu_seqlens = _index(spans, begins, length, mask.device)
     tokens = index.shape[0]
+    across, gaps, elsewhere, disagree, not_offsets = facts[:, -5:].any(0).tolist()
+    _check(boundaries, disagree, not_offsets, batch * length)
     return Packing(
-        index, cu_seqlens, tokens, batch * length, whole_rows, tuple(reasons), left_padded, only_tokens=tokens == real
+        *(index, cu_seqlens, tokens, batch * length, batch, whole_rows, tuple(reasons), left_padded),
+        only_tokens=tokens == real,
+        several=len(begins) > 0,
+        across=across,
+        gaps=gaps,
+        elsewhere=elsewhere,
     )
+
+
+def _check(boundaries: Sequence[Given], disagree: bool, not_offsets: bool, places: int) -> None:
+    names = " and ".join(each.name for each in boundaries)
+    if not_offsets:
+        raise ValueError(f"{names}: the offsets do not rise from 0 to {places}, the positions of all rows")
+    if disagree:
+        raise ValueError(f"{names} disagree on where documents begin")
 
 
 def unread_batch(mask: Tensor) -> Packing:
@@ -114,7 +144,7 @@ def unread_batch(mask: Tensor) -> Packing:
     with fake_mode_of(mask) or contextlib.nullcontext():
         index = torch.arange(batch * length, device=mask.device)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=mask.device) * length
-    return Packing(index, cu_seqlens, batch * length, batch * length)
+    return Packing(index, cu_seqlens, batch * length, batch * length, batch)
 
 
 def _span(
@@ -137,21 +167,32 @@ def _span(
 
 
 def _facts(
-    mask: Tensor, labels: Sequence[tuple[Tensor, int]], inside: Sequence[Tensor], positions: Sequence[Tensor]
+    mask: Tensor,
+    labels: Sequence[tuple[Tensor, int]],
+    inside: Sequence[Tensor],
+    boundaries: Sequence[Given],
+    moved: Sequence[tuple[Tensor, int]],
 ) -> Tensor:
-    """(B, 8): first token, end of tokens, number of tokens, other values?, first live label, end of live labels,
-    another mask's token beyond?, positions start again?"""
+    """(B, 12): first token, end of tokens, number of tokens, other values?, first live label, end of live labels,
+    another mask's token beyond?, a live label where another document follows?, positions left out?, and the same for
+    all rows: a document begins where no positions do?, boundaries disagree?, offsets do not rise?
+
+    With boundaries (B, 12 + L): behind these, whether a document begins at each position behind another one.
+    """
     length = mask.shape[1]
     real = mask != 0
-    live = torch.zeros_like(real)
-    for values, ignore_index in labels:
-        live |= (values != ignore_index).reshape(mask.shape)
-    beyond = torch.zeros_like(real[:, 0])
+    live = _live(labels, real)
+    no = torch.zeros_like(real[:, 0])
+    beyond = no
     for other in inside:
-        beyond |= ((other.reshape(real.shape) != 0) & ~real).any(1)
-    again = torch.zeros_like(beyond)
-    for each in positions:
-        again |= start_again(each, real)
+        beyond = beyond | ((other.reshape(real.shape) != 0) & ~real).any(1)
+    within = [no] * 5
+    begins = []
+    if boundaries:
+        found = starts(boundaries, real)
+        across = (_live(moved, real)[:, :-1] & found.begins[:, 1:]).any(1)
+        within = [across, found.gaps, *(no | each for each in (found.elsewhere, found.disagree, found.not_offsets))]
+        begins = [found.begins.to(torch.int64)]
     first, end, count = _extent(real)
     first_label, end_label, _ = _extent(live)
     columns = [
@@ -162,9 +203,18 @@ def _facts(
         torch.where(end_label == 0, length, first_label),
         end_label,
         beyond,
-        again,
+        *within,
     ]
-    return torch.stack([column.to(torch.int64) for column in columns], 1)
+    assert len(columns) == _FACTS
+    return torch.cat([torch.stack([column.to(torch.int64) for column in columns], 1), *begins], 1)
+
+
+def _live(labels: Sequence[tuple[Tensor, int]], real: Tensor) -> Tensor:
+    """(B, L), bool: where one counts."""
+    live = torch.zeros_like(real)
+    for values, ignore_index in labels:
+        live |= (values != ignore_index).reshape(real.shape)
+    return live
 
 
 def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,13 +228,21 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first.masked_fill(empty, 0), end.masked_fill(empty, 0), count
 
 
-def _index(spans: list[tuple[int, int]], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _index(spans: list[tuple[int, int]], begins: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index of the spans, and ``cu_seqlens`` of their documents: ``begins`` (K, 2), row and position of those that
+    begin within one."""
     runs = [(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)]
     rows = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
     lengths = rows[:, 1]
     cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     tokens = int(cu_seqlens[-1])
-    shifts = (rows[:, 0] - cu_seqlens[:-1]).to(device, non_blocking=True)
-    shift = shifts.repeat_interleave(lengths.to(device, non_blocking=True), output_size=tokens)
+    shifts = rows[:, 0] - cu_seqlens[:-1]
+    if len(begins):
+        row, position = begins.unbind(1)
+        within = row * length + position - shifts[row]
+        cu_seqlens = torch.cat([cu_seqlens, within]).sort().values
+    shift = shifts.to(device, non_blocking=True).repeat_interleave(
+        lengths.to(device, non_blocking=True), output_size=tokens
+    )
     return torch.arange(tokens, device=device) + shift, cu_seqlens.to(device, torch.int32, non_blocking=True)

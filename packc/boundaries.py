@@ -1,62 +1,231 @@
-"""Document boundaries that a caller hands over: packc does not take them yet, and never passes over them in silence.
+"""Where documents begin inside a row: the one owner of boundaries that a caller hands over.
 
 Collators that pack by themselves say where documents begin by ``position_ids`` that start again, by ``seq_idx`` or by
-``cu_seq_lens_q``. Until these reach packc's ops, a row is one document, as it is to the stock model.
+``cu_seq_lens_q``, which :mod:`packc.frontends.traced_call` makes inputs of the graph; for everything else there is
+:func:`documents`. Without any of them a row is one document.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
-from packc.frontends import arguments_of_traced_call
+from packc.fake_tensors import has_values
+from packc.frontends import BOUNDARIES
 from packc.passes import argument_path
 
+
+class Kind(enum.Enum):
+    """How a tensor says where documents begin."""
+
+    POSITIONS = "positions that do not rise from one token to the next"
+    NUMBERS = "another number than the token before"
+    OFFSETS = "offsets into all rows, end to end"
+
+
 POSITIONS = "position_ids"
-_BY_NAME = ("seq_idx", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
+KINDS = dict.fromkeys(BOUNDARIES, Kind.OFFSETS) | {POSITIONS: Kind.POSITIONS, "seq_idx": Kind.NUMBERS}
 
 
-def ignored_boundaries(gm: fx.GraphModule) -> str | None:
-    """What to tell a caller who handed boundaries to the call that is being traced, of which its graph ``gm`` knows
-    nothing; None if there is nothing to tell. What the graph reads, the model itself makes use of."""
-    read = {argument_path(node).split(".")[-1] for node in gm.graph.find_nodes(op="placeholder")}
-    given = arguments_of_traced_call(*_BY_NAME, POSITIONS)
-    names = [name for name in _BY_NAME if given.get(name) is not None and name not in read]
-    positions = given.get(POSITIONS)
-    if POSITIONS not in read and isinstance(positions, Tensor) and bool(start_again(positions).any()):
-        names.append(POSITIONS)
-    return f"{' and '.join(names)}: {NOT_TAKEN}" if names else None
+class Given(NamedTuple):
+    """Boundaries that somebody handed over."""
+
+    name: str
+    values: Tensor
+    around: bool = False
+    """By :func:`documents`; otherwise among the model's arguments."""
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
 
 
-NOT_TAKEN = "packc takes no document boundaries from it yet, and each row is one document to its ops"
+_active: contextvars.ContextVar[Given | None] = contextvars.ContextVar("packc_documents", default=None)
 
 
-def positions_inputs(gm: fx.GraphModule) -> list[int]:
-    """Which inputs of a Dynamo graph are ``position_ids``: one, or one of each sequence."""
-    return [
-        number
-        for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))
-        if argument_path(node).split(".")[-1] == POSITIONS
-        and isinstance(value := node.meta.get("example_value"), Tensor)
-        and value.ndim
-    ]
+@contextlib.contextmanager
+def documents(
+    *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Iterator[None]:
+    """Say where documents begin in rows that hold several, for every compiled model that is called in this block.
 
-
-def start_again(positions: Tensor, real: Tensor | None = None) -> Tensor:
-    """(B,) or (1,): whether positions of a row do not rise from one token to the next.
+    Nothing flows from one document to another, in the forward, the backward and what the graph recomputes; positions
+    that the model counts by itself start again with each. Exactly one is given:
 
     Args:
-        positions: ``(B, L)``, ``(1, L)`` or ``(L,)``; of ``(axes, B, L)``, several a token, the first axis counts.
-            Others, coordinates of each token, say nothing of documents.
-        real: ``(B, L)``, true at tokens; None: everywhere.
+        cu_seqlens: integer ``(N + 1,)``, rising from 0 to ``B * L``: document n is the positions
+            ``cu_seqlens[n] : cu_seqlens[n + 1]`` of all rows, end to end. A row's end always ends a document.
+        position_ids: integer ``(B, L)``, ``(1, L)`` or ``(L,)``: a document begins where they do not rise.
+        seq_idx: integer ``(B, L)``, ``(1, L)`` or ``(L,)``: a document begins where the number changes.
+
+    Raises:
+        TypeError: none or several are given, or one that is no integer tensor.
+        NotPacked: when a model is called whose graph cannot keep documents of one row apart; the message says why.
+        ValueError: when a model is called whose rows are of another size, or with offsets that do not rise to B * L.
     """
-    if positions.ndim > 2:
-        step = positions[0].diff(dim=-1)
-        falls = step < 0  # the patches of one image share a position
-    else:
-        falls = torch.atleast_2d(positions).diff(dim=-1) <= 0
-    if real is not None and (falls.ndim != 2 or len(falls) not in (1, len(real))):
-        return falls.new_zeros(1)
-    if real is not None and real.shape[-1] == positions.shape[-1]:
-        falls = falls & real[:, 1:] & real[:, :-1]
-    return falls.any(-1)
+    given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids, "seq_idx": seq_idx}
+    named = [Given(name, values, around=True) for name, values in given.items() if values is not None]
+    if len(named) != 1:
+        raise TypeError(f"packc.documents takes one of {', '.join(given)}; {len(named)} are given")
+    (only,) = named
+    if not isinstance(only.values, Tensor) or only.values.is_floating_point() or only.values.dtype == torch.bool:
+        raise TypeError(f"packc.documents: {only.name} must be a tensor of integers")
+    with _handed_over(only):
+        yield
+
+
+@contextlib.contextmanager
+def _handed_over(given: Given) -> Iterator[None]:
+    token = _active.set(given)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def handed_over() -> Given | None:
+    """What :func:`documents` says of the call that is being made."""
+    return _active.get()
+
+
+class BoundaryInput(NamedTuple):
+    """An input of a graph by whose values a caller may say where documents begin."""
+
+    number: int
+    name: str
+    path: str
+
+    def is_of(self, other: str) -> bool:
+        """Whether it speaks of the sequence of an input with this path: ``chosen.seq_idx`` of ``chosen.input_ids``."""
+        return self.is_of_all or self.path.rpartition(".")[0] == other.rpartition(".")[0]
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether it is an argument of the call itself, beside all sequences."""
+        return "." not in self.path
+
+    def given(self, inputs: Sequence[Any]) -> Given:
+        return Given(self.name, inputs[self.number])
+
+
+def boundary_inputs(gm: fx.GraphModule) -> list[BoundaryInput]:
+    """Those of a Dynamo graph."""
+    found = []
+    for number, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        path, value = argument_path(node), node.meta.get("example_value")
+        name = path.split(".")[-1]
+        if name in KINDS and isinstance(value, Tensor) and value.ndim:
+            found.append(BoundaryInput(number, name, path))
+    return found
+
+
+def say_something(given: Sequence[Given]) -> bool:
+    """Whether there may be several documents in a row, as far as can be told without the rows."""
+    return any(has_values(each.values) and _says_something(each) for each in given)
+
+
+def _says_something(given: Given) -> bool:
+    if given.kind is Kind.OFFSETS:
+        return given.values.numel() > 2
+    values, falls = _rows(given), given.values.ndim > 2
+    return bool(_begins(given.kind, values[..., :-1], values[..., 1:], strictly=falls).any())
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where documents begin within rows, and what is wrong with what was handed over."""
+
+    begins: Tensor
+    """(B, L), bool: at tokens that begin a document behind another one in their row."""
+    disagree: Tensor
+    """0-d bool: two that say where documents begin say different things."""
+    not_offsets: Tensor
+    """0-d bool: offsets do not rise from 0 to B * L."""
+    gaps: Tensor
+    """(B,), bool: positions of a row leave some out."""
+    elsewhere: Tensor
+    """0-d bool: documents begin where no positions among the model's arguments start again."""
+
+
+def starts(given: Sequence[Given], real: Tensor) -> Starts:
+    """
+    Args:
+        given: what was handed over of these rows.
+        real: ``(B, L)``, true at tokens; what lies at padding says nothing.
+
+    Raises:
+        ValueError: one is of another size than the rows.
+    """
+    nowhere = torch.zeros_like(real)
+    no = nowhere.any()
+    result = Starts(nowhere, no, no, nowhere.any(1), no)
+    of_positions = nowhere
+    by_name: dict[str, Tensor] = {}
+    for each in given:
+        values = _of_tokens(each, real)
+        if values is None:
+            continue
+        before, strictly = _at_token_before(values, real), each.values.ndim > 2
+        behind = real[:, 1:] & (real.cumsum(1)[:, :-1] > 0)
+        begins = F.pad(behind & _begins(each.kind, before, values[:, 1:], strictly=strictly), (1, 0))
+        # Of two that are called the same, one that says nothing says that a row is one document.
+        both = result.begins.any() & begins.any()
+        both |= (begins != by_name.setdefault(each.name, begins)).any()
+        wrong, gaps = result.not_offsets, result.gaps
+        if each.kind is Kind.OFFSETS:
+            rising = each.values.diff().ge(0).all() & (each.values[0] == 0) & (each.values[-1] == real.numel())
+            wrong = wrong | ~rising
+        if each.kind is Kind.POSITIONS and not each.around:
+            gaps = gaps | (behind & (values[:, 1:] - before > 1)).any(1)
+            of_positions = of_positions | begins
+        disagree = result.disagree | (both & (begins != result.begins).any())
+        all_begins = result.begins | begins
+        result = Starts(all_begins, disagree, wrong, gaps, no)
+    return replace(result, elsewhere=(result.begins & ~of_positions).any())
+
+
+def _begins(kind: Kind, before: Tensor, values: Tensor, *, strictly: bool) -> Tensor:
+    """Whether a token begins a document, by its value and that of the token before it."""
+    if kind is not Kind.POSITIONS:
+        return values != before
+    return values < before if strictly else values <= before  # the patches of one image share a position
+
+
+def _rows(given: Given) -> Tensor:
+    """``(B, L)`` or ``(1, L)``; of positions ``(axes, B, L)``, several a token, the first axis counts."""
+    return given.values[0] if given.values.ndim > 2 else torch.atleast_2d(given.values)
+
+
+def _of_tokens(given: Given, real: Tensor) -> Tensor | None:
+    """``(B, L)``, the value of every token; None if they are none of each token's, as coordinates are not.
+
+    Raises:
+        ValueError: they are of another size than the rows.
+    """
+    B, L = real.shape
+    if given.kind is Kind.OFFSETS:
+        if given.values.ndim != 1 or given.values.numel() < 2:
+            raise ValueError(f"{given.name} must be (N + 1,), not {tuple(given.values.shape)}")
+        places = torch.arange(B * L, device=real.device, dtype=given.values.dtype)
+        return torch.searchsorted(given.values.to(real.device), places, right=True).view(B, L)
+    rows = _rows(given)
+    if rows.ndim == 2 and len(rows) in (1, B) and rows.shape[1] == L:
+        return rows.to(real.device).expand(B, L)
+    if given.kind is Kind.POSITIONS and not given.around:
+        return None
+    raise ValueError(f"{given.name} {tuple(given.values.shape)} does not fit rows of tokens ({B}, {L})")
+
+
+def _at_token_before(values: Tensor, real: Tensor) -> Tensor:
+    """(B, L - 1): of every position but the first, the value of the last token before it."""
+    places = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, places, 0).cummax(1).values
+    return values.gather(1, last[:, :-1])

@@ -3,6 +3,7 @@
 The only file that takes these notes from torch, where they are private.
 """
 
+import torch
 from torch import fx
 
 from packc.private_torch import private_torch
@@ -10,7 +11,7 @@ from packc.private_torch import private_torch
 with private_torch():
     from torch._guards import TracingContext
 
-__all__ = ["TracingContext", "compilation_under_way", "ends_in_a_graph_break"]
+__all__ = ["TracingContext", "compilation_under_way", "ends_in_a_graph_break", "in_backward"]
 
 
 def ends_in_a_graph_break(gm: fx.GraphModule) -> bool:
@@ -21,3 +22,9 @@ def ends_in_a_graph_break(gm: fx.GraphModule) -> bool:
 
 def compilation_under_way() -> TracingContext | None:
     return TracingContext.try_get()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward, in which a checkpoint calls its function again."""
+    with private_torch():
+        return torch._C._current_graph_task_id() != -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +14,12 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc import config
-from packc.boundaries import ignored_boundaries, positions_inputs
+from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_something
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
 from packc.inner_backend import compiled_when_called, inner_backend
 from packc.options import split_options
-from packc.packed_call import NotPacked, PackedCall, UnpackedCall, say_once
+from packc.packed_call import NotPacked, PackedCall, UnpackedCall
 from packc.passes import (
     Boundary,
     Graph,
@@ -26,7 +27,9 @@ from packc.passes import (
     NotPackable,
     WrongMask,
     fakify,
+    has_rows,
     is_mixer,
+    knows_documents,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -56,7 +59,8 @@ def backend(
 
     Raises:
         ValueError: an unknown ``packc.`` option, or a ``packc.mask`` that names no ``(B, L)`` input.
-        NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot.
+        NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot; strict or not, when
+            called with several documents in a row that cannot be kept apart.
     """
     own, inner_options = split_options(options)
     with config.patch(own):
@@ -77,79 +81,117 @@ def compile_graph(
     strict: bool | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
-    compile_inner = in_buckets(inner_backend(mode, options or {}))
-    ignored = ignored_boundaries(gm)
-    if ignored is not None:
-        say_once(ignored, set())
+    compiling = _Compiling(gm, example_inputs, mode, options or {}, strict)
     try:
         refuse_pieces()
-        packed, index = pack_graph(gm, example_inputs)
-    except (NoMask, NotPackable) as reason:
-        if config.strict:
-            raise NotPacked(f"packc cannot pack this graph: {reason}") from None
-        boundaries = reason.boundaries if isinstance(reason, NotPackable) else []
-        return _unpacked(gm, example_inputs, compile_inner, str(reason), boundaries)
+        packed = pack_graph(gm, example_inputs, for_documents=True)
+    except NoMask as reason:
+        return compiling.unpacked(str(reason), for_documents=reason.for_documents)
+    except NotPackable as reason:
+        return compiling.unpacked(str(reason), reason.boundaries)
     except Exception as error:
         if config.strict or isinstance(error, (WrongMask, UnknownPass)):
             raise
         # A mistake of ours must not stop anybody's training; it must not pass unseen either.
         log.exception("a pass failed")
         warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
-        return _unpacked(gm, example_inputs, compile_inner, f"a pass failed: {error!r}")
-    requirements = packed.requirements
-    if config.strict and requirements.padded_mixers:
-        raise NotPacked(f"packc cannot pack all of this graph: {requirements.padded_mixers[0]}")
-    graph = fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
-    compiled = compile_inner(packed.gm, [*example_inputs, *index])
-    call = PackedCall(
-        compiled,
-        graph,
-        requirements,
-        strict=strict,
-        with_padding=packed.with_padding and compiled_when_called(packed.with_padding, mode, options or {}),
-        positions=positions_inputs(gm),
-        loss_outside=config.loss_outside or ends_in_a_graph_break(gm),
-    )
-    return call, GraphReport.packed(requirements, call)
+        return compiling.unpacked(f"a pass failed: {error!r}")
+    if packed.no_mask is not None:
+        never = packed.requirements.one_document_of_positions
+        if never is not None or not compiling.with_documents:
+            return compiling.unpacked(packed.no_mask, for_documents=never or packed)
+    return compiling.packed(packed)
 
 
-def _unpacked(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    compile_inner: Callable[..., Any],
-    reason: str,
-    boundaries: Sequence[Boundary] = (),
-) -> tuple[Callable[..., Any], GraphReport]:
-    """The graph as it was; its mixers are packc's ops all the same."""
-    log.info("not packed: %s", reason)
-    compiled, positions = compile_inner(without_marks(gm), example_inputs), positions_inputs(gm)
-    if positions and any(map(is_mixer, gm.graph.nodes)):
-        compiled = UnpackedCall(compiled, positions)
-    return compiled, GraphReport.unpacked(gm, reason, boundaries)
+class _Compiling:
+    """A graph from Dynamo on its way to something callable, and a report of it."""
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: dict[str, Any], strict: bool | None
+    ) -> None:
+        self.gm, self.inputs, self.strict = gm, inputs, strict
+        self.compile = in_buckets(inner_backend(mode, options))
+        self.compile_when_called = functools.partial(compiled_when_called, mode=mode, options=options)
+        self.boundaries = boundary_inputs(gm)
+
+    @property
+    def with_documents(self) -> bool:
+        """Whether the call that is being compiled comes with boundaries."""
+        given = [each.given(self.inputs) for each in self.boundaries]
+        return handed_over() is not None or any(each.name != POSITIONS for each in given) or say_something(given)
+
+    def packed(self, packed: Graph) -> tuple[Callable[..., Any], GraphReport]:
+        if config.strict and packed.requirements.padded_mixers:
+            raise NotPacked(f"packc cannot pack all of this graph: {packed.requirements.padded_mixers[0]}")
+        call = self._packed_call(packed, self.compile)
+        return call, GraphReport.packed(packed.requirements, call)
+
+    def _packed_call(self, packed: Graph, compile_inner: Callable[..., Any]) -> PackedCall:
+        index = index_fakes(packed)
+        graph = fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
+        padded = packed.with_padding
+        return PackedCall(
+            compile_inner(packed.gm, [*self.inputs, *index]),
+            graph,
+            packed.requirements,
+            strict=self.strict,
+            with_padding=None if padded is None else (self.compile_when_called(padded.gm), padded.requirements),
+            boundaries=self.boundaries,
+            loss_outside=config.loss_outside or ends_in_a_graph_break(self.gm),
+        )
+
+    def unpacked(
+        self, reason: str, boundaries: Sequence[Boundary] = (), *, for_documents: Graph | str | None = None
+    ) -> tuple[Callable[..., Any], GraphReport]:
+        """The graph as it was; its mixers are packc's ops all the same.
+
+        ``for_documents``: it packed without a mask, or why it could not be.
+        """
+        wanted = for_documents if isinstance(for_documents, str) and self.with_documents else reason
+        if config.strict:
+            raise NotPacked(f"packc cannot pack this graph: {wanted}")
+        log.info("not packed: %s", reason)
+        told = [knows_documents(node) for node in self.gm.graph.nodes if is_mixer(node)]
+        call = UnpackedCall(
+            self.compile(without_marks(self.gm), self.inputs),
+            self._packed_call(for_documents, lambda gm, _: self.compile_when_called(gm))
+            if isinstance(for_documents, Graph)
+            else None,
+            boundaries=[] if told and all(told) else self.boundaries,
+            reason=for_documents if isinstance(for_documents, str) else reason,
+            has_tokens=has_rows(self.gm),
+            has_mixers=not all(told),
+        )
+        return call, GraphReport.unpacked(self.gm, reason, boundaries)
 
 
-def pack_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[Graph, tuple[Tensor, Tensor]]:
-    """The packed form of a Dynamo graph, and fakes of its two further inputs, ``index`` and ``cu_seqlens``.
+def pack_graph(gm: fx.GraphModule, example_inputs: list[Any], *, for_documents: bool = False) -> Graph:
+    """The packed form of a Dynamo graph.
 
     Raises:
         NoMask, NotPackable: there is none; the message says why.
     """
-    packed = packed_graph(Graph(gm, fakify(gm, example_inputs)))
+    packed = packed_graph(Graph(gm, fakify(gm, example_inputs)), for_documents=for_documents)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.gm.graph.nodes))
-    return packed, _index_fakes(packed.mask.meta["val"])
+    return packed
 
 
-def _index_fakes(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``index`` (T,) with T unknown and never guarded on, ``cu_seqlens`` (B + 1,)."""
-    mode = mask.fake_mode  # type: ignore[attr-defined]
+def index_fakes(packed: Graph) -> tuple[Tensor, Tensor]:
+    """Of a packed graph's two further inputs: ``index`` (T,), and ``cu_seqlens`` (N + 1,). T and N are unknown and
+    never guarded on; but where a row is one document, N is B."""
+    mask, wanted = packed.mask.meta["val"], packed.requirements
+    mode = mask.fake_mode
     shape_env = mode.shape_env
     if shape_env is None:
         shape_env = mode.shape_env = ShapeEnv()
     with shape_env.ignore_fresh_unbacked_symbols():
-        tokens = shape_env.create_unbacked_symint()
+        tokens, offsets = (shape_env.create_unbacked_symint() for _ in range(2))
     # From two on: at one token `contiguous` means something else, so the compiler would have to ask.
     torch._check(tokens >= 2)
+    torch._check(offsets >= 2)
+    if wanted.one_document is not None and wanted.one_document_of_positions is not None:
+        offsets = mask.shape[0] + 1
     with mode:
         index = torch.empty(tokens, dtype=torch.int64, device=mask.device)
-        cu_seqlens = torch.empty(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+        cu_seqlens = torch.empty(offsets, dtype=torch.int32, device=mask.device)
     return index, cu_seqlens

@@ -34,7 +34,7 @@ READ: tuple[Pass, ...] = (
     passes.causal_convs,  # convolutions that are causal -> packc's
     passes.widen_losses,  # next-token losses over whole rows
     passes.written_out_attention,  # softmax(q @ k) @ v as one op
-    passes.find_masks,  # the inputs that may be the padding mask
+    passes.find_masks,  # the inputs that may be the padding mask; for documents alone find_rows, of tokens
 )
 FIND: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
     passes.layout,  # where batch and sequence are in every value, and how every op reads on tokens
@@ -52,8 +52,12 @@ PACK: tuple[Pass, ...] = (
 _MAY_BE_SKIPPED = (passes.functional, passes.widen_losses, passes.written_out_attention, passes.pack_attention)
 
 
-def packed_graph(graph: Graph) -> Graph:
+def packed_graph(graph: Graph, *, for_documents: bool = False) -> Graph:
     """The packed form of a graph from Dynamo.
+
+    Args:
+        for_documents: a graph without a padding mask is packed too, with every position a token, for documents within
+            its rows.
 
     Raises:
         NoMask, NotPackable: there is none; the message says why.
@@ -61,20 +65,54 @@ def packed_graph(graph: Graph) -> Graph:
     """
     skipped = _skipped()
     _artifact("packc_before", graph.gm)
-    graph = _run(READ, graph, skipped)
+    graph = _run(READ[:-1], graph, skipped)
+    try:
+        return _by_mask(_run(READ[-1:], graph, skipped), skipped)
+    except NoMask as no_mask:
+        if not for_documents:
+            raise
+        try:
+            return replace(_by_rows(passes.find_rows(graph), skipped), no_mask=str(no_mask))
+        except (NoMask, NotPackable) as reason:
+            no_mask.for_documents = str(reason)
+        raise
+
+
+def _by_mask(graph: Graph, skipped: set[Pass]) -> Graph:
+    """By the likeliest mask; by the next, should that be none."""
     reasons: list[NoMask | NotPackable] = []
     for mask in graph.masks:
         try:
-            found = _run(FIND, replace(graph, mask=mask), skipped)
-            packed = _run(PACK, found, skipped)
+            return _packed(replace(graph, mask=mask), skipped)
         except (NoMask, NotPackable) as reason:
             reasons.append(reason)
-            continue
-        _artifact("packc_after", packed.gm)
-        if packed.requirements.only_tokens:
-            return replace(packed, with_padding=_run(PACK, found, {*skipped, passes.pack_attention}).gm)
-        return packed
     raise reasons[0]
+
+
+def _by_rows(graph: Graph, skipped: set[Pass]) -> Graph:
+    """By the first rows with which all that looks along them knows documents; else by the first at all."""
+    packed: list[Graph] = []
+    reasons: list[NotPackable] = []
+    for rows in graph.masks:
+        try:
+            packed.append(_packed(replace(graph, mask=rows), skipped))
+        except NotPackable as reason:
+            reasons.append(reason)
+            continue
+        if packed[-1].requirements.one_document is None:
+            return packed[-1]
+    if not packed:
+        raise reasons[0]
+    return packed[0]
+
+
+def _packed(graph: Graph, skipped: set[Pass]) -> Graph:
+    found = _run(FIND, graph, skipped)
+    packed = _run(PACK, found, skipped)
+    _artifact("packc_after", packed.gm)
+    if packed.requirements.only_tokens:
+        return replace(packed, with_padding=_run(PACK, found, {*skipped, passes.pack_attention}))
+    return packed
 
 
 def _skipped() -> set[Pass]:

@@ -10,7 +10,7 @@ from packc.passes.constants import constants
 from packc.passes.functional import functional
 from packc.passes.graph import Graph
 from packc.passes.layout import layout
-from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks
+from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks, find_rows
 from packc.passes.module_names import module_path
 from packc.passes.normalize import fakify, normalize
 from packc.passes.pack_attention import pack_attention
@@ -18,7 +18,7 @@ from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
-from packc.passes.unpacked import boundaries_of, is_mixer
+from packc.passes.unpacked import boundaries_of, has_rows, is_mixer, knows_documents
 from packc.passes.widen_losses import widen_losses
 from packc.passes.write import write
 from packc.passes.written_out_attention import written_out_attention
@@ -40,8 +40,11 @@ __all__ = [
     "constants",
     "fakify",
     "find_masks",
+    "find_rows",
     "functional",
+    "has_rows",
     "is_mixer",
+    "knows_documents",
     "layout",
     "module_path",
     "normalize",

@@ -45,4 +45,11 @@ class KeepRight:
     reason: str
 
 
-Ask = ZeroAtPadding | HidesPadding | IgnoredLabels | KeepLeft | KeepRight
+@dataclass(frozen=True)
+class OneDocument:
+    """A row must hold no more than one document."""
+
+    reason: str
+
+
+Ask = ZeroAtPadding | HidesPadding | IgnoredLabels | KeepLeft | KeepRight | OneDocument

@@ -6,6 +6,7 @@ written but tried, on padding masks of every kind, and whatever the other inputs
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,12 +52,12 @@ def attention_masks(graph: Graph) -> Graph:
 
 def _seen_through(graph: Graph, attention_mask: fx.Node) -> Seen | None:
     made, pairs = made_from(graph, attention_mask), Pairs()
-    if made is None or not _try(made, {}, pairs):
+    batch, length = graph.sizes
+    if made is None or not _try(made, batch, length, {}, pairs):
         return None
-    batch, length = value_of(made.padding).shape
     if isinstance(length, torch.SymInt):
         for sizes in _other_lengths(made, batch, length):
-            if not _try(made, sizes, pairs):
+            if not _try(made, batch, length, sizes, pairs):
                 return None
     return pairs.band()
 
@@ -84,18 +85,19 @@ def _elements(made: MaskGraph, sizes: Sizes) -> int:
     return prod(shape_of(value_of(made.nodes[-1]), sizes))
 
 
-def _try(made: MaskGraph, sizes: Sizes, pairs: Pairs) -> bool:
+def _try(made: MaskGraph, batch: int | torch.SymInt, length: int | torch.SymInt, sizes: Sizes, pairs: Pairs) -> bool:
     """Whether it hides padding at these sizes, whatever the padding is; what tokens see goes into ``pairs``."""
-    batch, length = shape_of(value_of(made.padding), sizes)
+    batch, length = (int(number(size, sizes)) for size in (batch, length))
     shape = shape_of(value_of(made.nodes[-1]), sizes)
     if len(shape) != 4 or shape[3] != length or shape[2] not in (1, length) or shape[0] not in (1, batch):
         return False
     if _elements(made, sizes) > _LARGEST:
         return False
-    dtype = value_of(made.padding).dtype
+    everywhere = torch.ones(batch, length, dtype=torch.bool)
     return all(
-        pairs.add(made.run(padding.to(dtype), fill, sizes), padding)
-        for padding in _paddings(batch, length)
+        pairs.add(made.run(padding, positions, fill, sizes), padding, documents)
+        for padding in (_paddings(batch, length) if made.padding is not None else [everywhere])
+        for positions, documents in itertools.islice(_documents(batch, length), None if made.positions else 1)
         for fill in (_FILLS if made.others else _FILLS[:1])
     )
 
@@ -117,6 +119,21 @@ def _ones(shape: list[int], dtype: torch.dtype) -> Tensor:
 
 
 _FILLS: tuple[Callable[[list[int], torch.dtype], Tensor], ...] = (_zeros, _ones, _random)
+
+
+def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (B, L) and the documents that they are of: one a row, from its first position on or from a later one,
+    and several."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(length).expand(batch, length)
+    one = torch.zeros(batch, length, dtype=torch.int64)
+    later = torch.randint(0, 4, (batch, 1), generator=generator)
+    yield place, one
+    yield place + later, one
+    for share in (0.1, 0.4):
+        begins = torch.rand(batch, length, generator=generator) < share
+        start = torch.where(begins, place, 0).cummax(1).values
+        yield place - start + later * (start == 0), start
 
 
 def _paddings(batch: int, length: int) -> Iterator[Tensor]:

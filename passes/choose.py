@@ -17,7 +17,7 @@ from torch import fx
 from packc.passes.asks import HidesPadding, ZeroAtPadding
 from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
-from packc.passes.heads import live_places
+from packc.passes.heads import follow_heads
 from packc.passes.module_names import module_path
 from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
@@ -33,6 +33,10 @@ class Forms:
     packed_only: set[fx.Node] = field(default_factory=set)
     live: list[fx.Node] = field(default_factory=list)
     """Places that must not be left out of the pack: nodes ``(B * L,)``, nonzero there."""
+    apart: set[fx.Node] = field(default_factory=set)
+    """What heads make of tokens, each entry of one of them."""
+    picked: set[fx.Node] = field(default_factory=set)
+    """What is of one token a row."""
 
 
 def choose(graph: Graph) -> Graph:
@@ -49,7 +53,7 @@ def choose(graph: Graph) -> Graph:
     _find_packed_only(graph, forms)
     _check_boundaries(graph, forms)
     _demand(graph, forms)
-    random_twice = [n for n in forms.packed & forms.padded if _is_random(n)]
+    random_twice = [n for n in forms.packed & forms.padded if is_random(n)]
     if random_twice:
         raise NotPackable(f"{random_twice[0].name} draws random numbers and is read both padded and packed")
     if forms.packed.isdisjoint(graph.tokens.readings):
@@ -80,12 +84,13 @@ def reads_as_is(node: fx.Node, tokens: Tokens) -> bool:
 
 def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for node, ask in graph.asks(ZeroAtPadding):
-        if ask.value not in graph.zero:
+        if graph.padding and ask.value not in graph.zero:
             raise NotPackable(_describe(node, f"sums {ask.value.name} over tokens, which is not masked at padding"))
     for node, hides in graph.asks(HidesPadding):
-        if hides.mask not in graph.seen:
+        if graph.padding and hides.mask not in graph.seen:
             raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
-    forms.live = live_places(graph, forms.packed_only)
+    heads = follow_heads(graph, forms.packed_only)
+    forms.live, forms.apart, forms.picked = heads.live, {*heads.places, *heads.masked}, heads.picked
 
 
 def _describe(node: fx.Node, reason: str) -> str:
@@ -129,12 +134,13 @@ def _demand_packed(node: fx.Node, tokens: Tokens, forms: Forms) -> None:
         forms.packed.add(node.args[0])  # type: ignore[arg-type]
         return
     reading = tokens.readings[node]
-    for operand in _arguments(node, reading):
+    for operand in arguments_of(node, reading):
         follows = operand in reading.operands and is_computed_packed(operand, tokens)
         (forms.packed if follows else forms.padded).add(operand)
 
 
-def _arguments(node: fx.Node, reading: Reading) -> list[fx.Node]:
+def arguments_of(node: fx.Node, reading: Reading) -> list[fx.Node]:
+    """What is read where a reading is written."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs) if reading.call is None else reading.call[1:], found.append)
     return found
@@ -145,7 +151,7 @@ def is_computed_packed(operand: fx.Node, tokens: Tokens) -> bool:
     return operand in tokens.readings or (is_item(operand) and isinstance(tokens.kinds.get(operand.args[0]), list))  # type: ignore[arg-type]
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
     targets = [each.target for each in ops_of(node)]
     overloads = [each for each in targets if isinstance(each, torch._ops.OpOverload)]
     return any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads)

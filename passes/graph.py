@@ -28,6 +28,8 @@ class Tokens:
 
     kinds: dict[fx.Node, Kind | list[Kind]] = field(default_factory=dict)
     """What a value is to the tokens, if anything; a list for an op with several results."""
+    padding: bool = True
+    """Whether there may be places without a token."""
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
     """How an op reads on tokens."""
     refusals: dict[fx.Node, str] = field(default_factory=dict)
@@ -57,7 +59,9 @@ class Graph:
     masks: list[fx.Node] = field(default_factory=list)
     """Inputs that may be the padding mask, the likeliest first."""
     mask: fx.Node = None  # type: ignore[assignment]
-    """The one that the pack goes by."""
+    """The one that the pack goes by; without padding, an input (B, L, ...) of the tokens."""
+    padding: bool = True
+    """Whether anything is left out of the pack; if not, it is made for the documents within its rows."""
     tokens: Tokens = field(default_factory=Tokens)
     zero: set[fx.Node] = field(default_factory=set)
     """Values known to be zero at padding."""
@@ -69,8 +73,16 @@ class Graph:
     """In which forms each value is computed."""
     requirements: Requirements = None  # type: ignore[assignment]
     """What the packed graph asks of each batch."""
-    with_padding: fx.GraphModule | None = None
+    with_padding: Graph | None = None
     """The packed graph for batches that keep padding, where attention in ``gm`` would see it."""
+    no_mask: str | None = None
+    """Without padding: why nothing is taken for its mask."""
+
+    @property
+    def sizes(self) -> tuple[Any, Any]:
+        """B and L."""
+        batch, length = value_of(self.mask).shape[:2]
+        return batch, length
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -46,26 +46,31 @@ _ALONG_AN_AXIS = {
 _RESHAPES = {aten.view.default, aten.reshape.default}
 
 
-def live_places(graph: Graph, packed_only: set[fx.Node]) -> list[fx.Node]:
-    """Nodes ``(B * L,)`` of what is made from inputs, nonzero at places that count in what heads make of tokens.
+def follow_heads(graph: Graph, packed_only: set[fx.Node]) -> Heads:
+    """Follow what is made of tokens by ops that have no packed form.
 
     Raises:
         NotPackable: an op reads, across tokens, values whose padding would differ.
     """
-    heads = _Heads(graph, packed_only)
+    heads = Heads(graph, packed_only)
     for node in list(graph.gm.graph.nodes):
         heads.follow(node)
-    return heads.live
+    return heads
 
 
-class _Heads:
+class Heads:
     def __init__(self, graph: Graph, packed_only: set[fx.Node]) -> None:
         self.graph, self.packed_only = graph, packed_only
         self.places: dict[fx.Node, fx.Node] = {}
         """A value with entries that may not be stock's -> of each entry of its first axes, the place in the batch."""
         self.zero: set[fx.Node] = set()
         """Those of them that are zero at padding."""
+        self.masked: set[fx.Node] = set()
+        """What is zero where a mask is, and of one place an entry elsewhere."""
+        self.picked: set[fx.Node] = set()
+        """Of one place a row."""
         self.live: list[fx.Node] = []
+        """Nodes ``(B * L,)`` of what is made from inputs, nonzero at places that count in what heads make of tokens."""
         self._made: dict[Any, fx.Node] = {}
 
     def follow(self, node: fx.Node) -> None:
@@ -90,12 +95,14 @@ class _Heads:
         if mask is not None:
             self._hide(node, read[0], mask)
             self._ask(places, mask)
+            self.masked.add(node)
             return
         moved = places if self._keeps_places(node, read, places) else self._moved(node, read[0], places)
         if moved is not None:
             self.places[node] = moved
         elif (picked := self._picked(node, read[0], places)) is not None:
             self._ask(picked)
+            self.picked.add(node)
         else:
             raise self._refusal(node, read[0])
         rule = zero_rule_for(node.target)
@@ -115,13 +122,14 @@ class _Heads:
     def _refusal(self, node: fx.Node, value: fx.Node) -> NotPackable:
         reason = self.graph.tokens.refusals.get(node, "reads padding")
         where = module_path(node) or "the model"
-        return NotPackable(f"{node.target} in {where}: {reason}, and {value.name} is not zero at padding")
+        why = "is not zero at padding" if self.graph.padding else "may be of another document in its row"
+        return NotPackable(f"{node.target} in {where}: {reason}, and {value.name} {why}")
 
     def _all_places(self, node: fx.Node, value: fx.Node) -> fx.Node:
         layout = self.graph.tokens.layout(value) or ()
         if layout[:1] != (TOKENS,) and layout[:2] != (BATCH, SEQ):
             raise self._refusal(node, value)
-        ones = self._make(aten.ones_like.default, (self.graph.mask,), dtype=torch.int64)
+        ones = self._make(aten.ones_like.default, (self._of_places(),), dtype=torch.int64)
         flat = self._make(aten.sub.Tensor, (self._make(aten.cumsum.default, (self._flat(ones), 0)), 1))
         return flat if layout[0] is TOKENS else self._make(aten.view_as.default, (flat, ones))
 
@@ -202,9 +210,14 @@ class _Heads:
     def _ask(self, places: fx.Node, kept: fx.Node | None = None) -> None:
         places = self._flat(places)
         live = self._make(aten.ones_like.default, (places,)) if kept is None else self._flat(kept)
-        every = self._make(aten.zeros_like.default, (self._flat(self.graph.mask),), dtype=torch.int64)
+        every = self._make(aten.zeros_like.default, (self._flat(self._of_places()),), dtype=torch.int64)
         live = self._make(aten.to.dtype, (live, torch.int64))
         self.live.append(self._make(aten.scatter_add.default, (every, 0, places, live)))
+
+    def _of_places(self) -> fx.Node:
+        """Something (B, L)."""
+        mask = self.graph.mask
+        return mask if value_of(mask).ndim == 2 else self._make(aten.select.int, (mask, -1, 0))
 
     def _flat(self, value: fx.Node) -> fx.Node:
         return self._make(aten.reshape.default, (value, [-1]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, OTHER, SEQ, covers_tokens, is_tensor, made_equal, value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, covers_tokens, is_tensor, made_equal, same_size, value_of
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules import rule_for
@@ -34,25 +34,23 @@ def _inputs_of_size(graph: Graph) -> list[fx.Node]:
 
     One that means something else by them is no danger: a layout only claims that the axes have these sizes, and a rule
     that finds them where it wants features says so. Of symbolic sizes it is guarded: the rows of ids and mask have two
-    symbols, unless the model makes them meet.
+    symbols, unless the model makes them meet. Not so in a graph that packs for documents alone, as few ever will.
     """
-    batch, length = value_of(graph.mask).shape
+    equal = made_equal if graph.padding else same_size
     return [
         node
         for node in graph.placeholders
-        if is_argument(node)
-        and value_of(node).ndim >= 2
-        and all(map(made_equal, value_of(node).shape[:2], (batch, length)))
+        if is_argument(node) and value_of(node).ndim >= 2 and all(map(equal, value_of(node).shape[:2], graph.sizes))
     ]
 
 
 def _follow(graph: Graph, inputs: Iterable[fx.Node]) -> Tokens:
     """Batch and sequence, from ``inputs`` through the graph."""
-    sizes = value_of(graph.mask).shape
-    tokens = Tokens({node: (BATCH, SEQ) + (OTHER,) * (value_of(node).ndim - 2) for node in inputs})
+    layouts = {node: (BATCH, SEQ) + (OTHER,) * (value_of(node).ndim - 2) for node in inputs}
+    tokens = Tokens(layouts, padding=graph.padding)
     for node in graph.gm.graph.nodes:
         if node.op == "call_function":
-            _label_call(node, tokens, *sizes)
+            _label_call(node, tokens, *graph.sizes)
     return tokens
 
 

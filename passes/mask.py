@@ -19,6 +19,9 @@ from packc.passes.zeros import zero_at_tokens
 # only the first always says which positions are tokens: see confirm_mask.
 _TRUSTED = "attention_mask"
 _NAMES = (_TRUSTED, "input_mask", "padding_mask", "pad_mask", "mask")
+# Inputs that speak of tokens, but are not what a model makes them of.
+_OF_TOKENS = {"position_ids", "seq_idx", "labels", "token_type_ids"}
+_MOST_ROWS = 4
 _ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 _FORWARDS = {
     torch.ops.aten.to.dtype,
@@ -36,6 +39,9 @@ class WrongMask(ValueError):
 
 class NoMask(Exception):
     """Nothing tells padding from tokens; the message says what was looked for."""
+
+    for_documents: str | None = None
+    """Why the graph is not packed without a mask either, for documents within its rows."""
 
 
 def find_masks(graph: Graph) -> Graph:
@@ -58,9 +64,27 @@ def find_masks(graph: Graph) -> Graph:
     return replace(graph, masks=_along_which_to_pack(sorted(found, key=_rank)))
 
 
+def find_rows(graph: Graph) -> Graph:
+    """Find the inputs that may be the tokens of a graph in which nothing marks padding: rows of ids, or of features.
+
+    Raises:
+        NoMask: there is none.
+    """
+    arguments = [node for node in graph.placeholders if is_argument(node)]
+    found = [node for node in arguments if node.meta["val"].ndim == (3 if _is_floating(node) else 2)]
+    if not found:
+        raise NoMask(f"no rows of tokens among the inputs {_paths(arguments)}")
+    rows = sorted(found, key=lambda node: argument_path(node).split(".")[-1] in _OF_TOKENS)
+    return replace(graph, masks=_along_which_to_pack(rows)[:_MOST_ROWS], padding=False)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
 def _along_which_to_pack(masks: list[fx.Node]) -> list[fx.Node]:
     for mask in masks:
-        batch, length = mask.meta["val"].shape
+        batch, length = mask.meta["val"].shape[:2]
         if same_size(length, 1):
             raise NoMask(f"the batch ({batch}, {length}) has one position per row")
     return masks
@@ -99,6 +123,8 @@ def confirm_mask(graph: Graph) -> Graph:
     Raises:
         NoMask: no mixer reads a value that is zero wherever this mask is; or one reads the opposite.
     """
+    if not graph.padding:
+        return graph
     own, read = argument_path(graph.mask), read_by_mixers(graph)
     opposite = zero_at_tokens(graph, graph.mask) - graph.zero
     if any(value in opposite for value in read):

@@ -11,7 +11,9 @@ from torch import Tensor, fx
 
 from packc.passes.axes import hint_of, value_of
 from packc.passes.graph import Graph
+from packc.passes.sources import argument_path
 
+_POSITIONS = "position_ids"
 _MOST_NODES = 500
 """Of what makes a mask; one of more is computed by the model."""
 _LARGEST_CONSTANT = 2**31
@@ -25,18 +27,27 @@ Sizes = dict[Any, int]
 class MaskGraph:
     nodes: list[fx.Node]
     """In order; the last is the attention mask."""
-    padding: fx.Node
-    """The padding mask (B, L)."""
+    padding: fx.Node | None
+    """The padding mask (B, L), if there is one."""
+    positions: list[fx.Node]
+    """Inputs that say which position in its document a token has, (B, L) or (1, L)."""
     others: list[fx.Node]
     """Further inputs."""
 
-    def run(self, padding: Tensor, fill: Callable[[list[int], torch.dtype], Tensor], at: Sizes) -> Tensor:
-        """The attention mask of this padding mask, every other input made by ``fill(shape, dtype)``.
+    def run(
+        self, padding: Tensor, positions: Tensor, fill: Callable[[list[int], torch.dtype], Tensor], at: Sizes
+    ) -> Tensor:
+        """The attention mask of this padding mask and of these positions, both (B, L), every other input made by
+        ``fill(shape, dtype)``.
 
         Raises:
             IndexError, RuntimeError, TypeError, ValueError: it cannot be computed here.
         """
-        values: dict[fx.Node, Any] = {self.padding: padding}
+        values: dict[fx.Node, Any] = {}
+        if self.padding is not None:
+            values[self.padding] = padding.to(value_of(self.padding).dtype)
+        for each in self.positions:
+            values[each] = positions[: shape_of(value_of(each), at)[0]].to(value_of(each).dtype)
         for other in self.others:
             value = value_of(other)
             values[other] = fill(shape_of(value, at), value.dtype)
@@ -82,7 +93,11 @@ def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
         queue.extend(node.all_input_nodes)
     nodes = [node for node in graph.gm.graph.nodes if node in needed]
     inputs = [node for node in nodes if node.op == "placeholder" and isinstance(value_of(node), Tensor)]
-    return MaskGraph(nodes, graph.mask, [node for node in inputs if node is not graph.mask])
+    padding = graph.mask if graph.padding else None
+    positions = [
+        node for node in inputs if argument_path(node).split(".")[-1] == _POSITIONS and value_of(node).ndim == 2
+    ]
+    return MaskGraph(nodes, padding, positions, [node for node in inputs if node not in (padding, *positions)])
 
 
 def shape_of(value: Tensor, at: Sizes) -> list[int]:

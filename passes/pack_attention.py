@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from packc.passes.asks import HidesPadding
-from packc.passes.axes import value_of
 from packc.passes.graph import Graph
 from packc.passes.reading import NotTokenwise
 from packc.passes.rules.attention import varlen_attention
@@ -22,11 +21,12 @@ def pack_attention(graph: Graph) -> Graph:
     tokens = replace(graph.tokens, readings=dict(graph.tokens.readings))
     for node, reading in graph.tokens.readings.items():
         masks = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
-        seen = graph.seen.get(masks[0]) if masks else Band(causal=True)
+        causal: bool = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)  # type: ignore
+        seen = graph.seen.get(masks[0]) if masks else Band(causal)
         if reading.padded is None or seen is None:
             continue
         try:
-            op = Op(node, tokens, *value_of(graph.mask).shape)
+            op = Op(node, tokens, *graph.sizes)
             tokens.readings[node] = varlen_attention(op, seen, reading)
         except NotTokenwise as reason:
             tokens.readings[node] = replace(reading, padded=str(reason))

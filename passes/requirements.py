@@ -9,12 +9,14 @@ from torch import fx
 
 from packc.passes.asks import HidesPadding, IgnoredLabels, KeepLeft, KeepRight
 from packc.passes.choose import reads_as_is
+from packc.passes.crossings import moved, one_document
 from packc.passes.graph import AnAsk, Graph
 from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.sequences import other_masks
 from packc.passes.sources import argument_path, is_parameter
 from packc.passes.unpacked import boundaries_of, padded_mixers
+from packc.passes.visible import Band
 
 _MAX_OPS = 64
 
@@ -26,6 +28,8 @@ class Labels:
     graph: fx.GraphModule
     """The padded graph's inputs -> its labels, shifted as the loss reads them, B*L elements in row-major order."""
     ignore_index: int
+    moved: bool = False
+    """Whether they are other tokens' labels, the next ones'."""
 
 
 @dataclass
@@ -34,6 +38,9 @@ class Requirements:
 
     mask: int
     """Position of the mask among the inputs. ``index`` and ``cu_seqlens`` follow after the last of them."""
+    mask_path: str = ""
+    padding: bool = True
+    """Whether it is a mask; otherwise an input (B, L, ...) of tokens, and nothing is left out."""
     other_masks: list[int] = field(default_factory=list)
     """Positions of further masks of the same tokens; rows of which one marks tokens where the mask has padding are not
     packed."""
@@ -49,6 +56,12 @@ class Requirements:
     """Whether some attention gives, at padding, what is not stock's."""
     only_tokens: bool = False
     """Whether some attention would see the padding of a batch that keeps any."""
+    one_document: str | None = None
+    """Why a row must be one document; None if it may hold several."""
+    one_document_of_positions: str | None = None
+    """The same of documents that positions begin, which masks may keep apart."""
+    reads_positions: bool = False
+    """Whether an attention mask goes by positions: packed attention knows nothing of some that are left out."""
     returns_tokens: bool = False
     """Whether some output has values of tokens, zero at padding."""
     mixers: list[tuple[str, str]] = field(default_factory=list)
@@ -64,10 +77,16 @@ def requirements(graph: Graph) -> Graph:
     Raises:
         NotPackable: what must be asked is not known before the model runs.
     """
-    inputs, packed, others = graph.placeholders, graph.forms.packed, other_masks(graph)
+    inputs, packed = graph.placeholders, graph.forms.packed
+    others = other_masks(graph) if graph.padding else []
     readings = graph.tokens.readings
     result = Requirements(
         mask=inputs.index(graph.mask),
+        mask_path=argument_path(graph.mask),
+        padding=graph.padding,
+        one_document=one_document(graph),
+        one_document_of_positions=one_document(graph, of_positions=True),
+        reads_positions=any(isinstance(seen, Band) and seen.apart for seen in graph.seen.values()),
         other_masks=[inputs.index(other) for other in others],
         keep_left=_first(
             (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero_before.isdisjoint(ask.unless_zero)
@@ -76,7 +95,7 @@ def requirements(graph: Graph) -> Graph:
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
-        live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in graph.forms.live],
+        live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
         returns_tokens=any(
             each in packed and not reads_as_is(each, graph.tokens)
             for each in graph.gm.graph.output_node().all_input_nodes
@@ -106,7 +125,14 @@ def _first(asks: Iterator[tuple[fx.Node, KeepLeft | KeepRight]]) -> str | None:
 def _labels(graph: Graph) -> list[Labels]:
     """Those of each packed loss, once."""
     asked = dict.fromkeys(ask for _, ask in _packed(graph, IgnoredLabels))
-    return [Labels(_graph_of(graph, ask.labels, "the labels of the loss"), ask.ignore_index) for ask in asked]
+    return [
+        Labels(_graph_of(graph, ask.labels, "the labels of the loss"), ask.ignore_index, moved(graph, ask.labels))
+        for ask in asked
+    ]
+
+
+def _live(graph: Graph) -> list[fx.Node]:
+    return graph.forms.live if graph.padding else []
 
 
 def _graph_of(graph: Graph, labels: fx.Node, what: str) -> fx.GraphModule:

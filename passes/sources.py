@@ -23,7 +23,8 @@ def is_parameter(node: fx.Node) -> bool:
 
 def is_argument(node: fx.Node) -> bool:
     """Whether a placeholder is a tensor that the caller passed, not a weight, a buffer or a global."""
-    if not isinstance(node.meta.get("val"), Tensor) or is_parameter(node):
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if not isinstance(value, Tensor) or is_parameter(node):
         return False
     source = _source(node)
     if source is None:

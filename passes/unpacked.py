@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from packc.ops.mixer import MIXERS
 from packc.passes.axes import covers_tokens
 from packc.passes.graph import Graph
 from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
-from packc.passes.sources import argument_path, is_parameter
+from packc.passes.sources import argument_path, is_argument, is_parameter
 
 
 def boundaries_of(graph: Graph) -> list[Boundary]:
@@ -42,6 +42,20 @@ def is_mixer(node: fx.Node) -> bool:
         return False
     namespace, name = node.target._schema.name.split("::")
     return namespace == "packc" and name in MIXERS
+
+
+def knows_documents(node: fx.Node) -> bool:
+    """Whether a mixer in Dynamo's graph is told by the model where documents begin."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index("cu_seqlens")
+    given = node.args[place] if place < len(node.args) else node.kwargs.get("cu_seqlens")
+    return given is not None
+
+
+def has_rows(gm: fx.GraphModule) -> bool:
+    """Whether an argument of a Dynamo graph may be rows of tokens."""
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
+    return any(isinstance(value, Tensor) and value.ndim > 1 for value in values)
 
 
 def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Band:
 
     causal: bool
     window: int | None = None
+    apart: bool = False
+    """Whether positions that start again begin a document: otherwise a row is one, whatever they are."""
 
     def shows(self, distance: int) -> bool:
         """Whether a token sees one that is so many positions before it."""
@@ -38,15 +40,19 @@ class Pairs:
 
     seen: set[int] = field(default_factory=set)
     hidden: set[int] = field(default_factory=set)
+    seen_across: set[int] = field(default_factory=set)
+    """Of different documents in a row, by their positions."""
+    hidden_across: set[int] = field(default_factory=set)
     exact: bool = True
     """Whether nothing is added to the score of a pair that is seen."""
 
-    def add(self, mask: Tensor, real: Tensor) -> bool:
+    def add(self, mask: Tensor, real: Tensor, documents: Tensor | None = None) -> bool:
         """Note what tokens see through an attention mask; False if one of them sees padding.
 
         Args:
             mask: (B or 1, heads or 1, L or 1, L), bool, or floating and added to scores.
             real: (B, L), bool: at tokens.
+            documents: (B, L), a number for each; None: one a row.
         """
         visible = mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e8)
         queries, keys = real[:, None, :, None], real[:, None, None, :]
@@ -56,14 +62,22 @@ class Pairs:
         seen = visible & tokens
         if mask.dtype != torch.bool:
             self.exact &= not bool((seen & (mask != 0)).any())
-        self.seen |= _distances(seen)
-        self.hidden |= _distances(tokens & ~visible)
+        documents = torch.zeros_like(real) if documents is None else documents
+        same = (documents[:, :, None] == documents[:, None, :])[:, None]
+        self.seen |= _distances(seen & same)
+        self.hidden |= _distances(tokens & ~visible & same)
+        self.seen_across |= _distances(seen & ~same)
+        self.hidden_across |= _distances(tokens & ~visible & ~same)
         return True
 
     def band(self) -> Seen:
         behind = [distance for distance in self.hidden if distance >= 0]
         band = Band(causal=not any(distance < 0 for distance in self.seen), window=min(behind, default=None))
         as_said = all(map(band.shows, self.seen)) and not any(map(band.shows, self.hidden))
+        if any(map(band.shows, self.hidden_across)):
+            band, as_said = replace(band, apart=True), as_said and not self.seen_across
+        else:
+            as_said &= all(map(band.shows, self.seen_across))
         return band if self.exact and as_said else Other.TOKENS
 
 

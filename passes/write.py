@@ -15,6 +15,7 @@ from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed
 from packc.passes.graph import Graph, is_item, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
+from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
 from packc.passes.row_wise import RowWise
 
@@ -43,7 +44,7 @@ class _Writer:
         self.gathered: dict[tuple[fx.Node, Layout, int], fx.Node] = {}
         self.region = 0
         index, cu_seqlens = (self.graph.placeholder(f"packc_{name}") for name in ("index", "cu_seqlens"))
-        self.packed = Packed(self._write, index, cu_seqlens, self.in_padded[graph.mask], value_of(graph.mask).shape)
+        self.packed = Packed(self._write, index, cu_seqlens, self.in_padded[graph.mask], graph.sizes)
         self.padded = self.packed.padded
 
     def run(self) -> fx.GraphModule:
@@ -150,7 +151,8 @@ class _Writer:
             return self.in_packed[node]
         key = (node, wanted, self.region)
         if key not in self.gathered:
-            gathered = self.packed.enter(self._padded(node), wanted, value_of(node).shape)
+            shape, by_position = value_of(node).shape, knows_only_positions(node)
+            gathered = self.packed.enter(self._padded(node), wanted, shape, by_position=by_position)
             for name in _RECOMPUTE_META:
                 gathered.meta.pop(name, None)
             self.gathered[key] = gathered

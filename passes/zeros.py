@@ -35,6 +35,8 @@ _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 
 def zeros(graph: Graph) -> Graph:
     """Find the values that are zero wherever the graph's mask is, or is before the first token of a row."""
+    if not graph.padding:
+        return graph
     zero = zero_at_padding(graph, graph.mask)
     return replace(graph, zero=zero, zero_before=_zero_before_tokens(graph, zero))
 

@@ -28,7 +28,7 @@ class RecordingBackend:
     def __call__(self, gm, example_inputs, **_):
         self.before.append(gm)
         try:
-            self.after.append(pack_graph(gm, example_inputs)[0].gm)
+            self.after.append(pack_graph(gm, example_inputs).gm)
         except (NoMask, NotPackable) as reason:
             self.reasons.append(str(reason))
         with packc.config.patch(inner=self.inner):

@@ -93,9 +93,3 @@ def test_a_batch_of_nothing(shape):
     packing = pack_batch(torch.ones(shape))
     assert packing.index.tolist() == []
     assert packing.cu_seqlens.tolist() == [0] * (shape[0] + 1)
-
-
-@pytest.mark.parametrize("shape", [(4, 2), (3, 4, 2), (6, 4), (2, 3, 2, 4)])
-def test_positions_that_are_no_row_of_numbers_say_nothing(shape):
-    packing = pack_batch(masks(["1111", "1100", "1000"]), positions=[torch.zeros(shape)])
-    assert packing.whole_rows == 0

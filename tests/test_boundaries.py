@@ -1,83 +1,98 @@
-"""Boundaries that the caller hands over are not honoured yet: that is said where they matter, and strict raises."""
-
-import warnings
+"""Where documents begin, by all that may say so; and which arguments of a call do."""
 
 import pytest
 import torch
 from harness import RIGHT, batch_of, masks, tiny_mamba
 
 import packc
-from packc.boundaries import start_again
+from packc.boundaries import Given, starts
 
 DEBUG = {"packc.inner": "aot_eager"}
 
 
-def said(call, *args, **kwargs) -> list[str]:
-    with warnings.catch_warnings(record=True) as seen, torch.no_grad():
-        warnings.simplefilter("always")
-        call(*args, **kwargs)
-    return [str(each.message) for each in seen if "document boundaries" in str(each.message)]
+def begins(name, values, rows, *, around=False):
+    real = masks(rows).bool()
+    return starts([Given(name, torch.tensor(values), around)], real).begins.int().tolist()
 
 
-def flattened() -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.randint(1, 32, (1, 9)),
-        "position_ids": torch.cat([torch.arange(4), torch.arange(5)])[None],
-    }
+def test_each_way_says_where_documents_begin():
+    rows = ["11111", "11111"]
+    expected = [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    assert begins("position_ids", [[0, 1, 0, 1, 2], [3, 4, 5, 6, 6]], rows) == expected
+    assert begins("seq_idx", [[0, 0, 7, 7, 7], [1, 1, 1, 1, 0]], rows) == expected
+    assert begins("cu_seq_lens_q", [0, 2, 5, 9, 10], rows) == expected
+    assert begins("cu_seqlens", [0, 2, 2, 9, 10], rows) == expected
+    assert begins("seq_idx", [0, 0, 1, 1, 1], rows) == [[0, 0, 1, 0, 0]] * 2
 
 
-GIVEN = {
-    "seq_idx": {"seq_idx": torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)},
-    "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)},
-    "position_ids": {},
-}
+def test_padding_says_nothing_and_hides_nothing():
+    assert begins("position_ids", [[0, 1, 2, 3, 1, 1]], ["111100"]) == [[0] * 6]
+    assert begins("position_ids", [[1, 1, 0, 1, 2, 3]], ["001111"]) == [[0] * 6]
+    assert begins("position_ids", [[0, 1, 9, 0, 1, 2]], ["110111"]) == [[0, 0, 0, 1, 0, 0]]
+    assert begins("seq_idx", [[0, 0, -1, 0, 1, 1]], ["110111"]) == [[0, 0, 0, 0, 1, 0]]
 
 
-@pytest.mark.parametrize("name", GIVEN)
+def test_several_positions_a_token():
+    """The first axis counts, and the patches of an image share a position."""
+    assert begins("position_ids", [[[0, 1, 1, 2]], [[0, 1, 0, 1]]], ["1111"]) == [[0, 0, 0, 0]]
+    assert begins("position_ids", [[[0, 1, 0, 1]], [[0, 1, 0, 1]]], ["1111"]) == [[0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 4, 2), (6, 4), (2, 3, 2, 4)])
+def test_positions_that_are_no_row_of_numbers_say_nothing(shape):
+    real = torch.ones(3, 4, dtype=torch.bool)
+    assert not starts([Given("position_ids", torch.zeros(shape))], real).begins.any()
+    with pytest.raises(ValueError, match="does not fit"):
+        starts([Given("position_ids", torch.zeros(shape), around=True)], real)
+
+
+def test_those_that_disagree_are_found_out():
+    real = torch.ones(1, 4, dtype=torch.bool)
+    positions, plain = torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 1, 2, 3]])
+    same, other = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 1]])
+
+    def found(positions, numbers):
+        return starts([Given("position_ids", positions), Given("seq_idx", numbers)], real)
+
+    assert not found(positions, same).disagree
+    assert found(positions, other).disagree
+    assert not found(plain, other).disagree  # positions that only rise say nothing
+    assert found(plain, other).elsewhere
+    assert not found(positions, same).elsewhere
+    assert found(positions * 3, same).gaps.tolist() == [True]
+
+
+# ---- arguments of a call ---------------------------------------------------------------------------------------------
+
+PLAIN = torch.arange(8).expand(3, -1).contiguous()
+AGAIN = torch.cat([torch.arange(3), torch.arange(5)]).expand(3, -1).contiguous()
+
+
+def logits_alone(model, ids):
+    return torch.cat([model(input_ids=ids[:, :3]).logits, model(input_ids=ids[:, 3:]).logits], 1)
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_a_flattening_collator_hands_over_is_named(name, masked):
-    batch = {**flattened(), **GIVEN[name]}
-    if masked:
-        batch["attention_mask"] = torch.ones(1, 9, dtype=torch.int64)
-    fast = torch.compile(tiny_mamba(), backend=packc.backend, options=DEBUG)
-    assert any(name in text for text in said(fast, **batch))
+def test_positions_that_start_again_in_a_later_batch_are_heeded_without_a_recompilation(masked):
+    model = tiny_mamba()
+    fast = torch.compile(model, backend=packc.backend, options=DEBUG)
+    ids = torch.randint(1, 32, (3, 8))
+    given = {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+    torch.testing.assert_close(fast(**given, position_ids=PLAIN).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = fast(**given, position_ids=AGAIN).logits
+    torch.testing.assert_close(out, logits_alone(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_positions_that_start_again_in_a_later_batch_are_seen_without_a_recompilation():
-    fast = torch.compile(tiny_mamba(), backend=packc.backend, options=DEBUG)
-    for with_mask in (True, False):
-        torch._dynamo.reset()
-        batch = batch_of(RIGHT)
-        del batch["labels"]
-        if not with_mask:
-            del batch["attention_mask"]
-        plain = torch.arange(8).expand(3, -1).contiguous()
-        again = torch.cat([torch.arange(3), torch.arange(5)]).expand(3, -1).contiguous()
-        assert not said(fast, **batch, position_ids=plain)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            assert len(said(fast, **batch, position_ids=again)) == 1
-            assert not said(fast, **batch, position_ids=again)
-
-
-def test_strict_raises():
-    options = {**DEBUG, "packc.strict": True}
-    batch = batch_of(RIGHT)
-    fast = torch.compile(tiny_mamba(), backend=packc.backend, options=options)
-    fast(**batch, position_ids=torch.arange(8).expand(3, -1).contiguous())
-    again = torch.cat([torch.arange(3), torch.arange(5)]).expand(3, -1).contiguous()
-    with pytest.raises(packc.NotPacked, match="position_ids"):
-        fast(**batch, position_ids=again)
-    with pytest.raises(Exception, match="seq_idx"):
-        fast(**batch, seq_idx=torch.zeros(3, 8, dtype=torch.int32))
-
-
-def test_positions_on_padding_say_nothing():
-    positions = torch.tensor([[0, 1, 2, 3, 1, 1], [1, 1, 0, 1, 2, 3]])
-    real = masks(["111100", "001111"]).bool()
-    assert not start_again(positions, real).any()
-    assert start_again(positions).all()
-    assert start_again(torch.tensor([0, 0])).all()
-    assert not start_again(torch.tensor([[[0, 1, 1, 2]], [[0, 1, 0, 1]]])).any()
+def test_an_argument_that_comes_later_is_heeded():
+    model = tiny_mamba()
+    fast = torch.compile(model, backend=packc.backend, options=DEBUG)
+    ids = torch.randint(1, 32, (3, 8))
+    fast(ids)
+    seq_idx = (torch.arange(8) >= 3).expand(3, -1).int()
+    torch.testing.assert_close(fast(ids, seq_idx=seq_idx).logits, logits_alone(model, ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="disagree"):
+        fast(ids, seq_idx=seq_idx, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).repeat(3, 1))
 
 
 def test_offsets_that_the_model_itself_reads_are_its_own_business():
@@ -88,23 +103,71 @@ def test_offsets_that_the_model_itself_reads_are_its_own_business():
 
     x, cu_seqlens = torch.randn(1, 9, 4), torch.tensor([0, 4, 9])
     fast = torch.compile(by_hand, backend=packc.backend, options=DEBUG)
-    assert not said(fast, x, cu_seqlens)
     torch.testing.assert_close(fast(x, cu_seqlens), by_hand(x, cu_seqlens))
+    with packc.documents(cu_seqlens=cu_seqlens), pytest.raises(packc.NotPacked, match="already packed"):
+        fast(x, cu_seqlens)
 
 
-def test_positions_of_every_sequence_are_looked_at():
+def test_boundaries_of_each_sequence_are_its_own():
+    """Of two sequences in a graph the one is packed; boundaries of the other raise, for its mixers know none."""
     model = tiny_mamba()
 
     def both(chosen, rejected):
         return model(**chosen).logits, model(**rejected).logits
 
-    def batch(positions):
-        given = batch_of(RIGHT)
-        return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], "position_ids": positions}
+    ids = torch.randint(1, 32, (3, 8))
 
-    plain = torch.arange(8).expand(3, -1).contiguous()
-    again = torch.cat([torch.arange(3), torch.arange(5)]).expand(3, -1).contiguous()
-    fast = torch.compile(both, backend=packc.backend, options=DEBUG)
-    assert not said(fast, batch(plain), batch(plain.clone()))
+    def batch(position_ids):
+        return {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "position_ids": position_ids}
+
+    options = {**DEBUG, "packc.mask": "chosen.attention_mask"}
+    fast = torch.compile(both, backend=packc.backend, options=options)
+    fast(batch(PLAIN), batch(PLAIN.clone()))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert said(fast, batch(plain), batch(again))
+        chosen, rejected = fast(batch(AGAIN), batch(PLAIN.clone()))
+        torch.testing.assert_close(chosen, logits_alone(model, ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rejected, model(ids).logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(packc.NotPacked, match="documents of another sequence"):
+            fast(batch(PLAIN), batch(AGAIN))
+
+
+def test_two_boundaries_of_one_sequence_must_agree():
+    model = tiny_mamba()
+    ids = torch.randint(1, 32, (3, 8))
+
+    def both(one, other):
+        return model(**one).logits, model(**other).logits
+
+    fast = torch.compile(both, backend=packc.backend, options=DEBUG)
+    same = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    fast({**same, "position_ids": AGAIN}, {**same, "position_ids": AGAIN.clone()})
+    with pytest.raises(ValueError, match="disagree"):
+        fast({**same, "position_ids": AGAIN}, {**same, "position_ids": PLAIN})
+
+
+def test_attention_alone_is_up_to_its_mask_where_it_is_not_packed():
+    """Stock's own mask may keep documents apart, of which packc knows nothing here; said once, strict raises."""
+
+    def model(x, position_ids, mask):
+        x = x + position_ids[..., None] + x.cumsum(1)
+        return torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0]
+
+    given = torch.randn(1, 8, 4), AGAIN[:1], torch.ones(1, 1, 8, 8).tril().bool()
+    fast = torch.compile(model, backend=packc.backend, options=DEBUG)
+    with pytest.warns(UserWarning, match="up to the model's attention masks"):
+        torch.testing.assert_close(fast(*given), model(*given))
+    with packc.documents(position_ids=AGAIN[:1]), pytest.raises(packc.NotPacked, match="runs padded"):
+        fast(*given)
+
+
+def test_a_batch_of_a_tokenizer_is_looked_into():
+    batch = batch_of(RIGHT)
+    model = tiny_mamba()
+    fast = torch.compile(lambda batch: model(**batch).logits, backend=packc.backend, options=DEBUG)
+    del batch["labels"]
+    real = batch["attention_mask"].bool()
+    plain = fast({**batch, "position_ids": PLAIN})
+    torch.testing.assert_close(plain[real], model(**batch).logits[real], rtol=1e-4, atol=1e-4)
+    again = fast({**batch, "position_ids": AGAIN})
+    want = logits_alone(model, batch["input_ids"])
+    torch.testing.assert_close(again[real], want[real], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""``packc::pack``, ``packc::unpack`` and ``packc::packing_index``: schema, implementations, fakes, autograd.
+"""``packc::pack``, ``unpack``, ``packing_index`` and ``counted_anew``: schemas, implementations, fakes, autograd.
 
 Opaque, so that Inductor neither re-derives a gather's backward as an atomic scatter nor guesses the token count.
 """
@@ -16,6 +16,7 @@ from packc.ops.untraced import untraced
 _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define("pack(Tensor x, Tensor index) -> Tensor")
 _lib.define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor")
+_lib.define("counted_anew(Tensor index, Tensor cu_seqlens, SymInt length) -> Tensor")
 _lib.define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)")
 
 
@@ -79,12 +80,29 @@ def _packing_index_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.new_empty((tokens,), dtype=torch.int64), mask.new_empty((mask.shape[0] + 1,), dtype=torch.int32)
 
 
+@untraced
+def _counted_anew(index: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """The index (T,) with each document that is not its row's first moved to where its row begins."""
+    starts = cu_seqlens[:-1].long()
+    last = index.shape[0] - 1
+    first, before = index[starts.clamp(max=last)], index[(starts - 1).clamp(0, last)]
+    later = (starts > 0) & (before // length == first // length)
+    moved = torch.where(later, first % length, 0)
+    return index - moved.repeat_interleave(cu_seqlens.long().diff(), output_size=index.shape[0])
+
+
+def _counted_anew_fake(index: Tensor, cu_seqlens: Tensor, length: int | SymInt) -> Tensor:
+    return torch.empty_like(index)
+
+
 for _key in ("CPU", "CUDA"):
+    _lib.impl("counted_anew", _counted_anew, _key)
     _lib.impl("pack", _pack, _key)
     _lib.impl("unpack", _unpack, _key)
     _lib.impl("packing_index", _packing_index, _key)
 torch.library.register_fake("packc::pack", _pack_fake, lib=_lib)
 torch.library.register_fake("packc::unpack", _unpack_fake, lib=_lib)
+torch.library.register_fake("packc::counted_anew", _counted_anew_fake, lib=_lib)
 torch.library.register_fake("packc::packing_index", _packing_index_fake, lib=_lib)
 
 

@@ -3,12 +3,21 @@
 import functools
 from types import ModuleType
 
-from packc.frontends import hf_delta_rule, hf_loops, hf_mamba, hf_mamba2, hf_moe, hf_short_conv, kernel_packages
+from packc.frontends import (
+    hf_delta_rule,
+    hf_loops,
+    hf_mamba,
+    hf_mamba2,
+    hf_masks,
+    hf_moe,
+    hf_short_conv,
+    kernel_packages,
+)
 from packc.frontends.keep_whole import Around, ByName, Method, PackedForm, captured, keep_whole, not_captured
-from packc.frontends.traced_call import arguments_of_traced_call
+from packc.frontends.traced_call import BOUNDARIES
 from packc.import_hook import on_import
 
-__all__ = ["arguments_of_traced_call", "captured", "install", "looked_for", "not_captured"]
+__all__ = ["BOUNDARIES", "captured", "install", "looked_for", "not_captured"]
 
 _TABLES = (
     hf_short_conv.KEPT_WHOLE,
@@ -16,6 +25,7 @@ _TABLES = (
     hf_mamba2.KEPT_WHOLE,
     hf_delta_rule.KEPT_WHOLE,
     hf_loops.KEPT_WHOLE,
+    hf_masks.KEPT_WHOLE,
     hf_moe.KEPT_WHOLE,
     kernel_packages.KEPT_WHOLE,
 )

@@ -1,7 +1,7 @@
 """What the call that Dynamo traces was given, the model's use of it aside.
 
 Dynamo's graph has only inputs that the model reads, and a model that knows no positions does not read ``position_ids``,
-which a later batch may use to say where documents begin. Traced for packc, such an input becomes one of the graph's.
+by which a batch may say where documents begin. Traced for packc, such an input becomes one of the graph's.
 
 The only file that looks into the frame that Dynamo traces.
 """
@@ -21,21 +21,23 @@ from packc.private_torch import private_torch
 _kept: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def arguments_of_traced_call(*names: str) -> dict[str, Any]:
-    """The values of those arguments, by position or keyword, that the call being traced was given; {} if none is."""
+BOUNDARIES = ("position_ids", "seq_idx", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Arguments by which a caller says where documents begin."""
+
+
+def is_called_with_boundaries() -> bool:
+    """Whether the call being traced was given one that says nothing else: it is an input of the graph."""
     trace = _trace()
     if trace is None:
-        return {}
+        return False
     with private_torch():
         frame = trace.root_tx.f_locals
-    found: dict[str, Any] = {}
-    for holder in (frame, *(value for value in frame.values() if isinstance(value, Mapping))):
-        found.update({name: holder[name] for name in names if name in holder})
-    return found
+    holders = (frame, *(value for value in frame.values() if isinstance(value, Mapping)))
+    return any(isinstance(holder.get(name), torch.Tensor) for holder in holders for name in BOUNDARIES[1:])
 
 
-def keep_as_input(name: str) -> None:
-    """Make an argument an input of the graph being traced, though nothing in the model may read it."""
+def keep_boundaries() -> None:
+    """Make them inputs of the graph being traced, though nothing in the model may read them."""
     output = _trace()
     if _kept.get(id(output)) is output:
         return
@@ -45,14 +47,19 @@ def keep_as_input(name: str) -> None:
         from torch._dynamo.variables.base import VariableTracker
         from torch._dynamo.variables.builder import wrap_fx_proxy
 
-        frame = output.root_tx.f_locals
-    given: list[tuple[Any, Any]] = [(LocalSource(name, is_input=True), frame.get(name))]
+        frame, code = output.root_tx.f_locals, output.root_tx.f_code
+
+    def source_of(name: str) -> Any:
+        free = name in code.co_freevars
+        return LocalSource(name, is_input=not free, is_derefed_cell_contents=free or name in code.co_cellvars)
+
+    given: list[tuple[Any, Any]] = [(source_of(name), frame.get(name)) for name in BOUNDARIES]
     for holder, value in frame.items():
-        inside: Any = LocalSource(holder, is_input=True)
+        inside = source_of(holder)
         if isinstance(value, UserDict):  # a tokenizer's batch
             inside, value = AttrSource(inside, "data"), value.data
         if type(value) is dict:
-            given.append((DictGetItemSource(inside, name), value.get(name)))
+            given.extend((DictGetItemSource(inside, name), value.get(name)) for name in BOUNDARIES)
     for source, value in given:
         if isinstance(value, torch.Tensor):
             tracked = VariableTracker.build(output.root_tx, value, source).realize()

@@ -7,11 +7,12 @@ The only file of the frontends that touches torch's private names.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from packc.frontends.traced_call import keep_as_input
+from packc.frontends.traced_call import is_called_with_boundaries, keep_boundaries
 from packc.import_hook import on_import
 from packc.private_torch import private_torch
 
@@ -28,12 +29,23 @@ def packc_is_tracing() -> bool:
         backend = InstructionTranslator.current_tx().output.compiler_fn
     if not is_packc_backend(backend):
         return False
-    keep_as_input("position_ids")
+    keep_boundaries()
     return True
 
 
+def called_with_boundaries() -> bool:
+    """Whether where documents begin is known by the call being traced, whatever the model hands on of it. Dynamo runs
+    this while it traces and keeps the answer, which holds as long as the call has these arguments."""
+    return is_called_with_boundaries()
+
+
+def _run_while_tracing(_: ModuleType) -> None:
+    for each in (packc_is_tracing, called_with_boundaries):
+        torch.compiler.assume_constant_result(each)
+
+
 # When there is a Dynamo, for this would import it.
-on_import({"torch._dynamo": lambda _: torch.compiler.assume_constant_result(packc_is_tracing)})
+on_import({"torch._dynamo": _run_while_tracing})
 
 
 def is_packc_backend(backend: Callable[..., Any] | None) -> bool:

@@ -20,8 +20,11 @@ class Form(Protocol):
     def size(self, axis: Axis) -> Any:
         """How large a token axis is: a number, or a node that has it."""
 
-    def enter(self, padded: fx.Node, layout: Layout, shape: Any) -> fx.Node:
-        """A padded value of this shape, brought into the form. Along axes of size one it is the same for all."""
+    def enter(self, padded: fx.Node, layout: Layout, shape: Any, *, by_position: bool = False) -> fx.Node:
+        """A padded value of this shape, brought into the form. Along axes of size one it is the same for all.
+
+        ``by_position``: it has what belongs to each position, which is counted anew in every document.
+        """
 
     def leave(self, value: fx.Node, layout: Layout, shape: Any) -> fx.Node:
         """A value of the form, padded to ``shape``."""

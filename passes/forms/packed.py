@@ -24,7 +24,8 @@ class Packed:
         self.padded = Padded(write, mask, shape)
         self.shape = shape
         self._rows: fx.Node | None = None
-        self._positions: fx.Node | None = None
+        self._by_position: fx.Node | None = None
+        self._positions: dict[fx.Node, fx.Node] = {}
 
     def size(self, axis: Axis) -> Any:
         return 1 if axis is BATCH else self.tokens
@@ -36,22 +37,30 @@ class Packed:
     def total(self, value: fx.Node) -> fx.Node:
         return value
 
-    def enter(self, padded: fx.Node, layout: Layout, shape: Any) -> fx.Node:
+    def enter(self, padded: fx.Node, layout: Layout, shape: Any, *, by_position: bool = False) -> fx.Node:
+        index = self.by_position() if by_position else self.index
         if FLAT in layout:
             apart, at = _features_apart(layout)
             sizes = (*shape[:at], *self.shape, 1, *shape[at + 1 :])
             split = self.write(aten.unflatten.int, padded, at, [self.padded.batch, self.padded.length, -1])
-            return self.write(aten.flatten.using_ints, self.enter(split, apart, sizes), at, at + 2)
+            entered = self.enter(split, apart, sizes, by_position=by_position)
+            return self.write(aten.flatten.using_ints, entered, at, at + 2)
         spans = {kind for kind, size in zip(layout, shape, strict=True) if not same_size(size, 1)} - {OTHER}
         if TOKENS in layout:
-            return self.write(aten.index_select.default, padded, layout.index(TOKENS), self.index)
+            return self.write(aten.index_select.default, padded, layout.index(TOKENS), index)
         if spans == {SEQ}:
-            return self.write(aten.index_select.default, padded, layout.index(SEQ), self.positions())
+            return self.write(aten.index_select.default, padded, layout.index(SEQ), self.positions(index))
         if spans == {BATCH}:
             rows = self.write(aten.index_select.default, padded, layout.index(BATCH), self.rows())
             return self.write(aten.transpose.int, rows, layout.index(BATCH), layout.index(SEQ))
         order = _front(layout)
-        packed = self.write(torch.ops.packc.pack.default, self._permuted(padded, order), self.index)
+        front = self._permuted(padded, order)
+        if by_position:  # where documents of one row read the same place, and pack takes none twice
+            flat = self.write(aten.flatten.using_ints, front, 0, 1)
+            taken = self.write(aten.index_select.default, flat, 0, index)
+            packed = self.write(aten.unsqueeze.default, taken, 0)
+        else:
+            packed = self.write(torch.ops.packc.pack.default, front, index)
         return self._permuted(packed, _inverse(order))
 
     def leave(self, value: fx.Node, layout: Layout, shape: Any) -> fx.Node:
@@ -74,11 +83,18 @@ class Packed:
             self._rows = self.write(aten.div.Scalar_mode, self.index, self.padded.length, rounding_mode="floor")
         return self._rows
 
-    def positions(self) -> fx.Node:
-        """The position of every token in its row."""
-        if self._positions is None:
-            self._positions = self.write(aten.remainder.Scalar, self.index, self.padded.length)
-        return self._positions
+    def by_position(self) -> fx.Node:
+        """The index, as it would be if every document in a row were its first."""
+        if self._by_position is None:
+            of = self.index, self.cu_seqlens, self.padded.length
+            self._by_position = self.write(torch.ops.packc.counted_anew.default, *of)
+        return self._by_position
+
+    def positions(self, index: fx.Node) -> fx.Node:
+        """The position in its row of every place in an index."""
+        if index not in self._positions:
+            self._positions[index] = self.write(aten.remainder.Scalar, index, self.padded.length)
+        return self._positions[index]
 
     def _unpacked(self, value: fx.Node) -> fx.Node:
         return self.write(torch.ops.packc.unpack.default, value, self.index, self.padded.batch, self.padded.length)

@@ -21,7 +21,7 @@ class Padded:
         assert axis in (BATCH, SEQ), f"rows and positions are counted apart, not as {axis}"
         return self.batch if axis is BATCH else self.length
 
-    def enter(self, padded: fx.Node, layout: Layout, shape: Any) -> fx.Node:
+    def enter(self, padded: fx.Node, layout: Layout, shape: Any, *, by_position: bool = False) -> fx.Node:
         return padded
 
     def leave(self, value: fx.Node, layout: Layout, shape: Any) -> fx.Node:

@@ -30,7 +30,7 @@ def scaled_dot_product_attention(op: Op) -> Reading:
         reading.asks.append(HidesPadding(mask))
     elif op.argument("is_causal"):
         reading.asks.append(KeepLeft("attention without a mask reads left padding"))
-    else:
+    elif op.padding:
         raise NotTokenwise("attends to padding: it has no mask, and is not causal")
     return reading
 

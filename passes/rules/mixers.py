@@ -7,7 +7,7 @@ from torch import fx
 
 import packc.ops  # noqa: F401  (declares them)
 from packc.ops.mixer import MIXERS, Mixer
-from packc.passes.asks import KeepLeft, KeepRight
+from packc.passes.asks import KeepLeft, KeepRight, OneDocument
 from packc.passes.axes import BATCH, OTHER, SEQ, Kind, Layout, Whole, same_size, show, value_of
 from packc.passes.graph import is_item
 from packc.passes.reading import NotTokenwise, Reading
@@ -32,6 +32,7 @@ def _read(op: Op, mixer: Mixer) -> Reading:
     reading = Reading(results, needs, op.with_args(output_final_state=gives_state), is_mixer=True)
     if op.argument("initial_state") is not None:
         reading.asks.append(KeepLeft(f"{mixer.name} starts from an initial state, which left padding moves on"))
+        reading.asks.append(OneDocument(f"{mixer.name} starts from an initial state of each row"))
     else:
         entering = tuple(arguments[name] for name in mixer.enter_state)
         reason = f"{mixer.name} reads left padding: {mixer.enter_state[0]} is not masked"
@@ -40,6 +41,7 @@ def _read(op: Op, mixer: Mixer) -> Reading:
             reading.zero_from = tuple(arguments[name] for name in mixer.gives_zero)
     if gives_state:
         reading.asks.append(KeepRight(f"{mixer.name} returns the state after right padding"))
+        reading.asks.append(OneDocument(f"{mixer.name} returns the state of each row"))
     return reading
 
 

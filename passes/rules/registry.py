@@ -24,6 +24,7 @@ class Op:
         self.batch, self.length = batch, length
         self.target: OpOverload = node.target  # type: ignore[assignment]
         self.layout = tokens.layout
+        self.padding = tokens.padding
         self.args = self._positional()
 
     def _positional(self) -> tuple[Any, ...]:

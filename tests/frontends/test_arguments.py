@@ -5,6 +5,7 @@ import torch
 from transformers.models.mamba import modeling_mamba as modeling
 
 import packc.frontends
+from packc.passes import argument_path
 
 packc.frontends.install()
 
@@ -74,16 +75,28 @@ def test_conv_takes_no_notice_of_what_else_a_model_was_called_with(packc_backend
 
 
 @pytest.mark.parametrize("name", ["seq_idx", "cu_seqlens"])
-def test_packing_arguments_go_to_the_original(name, packc_backend):
-    boundaries = {name: torch.zeros(B, L, dtype=torch.int32)}
+def test_packing_arguments_that_the_call_does_not_have_go_to_the_original(name, packc_backend):
+    def conv(*arguments, rows):
+        return modeling.causal_conv1d_fn(*arguments, **{name: rows})
+
+    arguments, rows = conv_arguments(), torch.zeros(B, L, dtype=torch.int32)
     try:
-        expected = modeling.causal_conv1d_fn(*conv_arguments(), **boundaries)
+        expected = conv(*arguments, rows=rows)
     except ValueError:
         with pytest.raises(Exception, match="can't keep packed sequences apart"):
-            compiled(modeling.causal_conv1d_fn, packc_backend, *conv_arguments(), **boundaries)
+            compiled(conv, packc_backend, *arguments, rows=rows)
     else:  # transformers 5.15 drops them
-        assert_close(compiled(modeling.causal_conv1d_fn, packc_backend, *conv_arguments(), **boundaries), expected)
+        assert_close(compiled(conv, packc_backend, *arguments, rows=rows), expected)
         assert packc_backend.calls(CONV) == 0
+
+
+@pytest.mark.parametrize("name", ["seq_idx", "cu_seqlens"])
+def test_packing_arguments_of_the_call_are_inputs_of_the_graph(name, packc_backend):
+    rows = torch.zeros(B, L, dtype=torch.int32)
+    compiled(modeling.causal_conv1d_fn, packc_backend, *conv_arguments(), **{name: rows})
+    assert packc_backend.calls(CONV) == 1
+    (graph,) = packc_backend.graphs
+    assert name in [argument_path(node) for node in graph.find_nodes(op="placeholder")]
 
 
 @pytest.mark.parametrize("absent", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")], ids=str)

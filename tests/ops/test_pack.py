@@ -117,6 +117,7 @@ def test_opcheck(kernels):
     torch.library.opcheck(torch.ops.packc.pack.default, (x, index))
     torch.library.opcheck(torch.ops.packc.unpack.default, (pack(x, index).detach().requires_grad_(), index, 3, 4))
     torch.library.opcheck(torch.ops.packc.packing_index.default, (masks(MASK),))
+    torch.library.opcheck(torch.ops.packc.counted_anew.default, (torch.arange(6), torch.tensor([0, 2, 2, 3, 6]), 3))
 
 
 def test_forced_kernels_that_are_not_there_raise(monkeypatch):
@@ -143,6 +144,16 @@ def test_packing_index_is_where_the_tokens_are(rows, dtype):
     assert (index.dtype, cu_seqlens.dtype) == (torch.int64, torch.int32)
     assert index.tolist() == [i for i, c in enumerate("".join(rows)) if c == "1"]
     assert cu_seqlens.tolist() == [sum(row.count("1") for row in rows[:b]) for b in range(len(rows) + 1)]
+
+
+def test_every_document_is_counted_as_if_it_were_the_first_of_its_row():
+    """Rows of 5: one padded on the left with documents of 2 and 1, an empty one, one of 1, 3 and 1."""
+    index = torch.tensor([2, 3, 4, 10, 11, 12, 13, 14])
+    cu_seqlens = torch.tensor([0, 2, 3, 3, 4, 7, 7, 8])
+    counted = torch.ops.packc.counted_anew(index, cu_seqlens, 5)
+    assert counted.tolist() == [2, 3, 0, 10, 10, 11, 12, 10]
+    whole = torch.tensor([0, 3, 3, 8])
+    assert torch.ops.packc.counted_anew(index, whole, 5).equal(index)
 
 
 def test_packing_by_hand_compiles_once_for_any_number_of_tokens():

@@ -1,0 +1,99 @@
+"""Whether anything goes from one document of a row to another where a mixer does not see to it.
+
+A row may hold several documents, which a batch says (:mod:`packc.boundaries`). Mixers are told; ops that treat every
+token on its own need not be. What is left are ops that have no packed form: attention that runs padded, and whatever
+else looks along the rows and has no rule. Their results are followed. Labels of the next token may go into a loss, and
+heads may give entries of one token each, as they keep places apart; anything else that reaches tokens or outputs may
+carry something across, and then a row must be one document.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from torch import Tensor, fx
+
+from packc.passes.asks import HidesPadding, IgnoredLabels, OneDocument
+from packc.passes.axes import Whole, is_made_of_integers, value_of
+from packc.passes.choose import arguments_of
+from packc.passes.graph import Graph
+from packc.passes.module_names import module_path
+from packc.passes.reading import Reading
+from packc.passes.unpacked import is_mixer
+from packc.passes.visible import Band
+
+
+class Along(enum.Enum):
+    """What an op without a packed form made along the rows."""
+
+    PLACES = "entries of one place each"
+    MIXED = "entries of several"
+    TOTAL = "a sum over the tokens of all rows"
+
+
+def one_document(graph: Graph, *, of_positions: bool = False) -> str | None:
+    """Why a row of the packed graph must be one document; None if it may hold several, wherever they begin.
+
+    ``of_positions``: if positions that start again begin them, which attention masks may go by as well.
+    """
+    for node in graph.gm.graph.nodes:  # those that never meet the rows are of other rows
+        if is_mixer(node) and node in graph.tokens.refusals:
+            return _describe(node, graph.tokens.refusals[node])
+    for node, ask in graph.asks(OneDocument):
+        if node in graph.forms.packed:
+            return _describe(node, ask.reason)
+    for node, reading in graph.tokens.readings.items():
+        leaks = reading.padded is not None and not (of_positions and _mask_keeps_apart(graph, reading))
+        if node in graph.forms.packed and leaks:
+            return _describe(node, f"{reading.padded}")
+    return _carried_across(graph)
+
+
+def _mask_keeps_apart(graph: Graph, reading: Reading) -> bool:
+    masks = [graph.seen.get(ask.mask) for ask in reading.asks if isinstance(ask, HidesPadding)]
+    return bool(masks) and all(isinstance(seen, Band) and seen.apart for seen in masks)
+
+
+def moved(graph: Graph, value: fx.Node) -> bool:
+    """Whether an op without a packed form made a value along the rows, as labels are shifted."""
+    return value in _made_along(graph)
+
+
+def _carried_across(graph: Graph) -> str | None:
+    along = _made_along(graph)
+    for node, reading in graph.tokens.readings.items():
+        if node not in graph.forms.packed:
+            continue
+        may = [ask.labels for ask in reading.asks if isinstance(ask, IgnoredLabels)]
+        may += [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]  # judged by what it shows
+        for value in arguments_of(node, reading):
+            if value in along and value not in may and reading.results is not Whole.SUM:
+                return _describe(node, f"reads {value.name}, {along[value].value} along the rows")
+    for value in graph.gm.graph.output_node().all_input_nodes:
+        if along.get(value) is Along.MIXED and not is_made_of_integers(value):
+            return f"the output {value.name} has {Along.MIXED.value} along the rows"
+    return None
+
+
+def _made_along(graph: Graph) -> dict[fx.Node, Along]:
+    """Values made along the rows by ops without a packed form, and what is made of them."""
+    tokens, forms = graph.tokens, graph.forms
+    found: dict[fx.Node, Along] = {}
+    for node in graph.gm.graph.nodes:
+        if node.op != "call_function" or node in forms.picked or not isinstance(value_of(node), (Tensor, list, tuple)):
+            continue
+        of = {found[each] for each in node.all_input_nodes if each in found}
+        if node in tokens.readings:
+            if tokens.readings[node].results is Whole.SUM:
+                found[node] = Along.TOTAL
+        elif node in forms.apart:
+            found[node] = Along.PLACES
+        elif node in tokens.refusals or of - {Along.TOTAL}:
+            found[node] = Along.MIXED
+        elif of:
+            found[node] = Along.TOTAL
+    return found
+
+
+def _describe(node: fx.Node, reason: str) -> str:
+    return f"{node.target} in {module_path(node) or 'the model'}: {reason}"

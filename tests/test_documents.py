@@ -1,0 +1,296 @@
+"""Rows that hold several documents: every model gives what it gives of each document alone."""
+
+import pytest
+import torch
+from harness import tiny_mamba
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import WAYS, Mixed, alone, by, offsets, pieces, positions
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import packc
+
+DEBUG = {"packc.inner": "aot_eager"}
+TWO_ROWS = [[3, 5, 1], [9]]
+OTHERS = [[2, 2, 2, 3], [1, 8]]
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend=packc.backend, options={**DEBUG, **options})
+
+
+def tokens(rows):
+    return torch.randint(0, 32, (len(rows), sum(rows[0])))
+
+
+def assert_alone(model, fast, rows, **way):
+    ids = tokens(rows)
+    with packc.documents(**way):
+        torch.testing.assert_close(fast(ids), alone(model, ids, rows), rtol=1e-5, atol=1e-5)
+
+
+@st.composite
+def some_rows(draw):
+    length = draw(st.integers(2, 10))
+
+    def row():
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4)))
+        return [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+
+    return [row() for _ in range(draw(st.integers(1, 3)))]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(rows=some_rows(), way=st.sampled_from(WAYS), seed=st.integers(0, 3))
+def test_documents_in_a_row_are_as_they_are_alone(rows, way, seed):
+    torch.manual_seed(seed)
+    model, ids = Mixed(), tokens(rows)
+    fast = torch.compile(model, backend=packc.backend, options={"packc.inner": "eager"}, dynamic=True)
+    weights = torch.randn(*ids.shape, 32)
+    with packc.documents(**by(way, rows)):
+        out = fast(ids)
+    want = alone(model, ids, rows)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    got, expected = (torch.autograd.grad((x * weights).sum(), model.parameters()) for x in (out, want))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_documents_enter_graphs_that_were_compiled_without_them():
+    model = Mixed()
+    fast = compiled(model)
+    ids = tokens(TWO_ROWS)
+    torch.testing.assert_close(fast(ids), model(ids))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_alone(model, fast, TWO_ROWS, **by("cu_seqlens", TWO_ROWS))
+        assert_alone(model, fast, OTHERS, **by("seq_idx", OTHERS))
+        torch.testing.assert_close(fast(ids), model(ids))
+
+
+def test_documents_enter_graphs_with_a_padding_mask_without_a_compilation():
+    model = Mixed()
+    fast = compiled(model, **{"packc.strict": True})
+    for step, rows in enumerate(([[9], [9]], TWO_ROWS, OTHERS)):
+        ids = tokens(rows)
+        mask = torch.ones_like(ids)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0), packc.documents(**by("cu_seqlens", rows)):
+            torch.testing.assert_close(fast(ids, mask), alone(model, ids, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_in_rows_of_documents_is_left_out():
+    model = Mixed()
+    ids, mask = tokens(TWO_ROWS), torch.tensor([[1] * 8 + [0], [1] * 5 + [0] * 4])
+    rows = [[3, 5], [4, 1]]
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    fast = compiled(model, **{"packc.strict": True})
+    with packc.documents(seq_idx=seq_idx):
+        out = fast(ids, mask)
+    for row, start, end in pieces(rows):
+        torch.testing.assert_close(out[row : row + 1, start:end], model(ids[row : row + 1, start:end]))
+    assert out[0, 8:].eq(0).all()
+    assert out[1, 5:].eq(0).all()
+
+
+def test_padding_between_documents_keeps_none_of_them_together():
+    """A row with padding inside runs whole, and its documents are told apart all the same."""
+    taps = torch.randn(4, 3)
+
+    def model(x, mask):
+        return packc.ops.causal_conv1d(x * mask[..., None], taps)
+
+    x, mask = torch.randn(1, 8, 4), torch.tensor([[1, 1, 1, 0, 1, 1, 1, 0]])
+    fast = compiled(model)
+    # That pads to a multiple: at padding positions say nothing.
+    position_ids = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 0]])
+    with packc.documents(position_ids=position_ids), pytest.warns(UserWarning, match="padding between tokens"):
+        out = fast(x, mask)
+    for start, end in ((0, 3), (4, 7)):
+        torch.testing.assert_close(out[:, start:end], packc.ops.causal_conv1d(x[:, start:end], taps))
+
+
+def test_no_boundaries_are_no_change():
+    model = Mixed()
+    fast = compiled(model)
+    for rows in ([[9], [9]], [[4]]):
+        ids = tokens(rows)
+        with packc.documents(**by("cu_seqlens", rows)):
+            torch.testing.assert_close(fast(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_the_caller_are_taken_as_they_are():
+    table, taps = torch.randn(64, 4), torch.randn(4, 3)
+
+    def model(x, place):
+        return packc.ops.causal_conv1d(x + table[place], taps)
+
+    x, place = torch.randn(1, 9, 4), torch.arange(9)[None] + 7
+    fast = compiled(model)
+    with packc.documents(cu_seqlens=offsets([4, 5])):
+        out = fast(x, place)
+    torch.testing.assert_close(out, torch.cat([model(x[:, :4], place[:, :4]), model(x[:, 4:], place[:, 4:])], 1))
+
+
+def test_one_row_of_positions_for_all_is_no_table():
+    taps = torch.randn(4, 3)
+
+    def model(x, place):
+        return packc.ops.causal_conv1d(x * place[..., None], taps)
+
+    x, place = torch.randn(2, 9, 4), torch.randn(1, 9)
+    fast = compiled(model)
+    with packc.documents(**by("cu_seqlens", TWO_ROWS)):
+        out = fast(x, place)
+    for row, start, end in pieces(TWO_ROWS):
+        want = model(x[row : row + 1, start:end], place[:, start:end])
+        torch.testing.assert_close(out[row : row + 1, start:end], want)
+
+
+def test_what_the_graph_recomputes_knows_documents():
+    model = Mixed()
+    rows = TWO_ROWS
+    ids, weights = tokens(rows), torch.randn(2, 9, 32)
+
+    def step(ids):
+        return checkpoint(model, ids, use_reentrant=False) * weights
+
+    fast = compiled(step)
+    with packc.documents(**by("cu_seqlens", rows)):
+        out = fast(ids)
+    got = torch.autograd.grad(out.sum(), model.parameters())
+    torch.testing.assert_close(got, torch.autograd.grad((alone(model, ids, rows) * weights).sum(), model.parameters()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_graph_that_is_recomputed_outside_of_the_block_raises(reentrant):
+    model = Mixed()
+    fast = compiled(lambda x, ids: model(ids) + x)
+    ids, x = tokens(TWO_ROWS), torch.zeros(2, 9, 32, requires_grad=True)
+    with packc.documents(**by("cu_seqlens", TWO_ROWS)):
+        fast(x, ids)
+        out = checkpoint(fast, x, ids, use_reentrant=reentrant)
+        out.sum().backward(retain_graph=True)  # in it, all is well
+        out = checkpoint(fast, x, ids, use_reentrant=reentrant)
+    with pytest.raises(packc.NotPacked, match="run the backward in a block"):
+        out.sum().backward()
+
+
+def test_a_block_inside_of_a_compiled_function_is_heeded():
+    model = Mixed()
+    ids, cu_seqlens = tokens(TWO_ROWS), by("cu_seqlens", TWO_ROWS)["cu_seqlens"]
+
+    def step(ids, cu_seqlens):
+        with packc.documents(cu_seqlens=cu_seqlens):
+            return model(ids)
+
+    torch.testing.assert_close(compiled(step)(ids, cu_seqlens), alone(model, ids, TWO_ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_explain_says_what_is_packed():
+    with packc.documents(**by("cu_seqlens", TWO_ROWS)):
+        report = packc.explain(Mixed())(tokens(TWO_ROWS))
+    assert (report.tokens, report.fallback, report.boundaries) == (18, None, [])
+    assert [mixer.packed for mixer in report.mixers] == [True] * 3
+
+
+# ---- what raises -----------------------------------------------------------------------------------------------------
+
+
+def refused(model, *inputs, rows=TWO_ROWS, match):
+    for first in (True, False):  # compiled with documents, and without
+        torch._dynamo.reset()
+        fast = compiled(model)
+        if not first:
+            fast(*inputs)
+        with packc.documents(**by("cu_seqlens", rows)), pytest.raises(packc.NotPacked, match=match):
+            fast(*inputs)
+
+
+def values():
+    return torch.randn(2, 9, 4)
+
+
+def mix(x):
+    return packc.ops.causal_conv1d(x, torch.ones(4, 3))
+
+
+def test_an_op_without_a_rule_that_looks_along_the_rows():
+    refused(lambda x: mix(x.cumsum(1)), values(), match="cumsum")
+    refused(lambda x: mix(x).cumsum(1), values(), match="cumsum")
+    refused(lambda x: mix(x + F.pad(x, (0, 0, 1, 0))[:, :-1]), values(), match="along the rows")
+    refused(lambda x: mix(x).mean(1), values(), match="mean")
+    refused(lambda x: mix(x) - mix(x).mean(), values(), match="sum over the tokens")
+
+
+def test_an_op_without_a_rule_beside_a_mask():
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mixed = lambda x, attention_mask: mix(x * attention_mask[..., None])  # noqa: E731
+    refused(lambda x, attention_mask: mixed(x, attention_mask) + x.cumsum(1), values(), mask, match="along the rows")
+    place = lambda attention_mask: attention_mask.cumsum(1)[..., None] - 1  # noqa: E731
+    refused(
+        lambda x, attention_mask: mixed(x, attention_mask) * place(attention_mask),
+        values(),
+        mask,
+        match="along the rows",
+    )
+
+
+def test_states_of_rows():
+    taps = torch.ones(4, 3)
+    state = torch.zeros(2, 4, 2)
+    refused(
+        lambda x: packc.ops.causal_conv1d(x, taps, output_final_state=True),
+        values(),
+        match="returns the state of each row",
+    )
+    refused(
+        lambda x, state: packc.ops.causal_conv1d(x, taps, initial_state=state), values(), state, match="initial state"
+    )
+
+
+def test_attention_that_runs_padded():
+    refused(Mixed(dropout=0.1), tokens(TWO_ROWS), match="dropout")
+
+
+def test_a_label_of_another_documents_token():
+    model = tiny_mamba()
+    ids = tokens([[4, 5]])
+    labels = ids.clone()
+    labels[0, 4] = -100
+    fast = compiled(model)
+    with packc.documents(cu_seqlens=offsets([4, 5])):
+        with pytest.raises(packc.NotPacked, match="every document's first token"):
+            fast(input_ids=ids, labels=ids)
+        loss = fast(input_ids=ids, labels=labels).loss
+    losses = [model(input_ids=part, labels=part).loss * (part.shape[1] - 1) for part in (ids[:, :4], ids[:, 4:])]
+    torch.testing.assert_close(loss, sum(losses) / 7)
+
+
+def test_labels_of_the_tokens_themselves_are_nobody_elses():
+    def model(x, labels):
+        return F.cross_entropy(mix(x).flatten(0, 1), labels.flatten())
+
+    x, labels = torch.randn(1, 9, 4), torch.randint(0, 4, (1, 9))
+    with packc.documents(cu_seqlens=offsets([4, 5])):
+        loss = compiled(model)(x, labels)
+    want = F.cross_entropy(torch.cat([mix(x[:, :4]), mix(x[:, 4:])], 1)[0], labels[0])
+    torch.testing.assert_close(loss, want)
+
+
+def test_what_is_handed_over_wrongly():
+    ids = tokens(TWO_ROWS)
+    fast = compiled(Mixed())
+    for way, message in (
+        ({"cu_seqlens": offsets([3, 5, 1])}, "do not rise from 0 to 18"),
+        ({"cu_seqlens": torch.tensor([0, 9, 3, 18])}, "do not rise"),
+        ({"cu_seqlens": torch.tensor([[0, 18, 18]])}, "must be"),
+        (
+            {"seq_idx": torch.zeros(1, 5, dtype=torch.int64).diff(prepend=torch.ones(1, 1, dtype=torch.int64))},
+            "does not fit",
+        ),
+        ({"position_ids": positions([[3, 4]])}, "does not fit"),
+    ):
+        with packc.documents(**way), pytest.raises(ValueError, match=message):
+            fast(ids)
+    for way in ({}, {"seq_idx": ids, "cu_seqlens": ids}, {"seq_idx": ids.float()}, {"cu_seqlens": [0, 9, 18]}):
+        with pytest.raises(TypeError, match="packc.documents"), packc.documents(**way):
+            pass
