@@ -97,10 +97,11 @@ class Plan:
     ) -> Any:
         """What an op calls in the place of ``packc::<name>``; its tensors and options in ``arguments``."""
         like = arguments[mixer.tensor_names.index(mixer.like)]
-        if documents.differ(like.shape[1], self.tokens.shape[0]):
-            raise ValueError(f"{mixer.name}: {mixer.like} has {like.shape[1]} tokens, which are not those of {self}")
+        fits = not documents.differ(like.shape[1], self.tokens.shape[0])
         if config.check_plans and not torch.compiler.is_compiling():
-            self._check_call(mixer, arguments, initial_state)
+            self._check_call(mixer, fits, arguments, initial_state)
+        if not fits:
+            raise ValueError(f"{mixer.name}: {mixer.like} has {like.shape[1]} tokens, which are not those of {self}")
         out, final_state = self._run(mixer, arguments, initial_state, output_final_state)
         return (out, final_state) if output_final_state else out
 
@@ -126,7 +127,7 @@ class Plan:
             self.near,
         )
 
-    def _check_call(self, mixer: Mixer, arguments: Sequence[Any], initial_state: Tensor | None) -> None:
+    def _check_call(self, mixer: Mixer, fits: bool, arguments: Sequence[Any], initial_state: Tensor | None) -> None:
         """Of everything but how many tokens there are, which differs."""
         shapes = [
             (x.dtype, tuple(x.shape[2:] if name in mixer.per_token else x.shape)) if isinstance(x, Tensor) else x
@@ -134,7 +135,7 @@ class Plan:
                 [*mixer.tensor_names, *mixer.options, "initial_state"], [*arguments, initial_state], strict=True
             )
         ]
-        text = repr((self.stream, self.cuts, self.exchange, shapes))
+        text = repr((self.stream, self.cuts, self.exchange, fits, shapes))
         group = groups.of_name(self.group)
         check_that_all_agree(group, self.places.device, f"{mixer.name}: plan, shapes or options", text)
 
