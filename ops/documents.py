@@ -59,6 +59,17 @@ def of_token(starts: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(starts, torch.arange(tokens, device=starts.device), right=True) - 1
 
 
+def cut(place: Tensor, x: Tensor) -> Tensor:
+    """Offsets of the two documents into which a place, int64 ``(1,)``, cuts the one row of ``x (1, L, ...)``."""
+    return torch.cat([place.new_zeros(1), place, place.new_full((1,), x.shape[1])])
+
+
+def select_from(place: Tensor, x: Tensor, otherwise: float) -> Tensor:
+    """``x (1, L, ...)`` from a place on, and in front of it another value."""
+    tokens = torch.arange(x.shape[1], device=x.device)
+    return torch.where((tokens >= place).view(-1, *(1,) * (x.ndim - 2)), x, otherwise)
+
+
 def along_tokens(of_tokens: Sequence[Tensor], like: Tensor) -> Tensor:
     """``(B, ...)`` of every token as ``(B, L, ...)``; no tokens of ``like`` if there are none."""
     return torch.stack(tuple(of_tokens), 1) if of_tokens else like.new_empty((like.shape[0], 0, *like.shape[2:]))

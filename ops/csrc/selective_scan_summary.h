@@ -25,21 +25,27 @@ class StateWalk {
     std::vector<Carried> carried;
     for (const ChannelBlock& block : blocks)
       carried.push_back({block, scaled_A(p_, block), States(p_.N), Scratch(kChannels)});
-    const int64_t pieces = static_cast<int64_t>(group.size());
-    for (int64_t i = 0; i < pieces; ++i) {
-      const Piece& piece = group[backwards ? pieces - 1 - i : i];
-      int64_t g = -1;
-      for (const Carried& each : carried) {
-        if (g != each.block.g)
-          in_.load_B(piece, g = each.block.g);
-        in_.load_piece(piece, each.block, [](int64_t, int64_t, Vec) {});
-        if (backwards)
-          gate(piece);
-        for (int64_t v = 0; v < in_.block.vectors(); ++v) {
-          if (!backwards)
-            count_steps(piece, each, v);
-          for (int64_t n = 0; n < in_.states; n += kStates)
-            walk(piece, each, v, n);
+    const int64_t count = static_cast<int64_t>(carried.size()), steps = count * static_cast<int64_t>(group.size());
+    const auto piece_at = [&](int64_t step) -> const Piece& {
+      return group[(backwards ? steps - 1 - step : step) / count];
+    };
+    int64_t g = -1;
+    for (int64_t step = 0; step < steps; ++step) {
+      const Piece& piece = piece_at(step);
+      const Carried& each = carried[step % count];
+      if (step % count == 0 || g != each.block.g)
+        in_.load_B(piece, g = each.block.g);
+      in_.load_piece(piece, each.block, [](int64_t, int64_t, Vec) {});
+      if (backwards)
+        gate(piece);
+      const int64_t next = std::min(step + 1, steps - 1);
+      const int64_t walks = in_.block.vectors() * in_.states / kStates;
+      for (int64_t v = 0, walked = 0; v < in_.block.vectors(); ++v) {
+        if (!backwards)
+          count_steps(piece, each, v);
+        for (int64_t n = 0; n < in_.states; n += kStates) {
+          prefetch(piece_at(next), carried[next % count].block, walked++, walks);
+          walk(piece, each, v, n);
         }
       }
     }
@@ -54,6 +60,21 @@ class StateWalk {
     States A, h;
     Scratch steps;
   };
+
+  // Asks for one of so many shares of what a later step will load: its rows lie too far apart for the processor to
+  // foresee, and asked for all at once they would have to wait for each other.
+  void prefetch(const Piece& piece, const ChannelBlock& block, int64_t share, int64_t shares) const {
+    const int64_t begin = piece.count * share / shares, end = piece.count * (share + 1) / shares;
+    for (const Tensor* x : {&p_.u, &p_.delta, p_.z ? &*p_.z : nullptr}) {
+      if (x == nullptr || x->stride(2) != 1)
+        continue;
+      const int64_t bytes = static_cast<int64_t>(x->element_size());
+      const char* row = static_cast<const char*>(x->const_data_ptr()) + (piece.row * x->stride(0) + block.first) * bytes;
+      for (int64_t t = piece.first + begin; t < piece.first + end; ++t)
+        for (int64_t at = 0; at < block.count * bytes; at += 64)
+          __builtin_prefetch(row + t * x->stride(1) * bytes + at);
+    }
+  }
 
   // u is dout, and becomes dy.
   void gate(const Piece& piece) {

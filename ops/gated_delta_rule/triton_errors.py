@@ -24,8 +24,8 @@ def _recompute_errors(
     table,
     kept,
     initial,
-    errors,  # (rows, tokens, heads, V): but for what the states say; then all
-    du,  # the same
+    errors,  # (rows, tokens, heads, V): but for what the states say; then all; or None, and none of what they are of
+    du,  # (rows, tokens, heads, V)
     scale,
     tokens,
     heads,
@@ -51,31 +51,32 @@ def _recompute_errors(
     if length > 0:
         head, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
         slot = row * slots + token // CHUNK - 1
-        error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
-        for first_k in range(0, K, BLOCK_K):
-            keys = load_dense(readers, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
-            state = load_between(
-                kept,
-                initial,
-                slot,
-                document,
-                first,
-                head,
-                heads,
-                initial_n,
-                initial_h,
-                initial_k,
-                initial_v,
-                first_k,
-                first_v,
-                K,
-                V,
-                WIDE_V,
-                BLOCK_K,
-                BLOCK_V,
-            )
-            error -= dot_fp32(keys, state, PRECISION)
-        store_dense(errors, error, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
+        if errors is not None:
+            error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
+            for first_k in range(0, K, BLOCK_K):
+                keys = load_dense(readers, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
+                state = load_between(
+                    kept,
+                    initial,
+                    slot,
+                    document,
+                    first,
+                    head,
+                    heads,
+                    initial_n,
+                    initial_h,
+                    initial_k,
+                    initial_v,
+                    first_k,
+                    first_v,
+                    K,
+                    V,
+                    WIDE_V,
+                    BLOCK_K,
+                    BLOCK_V,
+                )
+                error -= dot_fp32(keys, state, PRECISION)
+            store_dense(errors, error, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
 
         gradients = load_tile(
             dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
@@ -87,17 +88,17 @@ def _recompute_errors(
 
 def recompute_errors(
     dout: Tensor,
-    readers: Tensor,
-    errors: Tensor,
+    readers: Tensor | None,
+    errors: Tensor | None,
     pairs: Tensor,
     initial: Tensor | None,
-    kept: Tensor,
+    kept: Tensor | None,
     scale: float,
     shared: dict[str, Any],
 ) -> Tensor:
-    """du ``(B, L, H, V)``, but for what states want; completes ``errors``."""
-    du = torch.empty_like(errors)
-    K, V = readers.shape[3], dout.shape[3]
+    """du ``(B, L, H, V)``, but for what states want; completes ``errors``, if there are any."""
+    du = dout.new_empty(dout.shape, dtype=torch.float32)
+    V = dout.shape[3]
     block_v = block_of(V, torch.float32)
     launch(
         _recompute_errors,
@@ -110,10 +111,10 @@ def recompute_errors(
         errors=errors,
         du=du,
         scale=float(scale),
-        slots=kept.shape[1],
+        slots=0 if kept is None else kept.shape[1],
         V=V,
-        WIDE_V=kept.shape[4],
-        BLOCK_K=block_of(K, torch.float32),
+        WIDE_V=0 if kept is None else kept.shape[4],
+        BLOCK_K=block_of(shared["K"], torch.float32),
         BLOCK_V=block_v,
         **{name: shared[name] for name in ("table", "tokens", "heads", "K", "PACKED", "CHUNK", "PRECISION")},
         **token_strides(dout=dout),

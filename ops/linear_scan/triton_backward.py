@@ -44,7 +44,7 @@ _CONFIGS = [triton.Config({"BLOCK_T": 8}, num_warps=2), triton.Config({"BLOCK_T"
 
 @autotuned(CONFIGS, key=["channels"])
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=APART)
-def _edges(
+def edges(
     dout,
     dfinal_state,
     a,
@@ -186,7 +186,7 @@ def backward(
     arriving = None
     if p.segments > 1:
         local, product = p.of_segments(b), p.of_segments(b)
-        launch(_edges, p.grid, **shared, local=local, product=product)
+        launch(edges, p.grid, **shared, local=local, product=product)
         arriving = p.enter_segments(local, product, reverse=True)
     launch(
         _walk_back,

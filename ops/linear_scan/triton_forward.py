@@ -58,7 +58,7 @@ def load_decays(pointers, a_t, token, d, channels, L, BLOCK_T: tl.constexpr):
 
 @autotuned(CONFIGS, key=["channels", "OUTPUT"])
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=APART)
-def _walk(
+def walk(
     a,
     b,
     document,
@@ -172,8 +172,8 @@ def forward(
     if p.segments > 1:
         local, product = p.of_segments(b), p.of_segments(b)
         nothing = dict.fromkeys(("entering", "out", "final_state", "chunk_states"))
-        launch(_walk, p.grid, **operands, **nothing, local=local, product=product, OUTPUT=False)
+        launch(walk, p.grid, **operands, **nothing, local=local, product=product, OUTPUT=False)
         entering = p.enter_segments(local, product, reverse=False)
     results = {"out": out, "final_state": final, "chunk_states": kept, "local": None, "product": None}
-    launch(_walk, p.grid, **operands, **results, entering=entering, OUTPUT=True)
+    launch(walk, p.grid, **operands, **results, entering=entering, OUTPUT=True)
     return out, no_states(b) if final is None else final, kept

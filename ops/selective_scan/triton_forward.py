@@ -40,8 +40,8 @@ from packc.ops.tritonsrc.tokens import (
     zeros,
 )
 
-_BLOCK_D = 128  # channels of a program: a thread has four, which share loads of B and C
-_WARPS = 16  # that a processor has registers for
+BLOCK_D = 128  # channels of a program: a thread has four, which share loads of B and C
+WARPS = 16  # that a processor has registers for
 TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
 
 
@@ -56,7 +56,7 @@ TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile r
     do_not_specialize=["L", "padded", "segment", "segments", "chunks", "u_b", "delta_b", "z_b"],
     do_not_specialize_on_alignment=["u_d", "delta_d", "z_d"],  # channels lie a length apart, if they are not neighbours
 )
-def _walk(
+def walk(
     u,
     delta,
     A,  # (N, D), in base 2
@@ -241,7 +241,7 @@ def forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, delta, z = countable(u, delta, z)
-    p = prepare(u, A, B, C, cu_seqlens, _BLOCK_D, _WARPS)
+    p = prepare(u, A, B, C, cu_seqlens, BLOCK_D, WARPS)
     packed = cu_seqlens is not None
     D, delta_bias, initial_state = (None if x is None else x.contiguous() for x in (D, delta_bias, initial_state))
     out = u.new_empty(u.shape)
@@ -255,7 +255,7 @@ def forward(
             "PACKED": packed,
             "WIDE": wide(u, delta, z),
             "CHUNK": CHUNK,
-            "BLOCK_D": _BLOCK_D,
+            "BLOCK_D": BLOCK_D,
             "final_state": final_state,
             "initial_state": initial_state,
             "delta_bias": delta_bias,
@@ -268,10 +268,10 @@ def forward(
         if p.segments > 1:
             total = carry.new_empty((p.rows, p.segments, p.channels))
             nothing = dict.fromkeys(("C", "D", "z", "out", "chunk_states"))
-            launch(_walk, grid, **{**operands, **nothing, "final_state": None}, carry=carry, total=total, OUTPUT=False)
+            launch(walk, grid, **{**operands, **nothing, "final_state": None}, carry=carry, total=total, OUTPUT=False)
             pass_states(carry, total, p.A, p.document, entering, p.tokens, p.segment, reverse=False)
         results = {"out": out, "chunk_states": chunk_states, "carry": carry, "total": None}
-        launch(_walk, grid, **operands, C=p.C, D=D, z=z, **results, OUTPUT=True)
+        launch(walk, grid, **operands, C=p.C, D=D, z=z, **results, OUTPUT=True)
         if final_state is not None and not packed:
             final_state = carry[:, -1].transpose(1, 2).contiguous()
     if final_state is None:

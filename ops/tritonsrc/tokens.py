@@ -87,9 +87,12 @@ def documents_of(document, token, L, PACKED: tl.constexpr, BLOCK_T: tl.constexpr
 
 @triton.jit
 def enter(state, of, r: tl.constexpr, own_states, d, end, n, channels, states, PACKED: tl.constexpr):
-    """The state before token ``r`` of a tile: where a document begins its own, or zero, not the neighbour's."""
+    """The state before token ``r`` of a tile: where a document begins its own, or zero, not the neighbour's.
+
+    Behind the row's end no document begins: there the state stays as the row left it.
+    """
     if PACKED:
-        begins = of[r] != of[r + 1]
+        begins = (of[r] != of[r + 1]) & (of[r + 1] >= 0)
         if own_states is not None:
             if begins:
                 state = load_own(own_states, of[r + 1], d, end, n, channels, states)

@@ -18,6 +18,7 @@ class Recurrence(NamedTuple):
     name: str
     make: Callable[[int], dict[str, Tensor | None]]  # of L: fp32 tensors of packc::<name>
     options: Mapping[str, Any] = MappingProxyType({})
+    variant: bool = False  # of another, by the same kernels
 
     @property
     def mixer(self) -> Mixer:
@@ -107,13 +108,15 @@ def _of(name: str) -> Callable[[int], dict[str, Tensor | None]]:
 
 RECURRENCES = {
     "linear_attention": Recurrence("linear_attention", _attention("token"), {"scale": 0.4}),
-    "linear_attention, a decay per head": Recurrence("linear_attention", _attention("head"), {"scale": 0.4}),
-    "linear_attention without decay": Recurrence("linear_attention", _attention("none"), {"scale": 0.4}),
+    "linear_attention, a decay per head": Recurrence("linear_attention", _attention("head"), {"scale": 0.4}, True),
+    "linear_attention without decay": Recurrence("linear_attention", _attention("none"), {"scale": 0.4}, True),
     "ssd": Recurrence("ssd", _ssd),
-    "ssd without gate": Recurrence("ssd", lambda L: {**_ssd(L), "z": None}),
+    "ssd without gate": Recurrence("ssd", lambda L: {**_ssd(L), "z": None}, variant=True),
     "selective_scan": Recurrence("selective_scan", _selective_scan, {"delta_softplus": True}),
-    "selective_scan as it comes": Recurrence("selective_scan", _plain_selective_scan, {"delta_softplus": False}),
+    "selective_scan as it comes": Recurrence("selective_scan", _plain_selective_scan, {"delta_softplus": False}, True),
     "linear_scan": Recurrence("linear_scan", _of("linear_scan")),
     "gated_delta_rule": Recurrence("gated_delta_rule", _of("gated_delta_rule"), {"scale": 0.4}),
-    "gated_delta_rule per channel": Recurrence("gated_delta_rule", _of("gated_delta_rule_per_channel"), {"scale": 0.4}),
+    "gated_delta_rule per channel": Recurrence(
+        "gated_delta_rule", _of("gated_delta_rule_per_channel"), {"scale": 0.4}, True
+    ),
 }

@@ -13,7 +13,7 @@ from packc.ops.tritonsrc import chips
 
 HOPPER, AMPERE, BLACKWELL = (GPUTarget("cuda", arch, 32) for arch in (90, 80, 100))
 AMD = GPUTarget("hip", "gfx942", 64)
-WITH_PRODUCTS, WITHOUT = linear_attention._outputs.fn, selective_scan._walk.fn
+WITH_PRODUCTS, WITHOUT = linear_attention._outputs.fn, selective_scan.walk.fn
 FOUR, EIGHT = (triton.Config({}, num_warps=warps) for warps in (4, 8))
 
 
@@ -83,4 +83,4 @@ def test_a_sound_triton_is_left_alone(sound):
 def test_kernels_with_products_are_known_by_being_told_how_to_multiply():
     for module in (linear_attention, gated_delta_rule):
         assert chips.multiplies(module._outputs.fn)
-    assert not chips.multiplies(selective_scan._walk.fn)
+    assert not chips.multiplies(selective_scan.walk.fn)
