@@ -88,7 +88,7 @@ def _summary(kernels: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, begin: T
 def _adjoint(kernels: Any, dout: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Tensor | None, end: Tensor) -> Tensor:
     if z is not None:
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        dout = dout * _silu(z)
+        dout = dout * _gate("silu", F.silu, z)
     return kernels.adjoint(dout, C, dt * A, 1.0, True, end)
 
 

@@ -1,0 +1,28 @@
+"""Streams are cut and put together again, and a training step on shards is that of one process."""
+
+import pytest
+import torch
+from stream_work import step, there_and_back, whole_step
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("compiled", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_unshard_undoes_shard_and_its_gradient_is_the_sum_over_ranks(ranks, size, compiled):
+    found = ranks.run(there_and_back, size, compiled)
+    total = sum(each["weights"] for each in found)
+    for each in found:
+        torch.testing.assert_close(each["whole"], each["x"], rtol=0, atol=0)
+    grad = torch.cat([each["grad"] for each in found], 1)
+    torch.testing.assert_close(grad, 2 * found[0]["x"] * total)
+    if compiled is None:
+        second = torch.cat([each["second"] for each in found], 1)
+        torch.testing.assert_close(second, 2 * total)
+
+
+@pytest.mark.parametrize(("size", "through_mesh"), [(1, False), (3, False), (4, False), (4, True)])
+def test_a_step_is_that_of_one_process(ranks, size, through_mesh):
+    loss, grads = whole_step()
+    for got, of_rank in ranks.run(step, size, through_mesh):
+        torch.testing.assert_close(got, loss)
+        for name, grad in grads.items():
+            torch.testing.assert_close(of_rank[name], grad, msg=lambda m, name=name: f"{name}: {m}")
