@@ -19,13 +19,17 @@ class Plan(Protocol):
     whole. There is no second derivative, and no forward mode.
     """
 
-    cu_seqlens: Tensor
-    """Of the documents in the shard."""
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Of the documents in the shard."""
 
     def run(
         self, mixer: Mixer, arguments: Sequence[Any], initial_state: Tensor | None, output_final_state: bool
     ) -> Any:
         """``(out, final_state)`` of the op, on this rank's shard; ``arguments`` are its tensors and options."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+        """``out`` of :func:`packc.ops.varlen_attention`, on this rank's shard."""
 
 
 def offsets_of(plan: Plan | None, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -119,7 +119,24 @@ def refusals(group: Any) -> dict[str, str]:
     plan = plan_of(group)
     x = torch.randn(1, 5, 2)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence")) if group.size() == 4 else None
+    leaf = torch.randn(1, plan.tokens.shape[0], 2, requires_grad=True)
+
+    def second_derivative() -> None:
+        (grad,) = torch.autograd.grad(packc.ops.linear_scan(leaf, leaf, plan=plan).sum(), leaf, create_graph=True)
+        grad.sum().backward()
+
+    def of_attention() -> None:
+        x = leaf.unsqueeze(2)
+        (grad,) = torch.autograd.grad(packc.ops.varlen_attention(x, x, x, plan=plan).sum(), leaf, create_graph=True)
+        grad.sum().backward()
+
+    def forward_mode() -> None:
+        torch.func.jvp(lambda x: packc.ops.linear_scan(x, x, plan=plan), (leaf.detach(),), (leaf.detach(),))
+
     calls = {
+        "second derivative": second_derivative,
+        "of attention": of_attention,
+        "forward mode": forward_mode,
         "no group": lambda: distributed.plan([0, 3], None),
         "not a group": lambda: distributed.plan([0, 3], "sequence"),
         "two dimensions": lambda: distributed.plan([0, 3], mesh),
@@ -138,4 +155,38 @@ def refusals(group: Any) -> dict[str, str]:
             call()
         except Exception as error:
             said[what] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def lightning(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """LASP's function of two rows on shards, against every pair of tokens, written out."""
+    plan = plan_of(group)
+    torch.manual_seed(5)
+    q, k, v, dout = (torch.randn(2, 3, 14, d, dtype=torch.float64) for d in (4, 4, 5, 5))
+    slopes = torch.rand(3, 1, 1, dtype=torch.float64, requires_grad=True)
+    places = torch.arange(14)
+    owner = torch.tensor([n for n, (a, b) in enumerate(pairwise(STREAM)) for _ in range(a, b)])
+    seen = (owner[:, None] == owner) & (places[:, None] >= places)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    weights = torch.where(seen, (-slopes * (places[:, None] - places).clamp(min=0)).exp(), 0)
+    want = ((q @ k.mT) * weights) @ v
+    grads = torch.autograd.grad(want, [*leaves, slopes], dout)
+    shard = slice(*plan.cuts[group.rank() : group.rank() + 2])
+    mine = [x[:, :, shard].detach().requires_grad_() for x in leaves]
+    got = distributed.lightning_attn(*mine, slopes, plan)
+    *found, dslopes = torch.autograd.grad(got, [*mine, slopes], dout[:, :, shard])
+    dist.all_reduce(dslopes, group=group)
+    wanted = [want.detach()[:, :, shard], *(grad[:, :, shard] for grad in grads[:3]), grads[3]]
+    return [got.detach(), *found, dslopes], wanted
+
+
+def lightning_refusals(group: Any) -> list[str]:
+    plan, said = plan_of(group), []
+    x = torch.randn(2, 3, plan.tokens.shape[0], 4)
+    calls = [(x, x[:, :2], x, torch.rand(3)), (x, x, x, torch.rand(2)), (*3 * [torch.randn(1, 3, 5, 4)], torch.rand(3))]
+    for call in calls:
+        try:
+            distributed.lightning_attn(*call, plan)
+        except ValueError as error:
+            said.append(str(error))
     return said

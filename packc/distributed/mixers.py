@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from packc.distributed import cost
 from packc.distributed.exchange import Line
+from packc.distributed.first_order import first_order
 from packc.distributed.plans import Document, Place
 from packc.ops.mixer import MIXERS, Mixer, state_dtype
 from packc.ops.registration import is_channel_first
@@ -83,7 +83,7 @@ class _Sharded(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         mixer: Mixer = ctx.mixer
         call = _Call(mixer, ctx.others | dict(zip(ctx.saved, ctx.saved_tensors, strict=True)))

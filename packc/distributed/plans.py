@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from packc import config
 from packc.distributed import groups, routing
+from packc.distributed.reach import Reach, reach
 from packc.ops import documents
 from packc.ops.mixer import Mixer
 
@@ -87,6 +88,38 @@ class Plan:
     """The offsets of the documents in the stream."""
     cuts: tuple[int, ...]
     rank: int
+    reaches: dict[bool, Reach] = field(default_factory=dict)
+    """For attention that is causal, or not: made when first wanted."""
+
+    def reach(self, causal: bool) -> Reach:
+        """Whose keys attention wants. A compiled function finds it if it was made before, or runs once outside."""
+        if causal not in self.reaches:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(f"a plan for compiled attention: call plan.reach(causal={causal}) before")
+            self.reaches[causal] = reach(self.stream, self.cuts, self.rank, causal, self.places.device)
+        return self.reaches[causal]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+        """What ``varlen_attention`` calls."""
+        if self.size == 1:
+            return torch.ops.packc.varlen_attention.default(q, k, v, self.cu_seqlens, causal, scale, window)[0]
+        wanted = self.reach(causal)
+        return torch.ops.packc.varlen_attention_sharded.default(
+            q,
+            k,
+            v,
+            self.cu_seqlens,
+            causal,
+            scale,
+            window,
+            wanted.sent,
+            wanted.sends,
+            wanted.receives,
+            wanted.left,
+            wanted.spans,
+            wanted.of_cut,
+            self.group,
+        )
 
     def run(
         self,
@@ -178,11 +211,11 @@ def plan(
     if config.check_plans:  # before anything that one rank alone might refuse
         given = [x.tolist() if isinstance(x, Tensor) else x and list(x) for x in (cu_seqlens, cuts)]
         check_that_all_agree(group, device, "plan: cu_seqlens, cuts or exchange", repr((given, exchange)))
-    stream = _offsets("cu_seqlens", cu_seqlens)
+    stream = offsets("plan: cu_seqlens", cu_seqlens)
     if len(stream) < 2:
         raise ValueError(f"plan: cu_seqlens must be N + 1 offsets of N >= 1 documents, not {list(stream)}")
     tokens = stream[-1]
-    places = equal_cuts(tokens, size) if cuts is None else _offsets("cuts", cuts)
+    places = equal_cuts(tokens, size) if cuts is None else offsets("plan: cuts", cuts)
     if len(places) != size + 1 or places[-1] != tokens:
         raise ValueError(f"plan: cuts must be {size + 1} offsets from 0 to T = {tokens}, not {list(places)}")
     if exchange not in EXCHANGES:
@@ -283,21 +316,22 @@ def _group_and_device(mesh_or_group: Any, cu_seqlens: Any) -> tuple[dist.Process
     return group, torch.device("cpu")
 
 
-def _offsets(name: str, given: Tensor | Sequence[int]) -> tuple[int, ...]:
+def offsets(name: str, given: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """``given``, rising from 0; ``name`` is what it is called if it is not."""
     if isinstance(given, Tensor):
         if given.dtype not in (torch.int32, torch.int64) or given.ndim != 1:
-            raise TypeError(f"plan: {name} must be int32 or int64 in one dimension, not {given.dtype} {given.shape}")
+            raise TypeError(f"{name} must be int32 or int64 in one dimension, not {given.dtype} {given.shape}")
         given = given.tolist()
     try:
-        offsets = tuple(int(offset) for offset in given)
-        exact = all(a == b for a, b in zip(offsets, given, strict=True))
+        found = tuple(int(offset) for offset in given)
+        exact = all(a == b for a, b in zip(found, given, strict=True))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"plan: {name} must be integers, not {given!r}") from error
+        raise TypeError(f"{name} must be integers, not {given!r}") from error
     if not exact:
-        raise TypeError(f"plan: {name} must be integers, not {given!r}")
-    if not offsets or offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
-        raise ValueError(f"plan: {name} must rise from 0, not be {list(offsets)}")
-    return offsets
+        raise TypeError(f"{name} must be integers, not {given!r}")
+    if not found or found[0] != 0 or any(a > b for a, b in pairwise(found)):
+        raise ValueError(f"{name} must rise from 0, not be {list(found)}")
+    return found
 
 
 def check_that_all_agree(group: dist.ProcessGroup, device: torch.device, what: str, text: str) -> None:

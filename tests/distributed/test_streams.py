@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stream_work import step, there_and_back, whole_step
+from stream_work import lightning, lightning_refusals, step, there_and_back, whole_step
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -26,3 +26,20 @@ def test_a_step_is_that_of_one_process(ranks, size, through_mesh):
         torch.testing.assert_close(got, loss)
         for name, grad in grads.items():
             torch.testing.assert_close(of_rank[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_lightning_attention_is_what_lasp_says(ranks, size):
+    for got, want in ranks.run(lightning, size):
+        torch.testing.assert_close(got, want)
+
+
+def test_lightning_attention_says_what_does_not_fit(ranks):
+    for rank, said in enumerate(ranks.run(lightning_refusals, 4)):
+        tokens = [1, 2, 7, 4][rank]
+        assert said[0] == (
+            f"lightning_attn: q and k must be (B, H, N, K) and v (B, H, N, V), not q (2, 3, {tokens}, 4), "
+            f"k (2, 2, {tokens}, 4), v (2, 3, {tokens}, 4)"
+        )
+        assert said[1] == "lightning_attn: slopes must be (H,) with H = 3, not (2,)"
+        assert said[2].startswith("lightning_attn: q has 5 tokens, which are not those of Plan(")
