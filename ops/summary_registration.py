@@ -10,7 +10,8 @@
 of the one row (B is 1) of a part of a packed sequence: a segment that ends where the part does, or begins with it.
 ``begin`` and ``end`` are int64 ``(1,)`` on the other tensors' device: values, so that one graph serves every segment.
 Results have a leading axis of 1 and are fp32 (fp64 as soon as one tensor is). Of no tokens the transition is the
-identity, and the states are zero. Tokens outside of the segment are not read.
+identity, and the states are zero. Tokens outside of the segment have no say, and on a CPU no cost: where nobody reads a
+summary or an adjoint, its segment should have none.
 
 They run by the implementations of the mixer, or by its reference where one of them has no ``summary`` or ``adjoint`` of
 its own, and have the reference's derivatives.

@@ -65,6 +65,7 @@ MIXER = declare(
         summary=Summary(
             takes=("k", "v", "g", "beta"),
             adjoint_takes=("q", "k", "g", "beta", "scale"),
+            # Products of fp32 as precise as torch is told to make them: exact unless somebody has asked for TF32.
             transition="H K K",
             through=lambda transition, state, _: transition @ state,
             transposed=lambda transition, dstate, _: transition.mT @ dstate,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from mixers import MIXERS
+from selective_scan_data import relative_error
 from torch import Tensor
 
 from packc.ops.mixer import MIXERS as DECLARATIONS
@@ -65,6 +66,28 @@ def poison(tensors: Mapping[str, Tensor | None], begin: int, end: int, names: tu
         if (x := poisoned[name]) is not None:
             x[:, begin:end] = torch.nan
     return poisoned
+
+
+def agree_with_fp64(recurrence: Recurrence, tensors: Mapping[str, Tensor | None], place: int) -> None:
+    """Summary and adjoint of tensors as they are, with NaN in the tokens outside of each segment."""
+    like, per_token = tensors[recurrence.mixer.like], recurrence.mixer.per_token
+    assert like is not None
+    wide, dout = in_dtype(tensors, torch.float64), torch.randn_like(like)
+    transition, state = recurrence.summarize(poison(tensors, 0, place, per_token), place)
+    expected, expected_state = recurrence.summarize(wide, place)
+    assert_equal(state, expected_state.float(), 1e-5)
+    behind = poison({**tensors, "dout": dout}, place, like.shape[1], (*per_token, "dout"))
+    expected_dstate = recurrence.adjoin(dout.double(), wide, place)
+    assert_equal(recurrence.adjoin(behind["dout"], behind, place), expected_dstate.float(), 1e-5)
+    # A matrix that takes almost all away is the small difference of large ones: small beside what enters.
+    least = min(1, expected.abs().max().item()) if recurrence.summary.transition == "H K K" else 1
+    assert_equal(transition, expected.float(), 1e-5 / least)
+
+
+def assert_equal(result: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    assert result.shape == expected.shape
+    assert result.dtype == expected.dtype
+    assert relative_error(result, expected) <= tolerance
 
 
 # ---- what there is ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""Summaries of any size of heads, channels and states; what is in the way of kernels' blocks, on both sides of them."""
+
+import pytest
+import torch
+from mixers import MIXERS
+from selective_scan_data import make_inputs
+from summaries import Recurrence, agree_with_fp64
+
+HEADS = [(2, 1, 16, 16), (4, 2, 20, 37), (3, 3, 1, 70), (1, 1, 65, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_thoroughly(kernels, request):
+    if kernels == "triton" and not request.config.getoption("--thorough"):
+        pytest.skip("slow to interpret: only with --thorough")
+
+
+@pytest.mark.parametrize(("H", "G", "K", "V"), HEADS)
+@pytest.mark.parametrize("mixer", ["linear_attention", "gated_delta_rule", "gated_delta_rule_per_channel"])
+def test_any_size_of_heads(mixer, H, G, K, V):
+    recurrence = Recurrence(mixer.removesuffix("_per_channel"), MIXERS[mixer].make, {"scale": 0.3})
+    agree_with_fp64(recurrence, MIXERS[mixer].make(1, 70, H=H, G=G, K=K, V=V), 4)
+
+
+@pytest.mark.parametrize(("D", "N", "G"), [(1, 1, None), (16, 4, 1), (70, 17, 2), (200, 3, 4)])
+def test_any_size_of_channels_and_states(D, N, G):
+    recurrence = Recurrence("selective_scan", make_inputs, {"delta_softplus": True})
+    agree_with_fp64(recurrence, make_inputs(1, 70, D, N, G), 4)
+
+
+@pytest.mark.parametrize("trailing", [(), (1,), (33,), (70,), (3, 5), (0,), (4099,)])
+def test_any_trailing_shape(trailing, kernels):
+    if kernels == "triton" and trailing == (4099,):
+        pytest.skip("slow to interpret")
+    a, b = torch.rand(1, 19, *trailing), torch.randn(1, 19, *trailing)
+    recurrence = Recurrence("linear_scan", lambda L: {"a": a, "b": b})
+    if 0 not in trailing:
+        agree_with_fp64(recurrence, {"a": a, "b": b}, 4)
+    transition, state = recurrence.summarize({"a": a, "b": b}, 4)
+    assert transition.shape == state.shape == recurrence.adjoin(b, {"a": a}, 4).shape == (1, *trailing)
