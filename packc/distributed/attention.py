@@ -46,6 +46,8 @@ def _composite(
 
 _library.impl("varlen_attention_sharded", _composite, "CompositeImplicitAutograd")
 
+_NO_DROPOUT = (0.0, None)
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -69,7 +71,7 @@ class _Attention(torch.autograd.Function):
         came = _exchanged(both.index_select(0, sent), sends, receives, group)
         reached = torch.cat([came[:left], both, came[left:]]).unsqueeze(0)
         reached_k, reached_v = _parted(reached, k, v)
-        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)
+        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window, *_NO_DROPOUT)
         of_spans = _packc.attention_spans.default(q, reached_k, reached_v, spans, causal, scale, window)
         ctx.save_for_backward(q, k, v, out, logsumexp, reached_k, reached_v, cu_seqlens, sent, spans, of_cut)
         ctx.options, ctx.sizes, ctx.group = (causal, scale, window), sizes, group
@@ -81,7 +83,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, logsumexp, *reached, cu_seqlens, sent, spans, of_cut = ctx.saved_tensors
         (sends, receives, left), is_cut = ctx.sizes, of_cut[:, None, None]
         dq, dk, dv = _packc.varlen_attention_bwd.default(
-            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options
+            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options, *_NO_DROPOUT
         )
         dq_cut, dk_reached, dv_reached = _packc.attention_spans_bwd.default(
             torch.where(is_cut, dout, 0), q, *reached, spans, *ctx.options

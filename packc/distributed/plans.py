@@ -102,7 +102,8 @@ class Plan:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
         """What ``varlen_attention`` calls."""
         if self.size == 1:
-            return torch.ops.packc.varlen_attention.default(q, k, v, self.cu_seqlens, causal, scale, window)[0]
+            options = (causal, scale, window, 0.0, None)
+            return torch.ops.packc.varlen_attention.default(q, k, v, self.cu_seqlens, *options)[0]
         wanted = self.reach(causal)
         return torch.ops.packc.varlen_attention_sharded.default(
             q,
