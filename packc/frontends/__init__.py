@@ -3,7 +3,16 @@
 import functools
 from types import ModuleType
 
-from packc.frontends import hf_delta_rule, hf_loops, hf_mamba, hf_mamba2, hf_moe, hf_short_conv, kernel_packages
+from packc.frontends import (
+    hf_delta_rule,
+    hf_flex_attention,
+    hf_loops,
+    hf_mamba,
+    hf_mamba2,
+    hf_moe,
+    hf_short_conv,
+    kernel_packages,
+)
 from packc.frontends.keep_whole import Around, ByName, Method, PackedForm, captured, keep_whole, not_captured
 from packc.frontends.traced_call import arguments_of_traced_call
 from packc.import_hook import on_import
@@ -15,6 +24,7 @@ _TABLES = (
     hf_mamba.KEPT_WHOLE,
     hf_mamba2.KEPT_WHOLE,
     hf_delta_rule.KEPT_WHOLE,
+    hf_flex_attention.KEPT_WHOLE,
     hf_loops.KEPT_WHOLE,
     hf_moe.KEPT_WHOLE,
     kernel_packages.KEPT_WHOLE,
