@@ -5,6 +5,7 @@ from types import ModuleType
 
 from packc.frontends import (
     hf_delta_rule,
+    hf_flex_attention,
     hf_loops,
     hf_mamba,
     hf_mamba2,
@@ -24,6 +25,7 @@ _TABLES = (
     hf_mamba.KEPT_WHOLE,
     hf_mamba2.KEPT_WHOLE,
     hf_delta_rule.KEPT_WHOLE,
+    hf_flex_attention.KEPT_WHOLE,
     hf_loops.KEPT_WHOLE,
     hf_masks.KEPT_WHOLE,
     hf_moe.KEPT_WHOLE,
