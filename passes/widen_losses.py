@@ -63,7 +63,8 @@ def _chain_to_slice(logits: Any) -> tuple[fx.Node, list[fx.Node]] | None:
             step = node.args[4] if len(node.args) > 4 else 1
             along_length = len(full) == 3 and node.args[1] in (1, -2) and step == 1
             if along_length and not same_size(full[1], part[1]):
-                return (node, steps[::-1]) if _dropped(node) is not None else None
+                rows_alone = _dropped(node) is not None and _keep_positions_apart(steps[::-1])
+                return (node, steps[::-1]) if rows_alone else None
         elif node.target in _FLATTENS:
             if value_of(node).ndim != 2 or not same_size(value_of(node).shape[1], value_of(node.args[0]).shape[-1]):
                 return None
@@ -72,6 +73,25 @@ def _chain_to_slice(logits: Any) -> tuple[fx.Node, list[fx.Node]] | None:
         steps.append(node)
         node = node.args[0]
     return None
+
+
+def _keep_positions_apart(steps: list[fx.Node]) -> bool:
+    """Whether each position of (B, L, C) is computed by itself up to the loss, whose classes are not positions."""
+    positions: int | None = 1  # None: flattened with rows
+    for step in steps:
+        dims: Any = step.args[1:3]
+        if step.target is aten.transpose.int:
+            a, b = (dim % value_of(step).ndim for dim in dims)
+            positions = {a: b, b: a}.get(positions, positions)
+        elif step.target in _FLATTENS and value_of(step.args[0]).ndim == 3:
+            if positions == 2:
+                return False
+            positions = None
+        elif step.target is aten.log_softmax.int:
+            along = dims[0] % value_of(step).ndim
+            if along == (0 if positions is None else positions):
+                return False
+    return positions in (None, 2)
 
 
 def _dropped(sliced: fx.Node) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ def written_out_attention(graph: Graph) -> Graph:
         with gm.graph.inserting_before(out):
             k = call_like(gm.graph, out, aten.transpose.int, (scores.transposed, -2, -1))
             mask = scores.mask
-            if mask is not None and value_of(mask).dtype not in (torch.bool, value_of(scores.q).dtype):
+            if mask is not None and value_of(mask).dtype != value_of(scores.q).dtype:  # truths too, which were added
                 mask = call_like(gm.graph, out, aten.to.dtype, (mask, value_of(scores.q).dtype))
             attention = call_like(
                 gm.graph,

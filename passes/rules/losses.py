@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from packc.passes.asks import IgnoredLabels
-from packc.passes.axes import Whole, covers_tokens, show, value_of
+from packc.passes.axes import BATCH, SEQ, TOKENS, Whole, covers_tokens, show, value_of
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 
@@ -28,6 +28,8 @@ def cross_entropy(op: Op) -> Reading:
     own = op.layout(labels)
     if not covers_tokens(of_labels) or (covers_tokens(own) and own != of_labels):
         raise NotTokenwise(f"logits {show(layout)} against labels {show(own)}")
+    if of_labels not in ((BATCH, SEQ), (TOKENS,)):
+        raise NotTokenwise(f"labels {show(of_labels)} are not row by row, as batches are asked about them")
     needs = {logits: layout, labels: of_labels}
     if op.argument("reduction") == _REDUCTION_NONE:
         return Reading(of_labels, needs)

@@ -127,6 +127,17 @@ def test_labels_that_the_model_computes_are_not_trusted():
     assert "labels" in reason
 
 
+def test_labels_that_are_not_row_by_row_are_not_asked_about():
+    def time_first(x, mask, labels):
+        return F.cross_entropy(packc.ops.causal_conv1d(x * mask[..., None], TAPS).permute(1, 2, 0), labels.T)
+
+    x, mask, backend = torch.randn(3, H, H), masks(["1111", "1110", "1100"]), RecordingBackend("eager")
+    labels = torch.randint(0, H, (3, H))
+    torch.testing.assert_close(torch.compile(time_first, backend=backend)(x, mask, labels), time_first(x, mask, labels))
+    (reason,) = backend.reasons
+    assert "not row by row" in reason
+
+
 def test_masked_pooling_is_a_boundary_and_not_a_fallback():
     def pooled(x, mask):
         y = packc.ops.causal_conv1d(x * mask[..., None], TAPS) * mask[..., None]

@@ -71,6 +71,18 @@ def test_what_only_looks_like_it_is_left_alone(name):
     assert ATTENTION not in {node.target for node in backend.before[-1].graph.nodes}
 
 
+def test_truths_that_are_added_hide_nothing():
+    def model(x, attention_mask):
+        q = x.unflatten(-1, (H, D)).transpose(1, 2)
+        added = (q @ q.mT + (attention_mask[:, None, None] != 0)).softmax(-1) @ q
+        return added, (x * attention_mask[..., None]).sum()
+
+    call, backend = compiled(model)
+    x, mask = torch.randn(B, L, H * D), masks(BOTH)
+    torch.testing.assert_close(call(x, mask), model(x, mask))
+    assert "not seen to hide padding" in backend.reasons[0]
+
+
 def error(results, exact):
     return max(
         ((results[name].double() - value).abs().max() / value.abs().max()).item()
