@@ -84,7 +84,7 @@ struct Pair {
   bool all() const {
     return queries - 1 <= most && -(keys - 1) >= least;
   }
-  // Whether the column a lane stands for sees a row.
+  // Of each lane, from a column on: whether its query does not see the key of a row.
   Vec hidden(int64_t row, int64_t column) const {
     const Vec distance = Vec::arange(static_cast<float>(column - row), 1.f);
     return (distance < Vec(bound(least))) | (distance > Vec(bound(most)));
