@@ -48,8 +48,9 @@ def backend(
     """Compile a Dynamo graph on packed sequences: ``torch.compile(model, backend=packc.backend)``.
 
     Finds the padding mask among the graph's inputs, rewrites every op to work on real tokens only and hands the result
-    to Inductor. Outputs keep size, dtype and strides; their padded positions are zero. What cannot be packed exactly
-    runs as it was, with a log line that says why (``packc.config.strict`` raises instead).
+    to Inductor. Outputs keep size, dtype and strides (of a part of something larger, the order of axes); their padded
+    positions are zero. What cannot be packed exactly runs as it was, with a log line that says why
+    (``packc.config.strict`` raises instead).
 
     Args:
         gm: the graph that Dynamo captured.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, value_of
+from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, hint_of, value_of
 from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed
 from packc.passes.graph import Graph, is_item, switches_mode
@@ -25,8 +25,8 @@ aten = torch.ops.aten
 def write(graph: Graph) -> Graph:
     """Write every value in the forms that are wanted; the result has two more inputs: ``index``, ``cu_seqlens``.
 
-    Outputs keep size, dtype and strides; their padded positions are zero. Exact under the graph's requirements, which
-    hold batch by batch or not.
+    Outputs keep size, dtype and the order of their axes in memory; their padded positions are zero. Exact under the
+    graph's requirements, which hold batch by batch or not.
     """
     return replace(graph, gm=_Writer(graph).run())
 
@@ -159,11 +159,19 @@ class _Writer:
         return self.gathered[key]
 
     def _as_output(self, node: fx.Node) -> fx.Node:
-        """Size, dtype and strides of the padded graph's output."""
+        """Size and dtype of the padded graph's output, and the order of its axes in memory."""
         result = self._padded(node)
-        if result.target is aten.permute.default and value_of(node).is_contiguous():
+        if self.tokens.layout(node) is None or node not in self.forms.packed:
+            return result
+        axes = list(range(value_of(node).ndim))
+        written = _inverse(result.args[1]) if result.target is aten.permute.default else axes  # type: ignore[arg-type]
+        wanted = _order_in_memory(value_of(node))
+        if written == wanted:
+            return result
+        if wanted == axes:
             return self._write(aten.contiguous.default, result)
-        return result
+        dense = self._write(aten.contiguous.default, self._write(aten.permute.default, result, wanted))
+        return self._write(aten.permute.default, dense, _inverse(wanted))
 
     def _padded_size(self, node: fx.Node, axis: int) -> Any:
         layout, size = self.tokens.layout(node), value_of(node).shape[axis]
@@ -187,6 +195,18 @@ class _Writer:
 _RECOMPUTE_META = ("recompute", "ac_graph_id")
 # What Inductor and people read from a node; its values and Dynamo's own notes do not survive the rewrite.
 _CARRIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", *_RECOMPUTE_META)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _order_in_memory(value: torch.Tensor) -> list[int]:
+    """Axes from the outermost to the innermost; as they come, where they have no order of their own."""
+    axes, strides = list(range(value.ndim)), list(map(hint_of, value.stride()))
+    if value.is_contiguous() or None in strides or 0 in strides:
+        return axes
+    return sorted(axes, key=lambda axis: -strides[axis])
 
 
 def _carried(node: fx.Node) -> dict[str, Any]:

@@ -54,6 +54,10 @@ POINTWISE = {
     "draws that change nothing": lambda x, m: (
         x + 0 * (torch.rand_like(x) + torch.randn_like(x) + torch.bernoulli(x.sigmoid())) + torch.bernoulli(x, p=1.0)
     ),
+    "functions that keep zero": lambda x, m: (
+        x.sign() + x.round() + x.nan_to_num() + x.sin() + x.expm1() + x.abs().log1p() + x**2 + x**3
+    ),
+    "larger and smaller": lambda x, m: torch.maximum(x, -x) * torch.minimum(x, x.cos()) + torch.minimum(x, -x),
     "dropouts off": lambda x, m: F.rrelu(F.alpha_dropout(F.feature_alpha_dropout(x, 0.5, False), 0.5, False)),
     "native dropout off": lambda x, m: torch.native_dropout(x, 0.5, train=False)[0],
 }

@@ -106,7 +106,7 @@ def addmm(op: Op) -> Reading:
     return Reading(layout, {x: layout})
 
 
-@register_rule(aten.einsum.default)
+@register_rule(aten.einsum.default, zero=lambda args, is_zero: any(map(is_zero, args[1])))
 def einsum(op: Op) -> Reading:
     """Every letter that names a token axis must survive, and name the same axis in all operands."""
     equation, operands = op.args[:2]

@@ -31,10 +31,18 @@ register_zero(
     aten.sqrt.default,
     aten.square.default,
     aten.leaky_relu.default,
+    aten.sign.default,
+    aten.round.default,
+    aten.nan_to_num.default,
+    aten.hardswish.default,
+    aten.sin.default,
+    aten.expm1.default,
+    aten.log1p.default,
     aten.div.Scalar,
 )
 register_zero(either_is_zero, aten.mul.Tensor, aten.mul.Scalar)
-register_zero(both_are_zero, aten.add.Tensor, aten.sub.Tensor)
+register_zero(both_are_zero, aten.add.Tensor, aten.sub.Tensor, aten.maximum.default, aten.minimum.default)
+register_zero(lambda args, is_zero: is_zero(args[0]) and args[1] in (2, 3), aten.pow.Tensor_Scalar)
 register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), aten.div.Tensor)
 
 

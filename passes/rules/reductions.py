@@ -9,7 +9,7 @@ import torch
 from packc.passes.asks import ZeroAtPadding
 from packc.passes.axes import OTHER, Axis, Layout, Whole, covers_tokens, show, value_of
 from packc.passes.reading import Call, NotTokenwise, PaddedNumel, Reading
-from packc.passes.rules.registry import Op, register_rule
+from packc.passes.rules.registry import Op, first_is_zero, register_rule
 
 aten = torch.ops.aten
 
@@ -37,6 +37,7 @@ def _reduced(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
     aten.mean.dim,
     aten.sum.default,
     aten.sum.dim_IntList,
+    zero=first_is_zero,
 )
 def sum_or_mean(op: Op) -> Reading:
     """Over features as it stands; over all tokens where padding is known to be zero."""
@@ -64,19 +65,22 @@ def sum_or_mean(op: Op) -> Reading:
 
 
 @register_rule(
+    aten.amax.default,
+    aten.amin.default,
+    aten.prod.dim_int,
+    zero=first_is_zero,
+)
+@register_rule(
     aten.var.correction,
     aten.var_mean.correction,
     aten.var_mean.dim,
     aten.var.dim,
     aten.std.correction,
     aten.std.dim,
-    aten.amax.default,
-    aten.amin.default,
-    aten.max.dim,
-    aten.min.dim,
     aten.argmax.default,
     aten.argmin.default,
-    aten.prod.dim_int,
+    aten.max.dim,  # where all are zero, any may be the largest
+    aten.min.dim,
     aten.all.dim,
     aten.any.dim,
     aten.logsumexp.default,
@@ -95,21 +99,24 @@ def reduction(op: Op) -> Reading:
 
 
 @register_rule(
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.glu.default,
+    zero=first_is_zero,
+)
+@register_rule(
     aten.softmax.int,
     aten._softmax.default,
     aten.log_softmax.int,
     aten._log_softmax.default,
-    aten.cumsum.default,
-    aten.cumprod.default,
     aten.logcumsumexp.default,
-    aten.flip.default,
-    aten.roll.default,
     aten.sort.default,
     aten.sort.stable,
     aten.argsort.default,
     aten.argsort.stable,
     aten.topk.default,
-    aten.glu.default,
     aten.pad.default,
     aten.constant_pad_nd.default,
 )
@@ -128,7 +135,7 @@ def along_features(op: Op) -> Reading:
     return _results(op, layout, x, layout)
 
 
-@register_rule(aten.gather.default)
+@register_rule(aten.gather.default, zero=first_is_zero)
 def gather(op: Op) -> Reading:
     """x.gather(dim, index) along features, x and index with the same tokens."""
     x, dim, index = op.args[:3]

@@ -94,6 +94,7 @@ def compare(program: Program, call: Any, inputs: dict[str, Tensor], where: str) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             packed = _outputs(call, inputs, program)
+        _same_strides(program, packed.values, eager.values)
         actual = _results(program, packed, inputs, packed)
         if any(value.cut == "?" for value in program.outputs):
             expected = _results(program, eager, inputs, packed)
@@ -104,6 +105,16 @@ def compare(program: Program, call: Any, inputs: dict[str, Tensor], where: str) 
         if message is not None:
             raise Wrong(f"{where}: {name}: {message}")
     return True
+
+
+def _same_strides(program: Program, packed: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> None:
+    """Where eager's values lie end to end."""
+    for value, got, want in zip(program.outputs, packed, eager, strict=True):
+        order = sorted(range(want.ndim), key=lambda axis: -want.stride(axis))
+        if want.permute(order).is_contiguous():
+            pairs = zip(got.stride(), want.stride(), want.shape, strict=True)
+            if any(a != b for a, b, size in pairs if size > 1):
+                raise ValueError(f"{value.name}: strides {got.stride()} are not {want.stride()}")
 
 
 class _Outputs(NamedTuple):

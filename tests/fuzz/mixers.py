@@ -130,13 +130,15 @@ def attention(w: Writer) -> None:
         f"{causal} & {window} & {padding}",
     )
     added = f"torch.where({visible}, 0.0, -1e9).double()"
-    kind = w.choose("causal", "mask", "mask", "added", "written out", "dropout off", "both masks")
+    kind = w.choose("causal", "mask", "mask", "added", "written out", "dropout off", "both masks", "added truths")
     if kind == "causal":
         text = f"F.scaled_dot_product_attention({q_}, {k_}, {v_}, is_causal=True)"
     elif kind == "mask":
         text = f"F.scaled_dot_product_attention({q_}, {k_}, {v_}, {visible})"
     elif kind == "added":
         text = f"F.scaled_dot_product_attention({q_}, {k_}, {v_}, attn_mask={added})"
+    elif kind == "added truths":
+        text = f"((({q_} @ {k_}.mT) + ({visible})).softmax(-1) @ {v_})"
     elif kind == "dropout off":
         text = f"F.scaled_dot_product_attention({q_}, {k_}, {v_}, {visible}, dropout_p=0.0, scale=0.3)"
     elif kind == "both masks":

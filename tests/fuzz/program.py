@@ -93,11 +93,8 @@ class Program:
 
     def masks_of(self, value: Value) -> list[str]:
         """The masks that say which entries of a value count."""
-        own = {self.masked[each] for each in value.sources if each in self.masked}
-        if not own:  # an input without a mask has that of the sequence it belongs to
-            met = set().union(*(group for group in self.groups if group & value.sources))
-            own = {self.masked[each] for each in met if each in self.masked}
-        return sorted(own)
+        met = set(value.sources).union(*(group for group in self.groups if group & value.sources))
+        return sorted({self.masked[each] for each in met if each in self.masked})
 
     def with_parts(self, lines: Iterable[str], outputs: Iterable[Value]) -> Program:
         """The same with fewer lines or outputs, and without the inputs that nothing reads."""

@@ -198,6 +198,11 @@ def written_in_place(w: Writer) -> None:
             "{n} = F.relu({v} + 0, inplace=True)",
             "{n} = {v}.new_zeros({v}.shape)\n{n}[..., 0] += {o}[..., 0]",
             "{n} = {v} * 3\n{n}.flatten(0, -1).mul_(2)",
+            "{n} = {v} * 2\n{n}c = {n}[..., :1]\n{n}.add_(1)\n{n} = {n} * {n}c",
+            "{n} = {v} * 2\n{n}c = {n}[..., 0]\n{n}c.mul_(3)\n{n} = {n} + {n}c.unsqueeze(-1)",
+            "{n} = {v} + 1\n{n}c = {n}.transpose(-1, 0)\n{n}[..., -1] = 0.5\n{n}c.mul_(2)",
+            "{n} = {v} + 1\n{n}c = {n}.detach()\n{n} = {n} * 2\n{n}c.zero_()",
+            "{n} = {v} * 2\n{n} += {n}[..., :1].clone()",
         ),
     )
     w.write(template.format(n=name, v=value.name, o=other.name), {name: value.axes}, value, other)

@@ -123,6 +123,17 @@ def test_a_second_mask_on_an_output_loses_nobodys_tokens():
     assert_right(function, (x, mask, other), (mask, other))
 
 
+def test_a_second_mask_on_what_is_reduced_or_multiplied_loses_nobodys_tokens():
+    def function(x, attention_mask, y, other_mask):
+        z = y * other_mask[..., None]
+        met = torch.cat([x * attention_mask[..., None], z], -1)
+        return met, z.sum(-1), z.amax(-1), torch.einsum("bld,de->ble", z, torch.ones(H, 2)), z.cumsum(-1) ** 2
+
+    x, mask, y, other = values(), masks(RIGHT), values(), masks(OTHER)
+    with pytest.warns(UserWarning, match="other_mask marks tokens where attention_mask has padding"):
+        assert_right(function, (x, mask, y, other), (mask, *[other] * 4))
+
+
 def test_a_mask_that_fills_with_something_else_than_zero_is_still_the_mask():
     def function(x, attention_mask):
         return (mix(x.masked_fill(attention_mask[..., None] == 0, -1.0)),)
