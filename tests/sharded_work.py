@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-import socket
-import struct
-from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +14,7 @@ from selective_scan_data import reproducible_like
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from wire import received_bytes
 
 import packc
 
@@ -246,23 +244,28 @@ def traffic_on_wire(group: Any, exchange: str, tokens: int, heads: int, size: in
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     for _ in range(2):  # connections are made in the first
         dist.barrier(group)
-        before = _received()
+        before = received_bytes()
         mixer.function(**leaves, **mixer.options, plan=plan).sum().backward()
-        after = _received()
+        after = received_bytes()
     dist.barrier(group)
     return after - before
 
 
-def _received() -> int:
-    """As Linux counts it, of all TCP connections of this process."""
-    total = 0
-    for descriptor in Path("/proc/self/fd").iterdir():
-        try:
-            if not descriptor.readlink().name.startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:  # no connection, or closed meanwhile
-            continue
-        total += struct.unpack_from("Q", info, 128)[0]  # tcpi_bytes_received
-    return total
+def opcheck(group: Any, name: str) -> None:
+    """Of the op that a mixer with a plan calls, with the arguments that it gets."""
+    cut = Cut([0, 5, 14, 14, 20], [0, 7, 13, 20])
+    plan = packc.distributed.plan(cut.cu_seqlens, group, cut.cuts)
+    mixer, calls = MIXERS[name], []
+    inputs, state = inputs_of(mixer, cut, torch.float32)
+
+    def note(self: Any, declared: Any, arguments: Any, initial_state: Any, output_final_state: bool) -> Any:
+        routing = plan.cu_seqlens, plan.places, plan.documents, plan.ranks
+        last = initial_state, output_final_state, plan.size, plan.group, plan.exchange, plan.near
+        calls.append((getattr(torch.ops.packc, f"{declared.name}_sharded").default, (*arguments, *routing, *last)))
+        return None, None
+
+    shard = {name: x.requires_grad_() for name, x in only(mixer, inputs, cut.shard(group.rank())).items()}
+    with mock.patch.object(type(plan), "_run", note):
+        mixer.function(**shard, **mixer.options, initial_state=state, output_final_state=True, plan=plan)
+    # The other checks find that torch's own wait_tensor returns its argument, of which its schema does not tell.
+    torch.library.opcheck(*calls[0], test_utils="test_aot_dispatch_dynamic")

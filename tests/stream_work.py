@@ -55,17 +55,19 @@ class LM(nn.Module):
         return self.head(h + packc.ops.linear_attention(*heads, **documents).flatten(2))
 
 
-def model_and_labels() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def model_and_labels(data: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(3)
-    model, ids = LM().double(), torch.randint(11, (1, 14))
+    model = LM().double()
+    torch.manual_seed(data)
+    ids = torch.randint(11, (1, 14))
     labels = ids.clone()
     labels[0, 5:7] = -100
     return model, ids, labels
 
 
-def whole_step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def whole_step(data: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one process, each document's tokens predicting its next ones."""
-    model, ids, labels = model_and_labels()
+    model, ids, labels = model_and_labels(data)
     logits = model(ids, cu_seqlens=torch.tensor(STREAM))
     pairs = [(t, t + 1) for start, end in pairwise(STREAM) for t in range(start, end - 1)]
     before, after = (list(x) for x in zip(*pairs, strict=True))
@@ -85,6 +87,20 @@ def step(group: Any, through_mesh: bool) -> tuple[torch.Tensor, dict[str, torch.
         dist.all_reduce(p.grad, group=group)
         p.grad /= group.size()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def step_on_both_axes(group: Any, exchange: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
+    """Of two streams, each on two ranks: gradients averaged over all four; and the name of the ranks' group."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    model, ids, labels = model_and_labels(mesh.get_local_rank("data"))
+    plan = distributed.plan(STREAM, mesh["sequence"], [0, 5, 14], exchange=exchange)
+    logits = model(distributed.shard(ids, plan), plan=plan)
+    loss = distributed.cross_entropy(logits, distributed.next_tokens(labels, plan), plan)
+    loss.backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= group.size()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, plan.group
 
 
 def mismatches(group: Any) -> dict[str, str]:

@@ -17,27 +17,30 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from packc.distributed.routing import steps
 from packc.private_torch import private_torch
 
 _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_taken = 0  # numbers of names, those of groups that are no more too
 _connected: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
-def name_of(group: dist.ProcessGroup) -> str:
-    """Under which ``group`` is known, from now on, on each of its ranks."""
-    name = _names.get(group)
-    if name is None:
-        name = _names[group] = f"packc.sequence.{len(_names)}" if _names else "packc.sequence"
-        _register(name, group)
-        return name
-    try:
-        of_name(name)
-    except (RuntimeError, ValueError):  # torch forgets all names when the default group is destroyed
-        _register(name, group)
-    return name
+def join(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The name under which ``group`` is known, from now on, on each of its ranks.
+
+    All of them call it; the first time, they agree on one that is free on all.
+    """
+    global _taken
+    if group not in _names:
+        free = torch.tensor([_taken], device=device)
+        dist.all_reduce(free, dist.ReduceOp.MAX, group=group)
+        _taken = int(free) + 1
+        _names[group] = f"packc.sequence.{int(free)}"
+        _register(_names[group], group)
+    return _names[group]
 
 
 def of_name(name: Any) -> dist.ProcessGroup:
@@ -68,7 +71,7 @@ def connect(group: dist.ProcessGroup, exchange: str) -> None:
 
 
 def _connect_pairs(group: dist.ProcessGroup, distance: int) -> None:
-    name, size, rank = name_of(group), group.size(), group.rank()
+    name, size, rank = _names[group], group.size(), group.rank()
     for direction in ("right", "left"):
         alone = _make(group, [rank], f"{direction}/{distance}")
         # In the order of pairs, which is the same for both ranks of each: nobody waits in a circle.

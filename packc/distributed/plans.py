@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -227,8 +228,9 @@ def plan(
             f'plan: exchange="neighbour" cannot serve document {document}, tokens {stream[document]} to '
             f"{stream[document + 1]}, which spans {span + 1} ranks of cuts {list(places)}"
         )
+    name = groups.join(group, device)
     groups.connect(group, exchange)
-    return _plan(stream, places, rank, groups.name_of(group), exchange, exchange == "auto" and span <= 1, device)
+    return _plan(stream, places, rank, name, exchange, exchange == "auto" and span <= 1, device)
 
 
 def equal_cuts(tokens: int, size: int) -> tuple[int, ...]:
@@ -282,10 +284,11 @@ def _plan(
         cuts=cuts,
         rank=rank,
     )
-    # Sizes that never vary: a compiler that takes them for symbols may find them equal to others, by chance.
-    torch._dynamo.mark_static(made.places)
-    torch._dynamo.mark_static(made.ranks)
-    torch._dynamo.mark_static(made.documents, 0)
+    if "torch._dynamo" in sys.modules:  # which is slow to import
+        # Sizes that never vary: a compiler that takes them for symbols may find them equal to others, by chance.
+        torch._dynamo.mark_static(made.places)
+        torch._dynamo.mark_static(made.ranks)
+        torch._dynamo.mark_static(made.documents, 0)
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,10 @@ def reach(stream: Sequence[int], cuts: Sequence[int], rank: int, causal: bool, d
         spans=torch.tensor(spans, device=device),
         of_cut=torch.tensor(of_cut, dtype=torch.bool, device=device),
     )
-    torch._dynamo.mark_static(made.spans)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.mark_static(made.spans)
+        for marker in (*made.sends, *made.receives, made.left):
+            torch._dynamo.maybe_mark_dynamic(marker, 0)
     return made
 
 
@@ -67,10 +71,7 @@ def count(marker: Tensor) -> int:
 
 
 def _sizes(counts: Iterable[int], device: torch.device) -> list[Tensor]:
-    markers = [torch.empty((n + 2, 0), device=device) for n in counts]
-    for marker in markers:
-        torch._dynamo.maybe_mark_dynamic(marker, 0)
-    return markers
+    return [torch.empty((n + 2, 0), device=device) for n in counts]
 
 
 def _wanted(stream: Sequence[int], cuts: Sequence[int], rank: int, causal: bool) -> tuple[int, int]:

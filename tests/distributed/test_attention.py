@@ -6,7 +6,7 @@ from attention_work import leaks, received, worst_error
 from sharded_work import Cut, random_cut
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 4))])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_any_cut(ranks, size, dtype, tolerance):
     cuts = [random_cut(size, seed) for seed in range(8)]

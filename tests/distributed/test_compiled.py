@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mixers import MIXERS
-from sharded_work import Cut, graphs, worst_errors
+from sharded_work import Cut, graphs, opcheck, worst_errors
 
 # No two sizes of the first are equal, which a compiler would take for more than chance.
 CUTS = [
@@ -33,3 +33,10 @@ def test_one_graph_serves_all_ranks_and_cuts(ranks, name, exchange):
 def test_inductor_gives_the_same(ranks, name, exchange):
     for found in ranks.run(worst_errors, 3, name, CUTS, [exchange], torch.float32, "inductor", timeout=500):
         assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_scan", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS if name != "linear_scan")]
+)
+def test_opcheck(ranks, name):
+    ranks.run(opcheck, 3, name)

@@ -12,7 +12,10 @@ SHORT = Cut([0, 1, 9, 9, 12], [0, 3, 4, 5, 12])
 NEAR = Cut([0, 3, 12, 12, 17, 20], [0, 5, 14, 18, 20])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3, 4])
 @pytest.mark.parametrize("name", MIXERS)
 def test_any_cut_in_fp64(ranks, name, size):
     cuts = [random_cut(size, seed) for seed in range(6)]
@@ -41,7 +44,7 @@ def test_states_that_hardly_decay_reach_all_ranks(ranks, name):
         assert of_one_hop > 0.01
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "ring", "doubling"])
+@pytest.mark.parametrize("exchange", ["all_gather", *(pytest.param(e, marks=SLOW) for e in ("ring", "doubling"))])
 @pytest.mark.parametrize("name", MIXERS)
 def test_nothing_in_one_document_changes_another_by_one_bit(ranks, name, exchange):
     for found in ranks.run(leaks, 3, name, exchange):

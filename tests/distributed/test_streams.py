@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stream_work import lightning, lightning_refusals, step, there_and_back, whole_step
+from stream_work import lightning, lightning_refusals, step, step_on_both_axes, there_and_back, whole_step
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -26,6 +26,19 @@ def test_a_step_is_that_of_one_process(ranks, size, through_mesh):
         torch.testing.assert_close(got, loss)
         for name, grad in grads.items():
             torch.testing.assert_close(of_rank[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ring", "doubling"])
+def test_data_and_sequence_parallel_at_once(ranks, exchange):
+    (first, of_first), (second, of_second) = map(whole_step, range(2))
+    found = ranks.run(step_on_both_axes, 4, exchange)
+    names = [group for *_, group in found]
+    assert names[0] == names[1]
+    assert names[2] == names[3]
+    for rank, (loss, grads, _) in enumerate(found):
+        torch.testing.assert_close(loss, second if rank >= 2 else first)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, (of_first[name] + of_second[name]) / 2)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

@@ -11,6 +11,7 @@ from packc.ops.mixer import MIXERS as DECLARED
 from packc.ops.shapes import Shape
 
 EXCHANGES = ["all_gather", "ring", "doubling"]
+OTHERS = ["gated_delta_rule", "causal_conv1d"]
 
 
 def bytes_of(name):
@@ -26,7 +27,7 @@ def most(found):
 
 
 @pytest.mark.parametrize("exchange", [*EXCHANGES, "neighbour"])
-@pytest.mark.parametrize("name", ["selective_scan", "gated_delta_rule", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["selective_scan", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_bytes_in_the_graph(ranks, name, exchange):
     size = 2 if exchange == "neighbour" else 4
     expected = traffic(exchange, size, *bytes_of(name))
