@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,57 +53,71 @@ class Packing:
     """Whether documents begin where no ``position_ids`` of the model's arguments start again."""
 
 
-@torch.no_grad()
-def pack_batch(
-    mask: Tensor,
-    labels: Sequence[tuple[Tensor, int]] = (),
-    *,
-    inside: Sequence[Tensor] = (),
-    outside: str | None = None,
-    boundaries: Sequence[Given] = (),
-    moved: Sequence[tuple[Tensor, int]] = (),
-    one_before: bool = False,
-    padding_attends: bool = False,
-    keep_left: str | None = None,
-    keep_right: str | None = None,
-) -> Packing:
-    """Choose the span of every row that is packed, leaving out nothing that could change a result.
+@dataclass(frozen=True)
+class Rows:
+    """What is to be packed of one sequence, and what is asked of it."""
 
-    Args:
-        mask: (B, L), nonzero at tokens.
-        labels: pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores; of
-            what a head reads, numbers that are not 0 there, and 0.
-        inside: further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does.
-        outside: why rows in which one of them does not must stay whole.
-        boundaries: what was handed over of documents within these rows.
-        moved: those of the labels that are other tokens', the next ones' as a rule.
-        one_before: a left-padded row begins one position before its first token, whatever its labels.
-        padding_attends: whether padding that stays in may be read of an attention: all of its row stays in with it.
-        keep_left: why padding before a row's tokens must stay in; None if it may go.
-        keep_right: the same for padding after them.
+    mask: Tensor
+    """(B, L), nonzero at tokens."""
+    labels: Sequence[tuple[Tensor, int]] = ()
+    """Pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores; of what a head
+    reads, numbers that are not 0 there, and 0."""
+    inside: Sequence[Tensor] = ()
+    """Further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does."""
+    outside: str | None = None
+    """Why rows in which one of them does not must stay whole."""
+    boundaries: Sequence[Given] = ()
+    """What was handed over of documents within these rows."""
+    moved: Sequence[tuple[Tensor, int]] = ()
+    """Those of the labels that are other tokens', the next ones' as a rule."""
+    one_before: bool = False
+    """A left-padded row begins one position before its first token, whatever its labels."""
+    padding_attends: bool = False
+    """Whether padding that stays in may be read of an attention: all of its row stays in with it."""
+    keep_left: str | None = None
+    """Why padding before a row's tokens must stay in; None if it may go."""
+    keep_right: str | None = None
+    """The same for padding after them."""
+
+
+def pack_batch(mask: Tensor, labels: Sequence[tuple[Tensor, int]] = (), **asked: Any) -> Packing:
+    """:func:`pack_batches` of one sequence: what is asked by the names in :class:`Rows`."""
+    return pack_batches([Rows(mask, labels, **asked)])[0]
+
+
+@torch.no_grad()
+def pack_batches(sequences: Sequence[Rows]) -> list[Packing]:
+    """Choose the span of every row that is packed, leaving out nothing that could change a result.
 
     Raises:
         ValueError: boundaries are of another size than the rows, do not rise to B * L, or disagree with one another.
     """
-    batch, length = mask.shape
-    if mask.numel() == 0:
-        return Packing(*_index([(0, length)] * batch, _NOWHERE, length, mask.device), 0, 0, batch, batch)
-    facts = _facts(mask, labels, inside, boundaries, moved).cpu()  # the one host sync
+    facts = [_facts(rows) for rows in sequences]
+    flat = torch.cat([each.to(facts[0].device).flatten() for each in facts]).cpu()  # the one host sync
+    parts = flat.split([each.numel() for each in facts])
+    return [_packing(rows, part.view(each.shape)) for rows, part, each in zip(sequences, parts, facts, strict=True)]
+
+
+def _packing(rows: Rows, facts: Tensor) -> Packing:
+    batch, length = rows.mask.shape
+    device = rows.mask.device
+    if rows.mask.numel() == 0:
+        return Packing(*_index([(0, length)] * batch, _NOWHERE, length, device), 0, 0, batch, batch)
     facts, begins = facts[:, :_FACTS], facts[:, _FACTS:].nonzero()
     spans, reasons = [], dict[str, None]()
     whole_rows = left_padded = real = 0
     for first, end, count, other_values, first_label, end_label, beyond, *_ in facts.tolist():
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
-        if why is None and one_before and count:
+        if why is None and rows.one_before and count:
             start = max(0, first - 1)
-        if beyond and outside is not None:
+        if beyond and rows.outside is not None:
             start, stop, why = 0, length, outside
         whys = [] if why is None else [why]
-        if keep_left is not None and start > 0:
-            start, whys = 0, [*whys, keep_left]
-        if keep_right is not None and stop < length:
-            stop, whys = length, [*whys, keep_right]
-        if padding_attends and (start < first or end < stop):
+        if rows.keep_left is not None and start > 0:
+            start, whys = 0, [*whys, rows.keep_left]
+        if rows.keep_right is not None and stop < length:
+            stop, whys = length, [*whys, rows.keep_right]
+        if rows.padding_attends and (start < first or end < stop):
             # What attention gives at padding hangs on all other padding of the row.
             start, stop, whys = 0, length, whys or [_BEFORE]
         whole_rows += bool(whys)
@@ -113,10 +128,10 @@ def pack_batch(
     if sum(stop - start for start, stop in spans) < 2:
         # The compiled graph is made for two tokens or more. Not a fallback: there is next to nothing to pack.
         spans, whole_rows, left_padded = [(0, length)] * batch, batch, 0
-    index, cu_seqlens = _index(spans, begins, length, mask.device)
+    index, cu_seqlens = _index(spans, begins, length, device)
     tokens = index.shape[0]
     across, gaps, elsewhere, disagree, not_offsets = facts[:, -5:].any(0).tolist()
-    _check(boundaries, disagree, not_offsets, batch * length)
+    _check(rows.boundaries, disagree, not_offsets, batch * length)
     return Packing(
         *(index, cu_seqlens, tokens, batch * length, batch, whole_rows, tuple(reasons), left_padded),
         only_tokens=tokens == real,
@@ -136,11 +151,11 @@ def _check(boundaries: Sequence[Given], disagree: bool, not_offsets: bool, place
 
 
 def unread_batch(mask: Tensor) -> Packing:
-    """The packing of a batch whose values nobody can read (fake and meta tensors): every position is a token.
+    """The packing of (B, L, ...) whose values nobody can read (fake and meta tensors): every position is a token.
 
     No real batch of this shape needs more memory or work.
     """
-    batch, length = mask.shape
+    batch, length = mask.shape[:2]
     with fake_mode_of(mask) or contextlib.nullcontext():
         index = torch.arange(batch * length, device=mask.device)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=mask.device) * length
@@ -166,31 +181,27 @@ def _span(
     return first, end, None
 
 
-def _facts(
-    mask: Tensor,
-    labels: Sequence[tuple[Tensor, int]],
-    inside: Sequence[Tensor],
-    boundaries: Sequence[Given],
-    moved: Sequence[tuple[Tensor, int]],
-) -> Tensor:
+def _facts(rows: Rows) -> Tensor:
     """(B, 12): first token, end of tokens, number of tokens, other values?, first live label, end of live labels,
     another mask's token beyond?, a live label where another document follows?, positions left out?, and the same for
     all rows: a document begins where no positions do?, boundaries disagree?, offsets do not rise?
 
     With boundaries (B, 12 + L): behind these, whether a document begins at each position behind another one.
     """
-    length = mask.shape[1]
+    mask, length = rows.mask, rows.mask.shape[1]
     real = mask != 0
-    live = _live(labels, real)
+    if mask.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=mask.device)
+    live = _live(rows.labels, real)
     no = torch.zeros_like(real[:, 0])
     beyond = no
-    for other in inside:
+    for other in rows.inside:
         beyond = beyond | ((other.reshape(real.shape) != 0) & ~real).any(1)
     within = [no] * 5
     begins = []
-    if boundaries:
-        found = starts(boundaries, real)
-        across = (_live(moved, real)[:, :-1] & found.begins[:, 1:]).any(1)
+    if rows.boundaries:
+        found = starts(rows.boundaries, real)
+        across = (_live(rows.moved, real)[:, :-1] & found.begins[:, 1:]).any(1)
         within = [across, found.gaps, *(no | each for each in (found.elsewhere, found.disagree, found.not_offsets))]
         begins = [found.begins.to(torch.int64)]
     first, end, count = _extent(real)

@@ -9,9 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch import fx
 
 from packc import config
 from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_something
@@ -28,6 +26,7 @@ from packc.passes import (
     WrongMask,
     fakify,
     has_rows,
+    index_fakes,
     is_mixer,
     knows_documents,
     without_marks,
@@ -125,18 +124,17 @@ class _Compiling:
         if config.strict and packed.requirements.padded_mixers:
             raise NotPacked(f"packc cannot pack all of this graph: {packed.requirements.padded_mixers[0]}")
         call = self._packed_call(packed, self.compile)
-        return call, GraphReport.packed(packed.requirements, call)
+        return call, GraphReport.packed(packed.streams, call)
 
     def _packed_call(self, packed: Graph, compile_inner: Callable[..., Any]) -> PackedCall:
-        index = index_fakes(packed)
         graph = fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
         padded = packed.with_padding
         return PackedCall(
-            compile_inner(packed.gm, [*self.inputs, *index]),
+            compile_inner(packed.gm, [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]),
             graph,
-            packed.requirements,
+            packed.streams,
             strict=self.strict,
-            with_padding=None if padded is None else (self.compile_when_called(padded.gm), padded.requirements),
+            with_padding=None if padded is None else (self.compile_when_called(padded.gm), padded.streams),
             boundaries=self.boundaries,
             loss_outside=config.loss_outside or ends_in_a_graph_break(self.gm),
         )
@@ -175,24 +173,3 @@ def pack_graph(gm: fx.GraphModule, example_inputs: list[Any], *, for_documents: 
     packed = packed_graph(Graph(gm, fakify(gm, example_inputs)), for_documents=for_documents)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.gm.graph.nodes))
     return packed
-
-
-def index_fakes(packed: Graph) -> tuple[Tensor, Tensor]:
-    """Of a packed graph's two further inputs: ``index`` (T,), and ``cu_seqlens`` (N + 1,). T and N are unknown and
-    never guarded on; but where a row is one document, N is B."""
-    mask, wanted = packed.mask.meta["val"], packed.requirements
-    mode = mask.fake_mode
-    shape_env = mode.shape_env
-    if shape_env is None:
-        shape_env = mode.shape_env = ShapeEnv()
-    with shape_env.ignore_fresh_unbacked_symbols():
-        tokens, offsets = (shape_env.create_unbacked_symint() for _ in range(2))
-    # From two on: at one token `contiguous` means something else, so the compiler would have to ask.
-    torch._check(tokens >= 2)
-    torch._check(offsets >= 2)
-    if wanted.one_document is not None and wanted.one_document_of_positions is not None:
-        offsets = mask.shape[0] + 1
-    with mode:
-        index = torch.empty(tokens, dtype=torch.int64, device=mask.device)
-        cu_seqlens = torch.empty(offsets, dtype=torch.int32, device=mask.device)
-    return index, cu_seqlens

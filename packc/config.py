@@ -24,7 +24,8 @@ kernels: str = Config(default="auto", env_name_default="PACKC_KERNELS")
 """Which implementation the ops run: "auto", "reference" (plain torch), "cpu" (C++) or "triton"."""
 
 mask: str | None = Config(default=None, env_name_default="PACKC_MASK")
-"""Name of the model's padding-mask argument; None looks for one by name and use."""
+"""Name of the model's padding-mask argument, or of several, one a sequence, with commas between them or as a list; None
+looks for them by name and use."""
 
 loss_outside: bool = Config(default=False, env_name_default="PACKC_LOSS_OUTSIDE")
 """Labels count outside of the compiled graph, on returned logits, that of a left-padded row's first token among them:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from packc import config
-from packc.batches import Packing, pack_batch, unread_batch
+from packc.batches import Packing, Rows, pack_batches, unread_batch
 from packc.boundaries import BoundaryInput, Given, handed_over, say_something
 from packc.compilation import in_backward
 from packc.fake_tensors import has_values
@@ -48,18 +48,17 @@ class _Call:
         self._was_in_block = False
         self._warned: set[str] = set()
 
-    def given(self, inputs: Sequence[Any]) -> list[Given]:
-        """The boundaries of this call.
+    def around(self) -> Given | None:
+        """What :func:`packc.documents` says of this call.
 
         Raises:
-            NotPacked: those of the forward are not known any more.
+            NotPacked: what it said in the forward is not known any more.
         """
         around = handed_over()
         if around is None and self._was_in_block and in_backward():
             raise NotPacked(_RECOMPUTED)
         self._was_in_block |= around is not None
-        found = [each.given(inputs) for each in self.boundaries]
-        return found if around is None else [around, *found]
+        return around
 
 
 class PackedCall(_Call):
@@ -76,84 +75,111 @@ class PackedCall(_Call):
         self,
         compiled: Callable[..., Any],
         graph: fx.GraphModule,
-        requirements: Requirements,
+        streams: Sequence[Requirements],
         *,
         strict: bool | None,
-        with_padding: tuple[Callable[..., Any], Requirements] | None = None,
+        with_padding: tuple[Callable[..., Any], Sequence[Requirements]] | None = None,
         boundaries: Sequence[BoundaryInput] = (),
         loss_outside: bool = False,
     ) -> None:
-        of_others = [each for each in boundaries if not each.is_of(requirements.mask_path)]
-        self.of_others = of_others if requirements.padded_mixers else []
-        super().__init__([each for each in boundaries if each not in self.of_others])
-        self.of_all = any(each.is_of_all for each in self.boundaries)
+        super().__init__(boundaries)
         self.compiled = compiled
         self.with_padding = with_padding
         self.graph = graph
         self.loss_outside = loss_outside
-        self.labels_may_follow = requirements.returns_tokens and not requirements.labels
-        self.requirements = requirements
+        self.streams = streams
+        self.padded_mixers = streams[-1].padded_mixers
+        """Of no stream."""
         self.strict = strict
-        self.last: Packing | None = None
+        self.last: list[Packing] = []
+        self._of_stream = [[each for each in boundaries if each.is_of(stream.mask_path)] for stream in streams]
+        of_none = [each for each in boundaries if not any(each in own for own in self._of_stream)]
+        self._of_others = of_none if self.padded_mixers else []
+        if not self.padded_mixers and len(streams) == 1:
+            self._of_stream = [list(boundaries)]
 
     def __call__(self, *inputs: Any) -> Any:
-        wanted = self.requirements
-        if not has_values(inputs[wanted.mask]):
-            self.last = packing = unread_batch(inputs[wanted.mask])
-            return self.graph(*inputs, packing.index, packing.cu_seqlens)
-        packing = self._packing(inputs)
-        compiled = self._compiled(packing)
-        for reason in packing.reasons:
-            self._say(reason, packing)
-        self.last = packing
-        outputs = compiled(*inputs, packing.index, packing.cu_seqlens)
-        if packing.left_padded and self.labels_may_follow and not self.loss_outside and _trains(outputs):
-            # Not under strict either: nothing says that there is such a loss.
-            say_once(_LOSS_OUTSIDE, self._warned, strict=False)
+        if not has_values(inputs[self.streams[0].mask]):
+            self.last = [unread_batch(inputs[stream.mask]) for stream in self.streams]
+            return self.graph(*inputs, *_index(self.last))
+        packings = pack_batches(self._rows(inputs))
+        compiled = self._compiled(packings)
+        for packing in packings:
+            for reason in packing.reasons:
+                self._say(reason, packing)
+        self.last = packings
+        outputs = compiled(*inputs, *_index(packings))
+        if not self.loss_outside and _trains(outputs):
+            for stream, packing in zip(self.streams, packings, strict=True):
+                if packing.left_padded and stream.labels_may_follow:
+                    # Not under strict either: nothing says that there is such a loss.
+                    say_once(_LOSS_OUTSIDE, self._warned, strict=False)
         return outputs
 
-    def _packing(self, inputs: Sequence[Any]) -> Packing:
-        wanted = self.requirements
-        if say_something([each.given(inputs) for each in self.of_others]):
-            raise NotPacked(f"documents of another sequence than {wanted.mask_path}'s: {wanted.padded_mixers[0]}")
+    def _rows(self, inputs: Sequence[Any]) -> list[Rows]:
+        if say_something([each.given(inputs) for each in self._of_others]):
+            raise NotPacked(f"documents of another sequence: {self.padded_mixers[0]}")
+        around = self.around()
+        if around is not None and len(self.streams) > 1:
+            raise NotPacked("packc.documents around several sequences: of which it speaks is not known")
+        given = [[each.given(inputs) for each in own] for own in self._of_stream]
+        return [
+            self._rows_of(number, inputs, [*([around] if around is not None else []), *of_stream])
+            for number, of_stream in enumerate(given)
+        ]
+
+    def _rows_of(self, number: int, inputs: Sequence[Any], given: list[Given]) -> Rows:
+        wanted, rows = self.streams[number], inputs[self.streams[number].mask]
+        others = [None] * (2 * number)  # what the sequences before it take
         with torch.no_grad():
-            labels = [(each.graph(*inputs), each.ignore_index) for each in (*wanted.labels, *wanted.live)]
-        rows = inputs[wanted.mask]
-        return pack_batch(
+            labels = [(each.graph(*inputs, *others), each.ignore_index) for each in (*wanted.labels, *wanted.live)]
+        return Rows(
             rows if wanted.padding else torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device),
             labels if wanted.padding else [],
             inside=[inputs[each] for each in wanted.other_masks],
             outside=wanted.outside,
-            boundaries=self.given(inputs),
+            boundaries=given,
             moved=[given for given, each in zip(labels, wanted.labels, strict=False) if each.moved],
-            one_before=self.loss_outside and self.labels_may_follow,
+            one_before=self.loss_outside and wanted.labels_may_follow,
             padding_attends=wanted.attends,
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
         )
 
-    def _compiled(self, packing: Packing) -> Callable[..., Any]:
+    def _compiled(self, packings: Sequence[Packing]) -> Callable[..., Any]:
         """The graph that is right for a batch.
 
         Raises:
             NotPacked: none is, as a row holds several documents.
         """
-        compiled, wanted = self.compiled, self.requirements
-        if self.with_padding and (not packing.only_tokens or (packing.gaps and wanted.reads_positions)):
-            compiled, wanted = self.with_padding
-        if packing.several:
-            if wanted.padded_mixers and (self.of_all or handed_over() is not None):
-                raise NotPacked(f"documents of several sequences, one of which runs padded: {wanted.padded_mixers[0]}")
-            reason = wanted.one_document if packing.elsewhere else wanted.one_document_of_positions
-            if reason is not None:
-                raise NotPacked(f"packc cannot keep several documents in a row apart: {reason}")
-        if packing.across:
-            raise NotPacked(_ACROSS)
+        compiled, streams = self.compiled, self.streams
+        if self.with_padding and any(map(_keeps_padding, packings, streams)):
+            compiled, streams = self.with_padding
+        for packing, wanted, own in zip(packings, streams, self._of_stream, strict=True):
+            if packing.several:
+                if self.padded_mixers and (self.around() is not None or any(each.is_of_all for each in own)):
+                    raise NotPacked(
+                        f"documents of several sequences, one of which runs padded: {self.padded_mixers[0]}"
+                    )
+                reason = wanted.one_document if packing.elsewhere else wanted.one_document_of_positions
+                if reason is not None:
+                    raise NotPacked(f"packc cannot keep several documents in a row apart: {reason}")
+            if packing.across:
+                raise NotPacked(_ACROSS)
         return compiled
 
     def _say(self, reason: str, packing: Packing) -> None:
         text = f"packc left {packing.whole_rows} of {packing.rows} rows padded: {reason}"
         say_once(text, self._warned, key=reason, strict=self.strict)
+
+
+def _index(packings: Sequence[Packing]) -> list[Tensor]:
+    return [each for packing in packings for each in (packing.index, packing.cu_seqlens)]
+
+
+def _keeps_padding(packing: Packing, stream: Requirements) -> bool:
+    """Whether packed attention would see what a mask hides."""
+    return (stream.only_tokens and not packing.only_tokens) or (packing.gaps and stream.reads_positions)
 
 
 def _trains(outputs: Sequence[Any]) -> bool:
@@ -186,14 +212,14 @@ class UnpackedCall(_Call):
         self.has_tokens, self.has_mixers = has_tokens, has_mixers
 
     def __call__(self, *inputs: Any) -> Any:
-        given = self.given(inputs)
+        around = self.around()
+        given = [*([around] if around is not None else []), *(each.given(inputs) for each in self.boundaries)]
         if given and self.has_tokens and say_something(given):
             if self.for_documents is not None:
                 return self.for_documents(*inputs)
-            around = any(each.around for each in given)
             names = " and ".join(each.name for each in given)
             text = f"packc cannot keep the documents that {names} begin{'s' * (len(given) == 1)} apart: {self.reason}"
-            if around or self.has_mixers:
+            if around is not None or self.has_mixers:
                 raise NotPacked(text)
             say_once(f"{text}. Whether they are is up to the model's attention masks", self._warned)
         return self.compiled(*inputs)

@@ -83,10 +83,32 @@ def _by_mask(graph: Graph, skipped: set[Pass]) -> Graph:
     reasons: list[NoMask | NotPackable] = []
     for mask in graph.masks:
         try:
-            return _packed(replace(graph, mask=mask), skipped)
+            packed = _packed(replace(graph, mask=mask), skipped)
         except (NoMask, NotPackable) as reason:
             reasons.append(reason)
+            continue
+        return _with_further_streams(packed, [each.name for each in graph.masks], skipped)
     raise reasons[0]
+
+
+def _with_further_streams(packed: Graph, masks: list[str], skipped: set[Pass]) -> Graph:
+    """The sequences of the other masks packed too, those that can be."""
+    done = {node.name for node in packed.tokens.kinds}
+    for mask in masks:
+        if mask in done:
+            continue
+        try:
+            packed = _packed(_next_stream(packed, mask), skipped, of=packed)
+        except (NoMask, NotPackable) as reason:
+            log.info("the sequence of %s is not packed: %s", mask, reason)
+            continue
+        done |= {node.name for node in packed.tokens.kinds}
+    return packed
+
+
+def _next_stream(packed: Graph, mask: str) -> Graph:
+    graph = passes.with_inputs_of_its_own(packed)
+    return replace(graph, mask=next(node for node in graph.placeholders if node.name == mask))
 
 
 def _by_rows(graph: Graph, skipped: set[Pass]) -> Graph:
@@ -106,12 +128,22 @@ def _by_rows(graph: Graph, skipped: set[Pass]) -> Graph:
     return packed[0]
 
 
-def _packed(graph: Graph, skipped: set[Pass]) -> Graph:
+def _packed(graph: Graph, skipped: set[Pass], of: Graph | None = None) -> Graph:
+    """Packed by the graph's mask, and once more for batches that keep padding which attention must not see.
+
+    ``of``: another sequence of it has been packed already, in both forms.
+    """
     found = _run(FIND, graph, skipped)
     packed = _run(PACK, found, skipped)
+    packed = replace(packed, streams=[*graph.streams, packed.requirements])
     _artifact("packc_after", packed.gm)
-    if packed.requirements.only_tokens:
-        return replace(packed, with_padding=_run(PACK, found, {*skipped, passes.pack_attention}))
+    before = of.with_padding if of is not None else None
+    if before is not None:
+        found = _run(FIND, _next_stream(before, graph.mask.name), skipped)
+    if packed.requirements.only_tokens or before is not None:
+        padded = _run(PACK, found, {*skipped, passes.pack_attention})
+        streams = [*(before or graph).streams, padded.requirements]
+        return replace(packed, with_padding=replace(padded, streams=streams))
     return packed
 
 

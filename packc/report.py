@@ -39,13 +39,13 @@ class GraphReport:
     call: PackedCall | None = None
 
     @classmethod
-    def packed(cls, requirements: Requirements, call: PackedCall) -> GraphReport:
-        padded = requirements.padded_mixers
+    def packed(cls, streams: Sequence[Requirements], call: PackedCall) -> GraphReport:
+        padded = streams[-1].padded_mixers
         counts = Counter(each.reason for each in padded)
         return cls(
-            [Mixer(op, module, True) for op, module in requirements.mixers]
+            [Mixer(op, module, True) for stream in streams for op, module in stream.mixers]
             + [Mixer(each.node, each.module, False) for each in padded],
-            requirements.boundaries,
+            [boundary for stream in streams for boundary in stream.boundaries],
             "; ".join(f"{count} mixers run padded: {reason}" for reason, count in counts.items()) or None,
             call,
         )
@@ -57,6 +57,17 @@ class GraphReport:
         return cls([Mixer(str(node.target), module_path(node), False) for node in nodes], list(boundaries), reason)
 
 
+class Stream(NamedTuple):
+    """A sequence that is packed."""
+
+    mask: str
+    """Path of its mask among the arguments; without padding, of an input of its tokens."""
+    tokens: int
+    """That the packed graph worked on."""
+    padded_tokens: int
+    """B * L of the same batch."""
+
+
 @dataclass
 class Report:
     """What :func:`explain` found. ``str()`` is for people."""
@@ -66,19 +77,24 @@ class Report:
     boundaries: list[Boundary]
     """Every other op that reads its operands padded, because it mixes tokens or may: node, module path, reason."""
     tokens: int | None
-    """Tokens that the packed graph worked on; None when nothing was packed."""
+    """Tokens that the packed graph worked on, of all sequences; None when nothing was packed."""
     padded_tokens: int | None
-    """B * L of the same batch."""
+    """B * L of the same batch, of all sequences."""
     fallback: str | None
     """Why the graph, or rows of the batch, ran padded; None if all was packed."""
     graphs: int = 1
     """How many graphs Dynamo made of the model."""
+    streams: list[Stream] = field(default_factory=list)
+    """The sequences that are packed: one, or several in a graph, each with its own mask."""
 
     def __str__(self) -> str:
         lines = [f"packc: {self._headline()}"]
         if self.tokens is not None and self.padded_tokens:
             share = 1 - self.tokens / self.padded_tokens
             lines.append(f"  tokens      {self.tokens} of {self.padded_tokens} padded ({share:.1%} left out)")
+        if len(self.streams) > 1:
+            lines.append(f"  sequences   {len(self.streams)}")
+            lines.extend(f"    {each.mask}: {each.tokens} of {each.padded_tokens}" for each in self.streams)
         lines.append(f"  mixers      {len(self.mixers)}")
         width = max((len(mixer.op) for mixer in self.mixers), default=0)
         lines.extend(
@@ -181,7 +197,14 @@ def _explaining(configuration: str) -> Callable[..., Any]:
 
 
 def _merge(graphs: list[GraphReport]) -> Report:
-    packings = [graph.call.last for graph in graphs if graph.call is not None and graph.call.last is not None]
+    calls = [graph.call for graph in graphs if graph.call is not None and graph.call.last]
+    packings = [packing for call in calls for packing in call.last]
+    # Pieces of one model work on the same tokens: those of the first.
+    streams = [
+        Stream(stream.mask_path, packing.tokens, packing.padded_tokens)
+        for call in calls[:1]
+        for stream, packing in zip(call.streams, call.last, strict=True)
+    ]
     reasons: dict[str, None] = dict.fromkeys(
         [graph.fallback for graph in graphs if graph.fallback]
         + [reason for packing in packings for reason in packing.reasons]
@@ -191,8 +214,9 @@ def _merge(graphs: list[GraphReport]) -> Report:
     return Report(
         mixers=[mixer for graph in graphs for mixer in graph.mixers],
         boundaries=[boundary for graph in graphs for boundary in graph.boundaries],
-        tokens=packings[0].tokens if packings else None,
-        padded_tokens=packings[0].padded_tokens if packings else None,
+        tokens=sum(each.tokens for each in streams) if streams else None,
+        padded_tokens=sum(each.padded_tokens for each in streams) if streams else None,
         fallback="; ".join(reasons) or None,
         graphs=len(graphs),
+        streams=streams,
     )

@@ -18,6 +18,7 @@ from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
+from packc.passes.streams import index_fakes, with_inputs_of_its_own
 from packc.passes.unpacked import boundaries_of, has_rows, is_mixer, knows_documents
 from packc.passes.widen_losses import widen_losses
 from packc.passes.write import write
@@ -43,6 +44,7 @@ __all__ = [
     "find_rows",
     "functional",
     "has_rows",
+    "index_fakes",
     "is_mixer",
     "knows_documents",
     "layout",
@@ -52,6 +54,7 @@ __all__ = [
     "requirements",
     "row_wise",
     "widen_losses",
+    "with_inputs_of_its_own",
     "without_marks",
     "write",
     "written_out_attention",

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from packc.passes.choose import Forms
     from packc.passes.requirements import Requirements
 
+INDEX, CU_SEQLENS = "packc_index", "packc_cu_seqlens"
+"""What a packed graph's further inputs are called, with a number from the second sequence on."""
+
 AnAsk = TypeVar("AnAsk", bound=Ask)
 
 
@@ -73,6 +76,8 @@ class Graph:
     """In which forms each value is computed."""
     requirements: Requirements = None  # type: ignore[assignment]
     """What the packed graph asks of each batch."""
+    streams: list[Requirements] = field(default_factory=list)
+    """The same of every sequence that is packed, in the order of their ``index`` and ``cu_seqlens``."""
     with_padding: Graph | None = None
     """The packed graph for batches that keep padding, where attention in ``gm`` would see it."""
     no_mask: str | None = None

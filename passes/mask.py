@@ -48,20 +48,27 @@ def find_masks(graph: Graph) -> Graph:
     """Find the inputs that may be the padding mask.
 
     ``packc.config.mask`` is an argument's path in a call of the model, or the end of one (``attention_mask``,
-    ``chosen.attention_mask``); without it, they are the two-dimensional inputs with a known name (``attention_mask``,
-    ``padding_mask``, ``mask``, ...) that are not added to scores, and the rest is left to :func:`confirm_mask`.
+    ``chosen.attention_mask``), or several, each of a sequence of its own. Without it, they are the inputs of two axes
+    with a known name (``attention_mask``, ``padding_mask``, ``mask``, ...) that are not added to scores, and the rest
+    is left to :func:`confirm_mask`.
 
     Raises:
         NoMask: there is none, or sequences have one position, and there is nothing along which to pack.
-        WrongMask: ``packc.config.mask`` is set and is not one two-dimensional input of this graph.
+        WrongMask: ``packc.config.mask`` is set and does not name two-dimensional inputs of this graph.
     """
     arguments = [node for node in graph.placeholders if is_argument(node)]
     if config.mask is not None:
-        return replace(graph, masks=_along_which_to_pack([_named(config.mask, arguments)]))
+        return replace(graph, masks=_along_which_to_pack([_named(name, arguments) for name in _wanted()]))
     found = [node for node in arguments if node.meta["val"].ndim == 2 and _rank(node) and not _is_added(node)]
     if not found:
         raise NoMask(f"no (B, L) padding mask among the inputs {_paths(arguments)}")
     return replace(graph, masks=_along_which_to_pack(sorted(found, key=_rank)))
+
+
+def _wanted() -> list[str]:
+    """The names in ``packc.config.mask``."""
+    given: str | list[str] = config.mask or []
+    return given.split(",") if isinstance(given, str) else list(given)
 
 
 def find_rows(graph: Graph) -> Graph:
@@ -129,7 +136,7 @@ def confirm_mask(graph: Graph) -> Graph:
     opposite = zero_at_tokens(graph, graph.mask) - graph.zero
     if any(value in opposite for value in read):
         raise NoMask(f"a mixer reads a value that is set to zero where {own!r} is one: it marks padding, not tokens")
-    if own.split(".")[-1] == _TRUSTED or (config.mask is not None and is_called(graph.mask, config.mask)):
+    if own.split(".")[-1] == _TRUSTED or any(is_called(graph.mask, name) for name in _wanted()):
         return graph
     if any(value in graph.zero for value in read):
         return graph

@@ -26,7 +26,8 @@ class Labels:
     """Labels of a loss and the label it ignores."""
 
     graph: fx.GraphModule
-    """The padded graph's inputs -> its labels, shifted as the loss reads them, B*L elements in row-major order."""
+    """The padded graph's inputs (and, of a further sequence, None for what those before it take) -> its labels, shifted
+    as the loss reads them, B*L elements in row-major order."""
     ignore_index: int
     moved: bool = False
     """Whether they are other tokens' labels, the next ones'."""
@@ -64,6 +65,8 @@ class Requirements:
     """Whether an attention mask goes by positions: packed attention knows nothing of some that are left out."""
     returns_tokens: bool = False
     """Whether some output has values of tokens, zero at padding."""
+    labels_may_follow: bool = False
+    """Whether labels may count outside of the graph."""
     mixers: list[tuple[str, str]] = field(default_factory=list)
     """(op, module path) of each packed mixer."""
     padded_mixers: list[Boundary] = field(default_factory=list)
@@ -108,6 +111,7 @@ def requirements(graph: Graph) -> Graph:
         padded_mixers=padded_mixers(graph, packed),
         boundaries=boundaries_of(graph),
     )
+    result.labels_may_follow = result.returns_tokens and not result.labels
     if others:
         names = ", ".join(map(argument_path, others))
         result.outside = f"{names} marks tokens where {argument_path(graph.mask)} has padding"

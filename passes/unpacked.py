@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from packc.ops.mixer import MIXERS
 from packc.passes.axes import covers_tokens
-from packc.passes.graph import Graph
+from packc.passes.graph import CU_SEQLENS, Graph
 from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
 from packc.passes.sources import argument_path, is_argument, is_parameter
@@ -64,5 +64,10 @@ def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:
     return [
         Boundary(f"{node.target}", module_path(node), graph.tokens.refusals.get(node, elsewhere))
         for node in graph.gm.graph.nodes
-        if is_mixer(node) and node not in packed
+        if is_mixer(node) and node not in packed and not _is_of_another_stream(node)
     ]
+
+
+def _is_of_another_stream(node: fx.Node) -> bool:
+    """Whether a mixer has been packed with its own sequence."""
+    return any(each.op == "placeholder" and each.name.startswith(CU_SEQLENS) for each in node.all_input_nodes)

@@ -13,7 +13,7 @@ from torch import fx
 from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, hint_of, value_of
 from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed
-from packc.passes.graph import Graph, is_item, switches_mode
+from packc.passes.graph import CU_SEQLENS, INDEX, Graph, is_item, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
@@ -43,7 +43,8 @@ class _Writer:
         # Keyed by region too: under no_grad a gather has no gradient, so it must not serve the code around.
         self.gathered: dict[tuple[fx.Node, Layout, int], fx.Node] = {}
         self.region = 0
-        index, cu_seqlens = (self.graph.placeholder(f"packc_{name}") for name in ("index", "cu_seqlens"))
+        number = f"_{len(graph.streams)}" if graph.streams else ""
+        index, cu_seqlens = (self.graph.placeholder(name + number) for name in (INDEX, CU_SEQLENS))
         self.packed = Packed(self._write, index, cu_seqlens, self.in_padded[graph.mask], graph.sizes)
         self.padded = self.packed.padded
 

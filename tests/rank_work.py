@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_ranks import WORLD
 
 import packc
-from packc.batches import pack_batch
+from packc.batches import pack_batches
 
 ROWS = [RIGHT, BOTH]
 BUCKET_MB = 0.0005
@@ -83,11 +83,11 @@ def fsdp_gradients(rank, compile_blocks):
     packings = []
     with pytest.MonkeyPatch.context() as patch:
 
-        def noting(*args, **kwargs):
-            packings.append(pack_batch(*args, **kwargs))
-            return packings[-1]
+        def noting(sequences):
+            packings.extend(pack_batches(sequences))
+            return packings[-len(sequences) :]
 
-        patch.setattr(packc.packed_call, "pack_batch", noting)
+        patch.setattr(packc.packed_call, "pack_batches", noting)
         how = {"backend": packc.backend, "options": {"packc.inner": "aot_eager", "packc.loss_outside": True}}
         if compile_blocks:
             for block in model.blocks:

@@ -88,10 +88,7 @@ def loss_alone(ids, lengths):
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(family, marks=() if family in ("mamba", "bamba") else pytest.mark.slow)
-        for family in (*LEAKS, *RAISES)
-    ],
+    [pytest.param(family, marks=() if family == "bamba" else pytest.mark.slow) for family in (*LEAKS, *RAISES)],
 )
 def test_a_training_step_is_that_of_the_documents_alone(family):
     model = tiny_model(family).train()

@@ -145,6 +145,60 @@ def test_one_row_of_positions_for_all_is_no_table():
         torch.testing.assert_close(out[row : row + 1, start:end], want)
 
 
+def by_positions(x, position_ids):
+    """Attention whose mask hides other documents, as transformers makes one of positions."""
+    number = F.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0))
+    before = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    visible = (number[:, None, :, None] == number[:, None, None, :]) & before
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], visible)[:, 0]
+
+
+def test_a_mask_made_of_positions_is_what_they_say():
+    x, rows = torch.randn(2, 9, 4), [positions([[9], [9]]), positions(TWO_ROWS), positions(OTHERS)]
+    fast = compiled(by_positions)
+    for step, position_ids in enumerate(rows):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            torch.testing.assert_close(fast(x, position_ids), by_positions(x, position_ids))
+    report = packc.explain(by_positions)(x, rows[1])
+    assert [mixer.packed for mixer in report.mixers] == [True]
+
+
+def test_positions_that_leave_some_out_are_left_to_the_mask():
+    """To which they begin another document, though they do not start again."""
+    x, gap = torch.randn(1, 9, 4), torch.tensor([[0, 1, 2, 5, 6, 0, 1, 3, 4]])
+    fast = compiled(by_positions)
+    torch.testing.assert_close(fast(x, positions([[5, 4]])), by_positions(x, positions([[5, 4]])))
+    torch.testing.assert_close(fast(x, gap), by_positions(x, gap))
+    mixed = compiled(lambda x, position_ids: mix(by_positions(x, position_ids)))
+    out = mixed(x, gap)
+    attended = by_positions(x, gap)
+    torch.testing.assert_close(out, torch.cat([mix(attended[:, :5]), mix(attended[:, 5:])], 1))
+    with packc.documents(cu_seqlens=offsets([2, 7])), pytest.raises(ValueError, match="disagree"):
+        mixed(x, gap)
+    rising = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 9, 10]])
+    with packc.documents(cu_seqlens=offsets([2, 7])), pytest.raises(packc.NotPacked, match="scaled_dot_product"):
+        mixed(x, rising)
+
+
+def test_heads_may_give_entries_of_one_token_each():
+    model, ids = Mixed(), tokens(TWO_ROWS)
+
+    def log_probs(ids):
+        return model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+
+    def last(ids):
+        return model(ids)[:, -1]
+
+    want = alone(model, ids, TWO_ROWS)
+    with packc.documents(**by("seq_idx", TWO_ROWS)):
+        got = compiled(log_probs)(ids), compiled(last)(ids)
+    torch.testing.assert_close(got[0], want[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]))
+    torch.testing.assert_close(got[1], want[:, -1])
+    refused(lambda ids: log_probs(ids).sum(1), ids, match="sum")
+    weights = torch.ones(2, 8, 1, dtype=torch.int64)
+    refused(lambda ids, weights: (log_probs(ids) * weights).sum(1), ids, weights, match="several along the rows")
+
+
 def test_what_the_graph_recomputes_knows_documents():
     model = Mixed()
     rows = TWO_ROWS

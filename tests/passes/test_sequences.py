@@ -67,12 +67,12 @@ def test_masks_of_one_name_are_told_apart_by_their_path():
     chosen = {"x": values(), "attention_mask": masks(RIGHT)}
     rejected = {"x": values(), "attention_mask": masks(OTHER)}
     real = chosen["attention_mask"], rejected["attention_mask"]
-    for name, packed in ((None, 0), ("chosen.attention_mask", 0), ("rejected.attention_mask", 1)):
+    for name, packed in ((None, (0, 1)), ("chosen.attention_mask", (0,)), ("rejected.attention_mask", (1,))):
         assert_right(model, (chosen, rejected), real, **({"packc.mask": name} if name else {}))
         with packc.config.patch(mask=name):
             torch._dynamo.reset()
             report = packc.explain(model)(chosen, rejected)
-        assert report.tokens == real[packed].sum()
+        assert report.tokens == sum(real[number].sum() for number in packed)
     with pytest.raises(Exception, match=r"may be any of \['chosen.attention_mask', 'rejected.attention_mask'\]"):
         run(model, chosen, rejected, **{"packc.mask": "attention_mask"})
 
