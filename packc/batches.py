@@ -111,7 +111,7 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
         if why is None and rows.one_before and count:
             start = max(0, first - 1)
         if beyond and rows.outside is not None:
-            start, stop, why = 0, length, outside
+            start, stop, why = 0, length, rows.outside
         whys = [] if why is None else [why]
         if rows.keep_left is not None and start > 0:
             start, whys = 0, [*whys, rows.keep_left]
