@@ -1,5 +1,7 @@
 """A few random models in every run of the suite; ``python -m fuzz`` in tests/ tries thousands."""
 
+from dataclasses import replace
+
 import pytest
 
 from fuzz.check import Wrong, check
@@ -16,9 +18,9 @@ def test_packed_models_are_eager_ones(first):
 
 
 def test_a_fault_is_found_and_shrunk(monkeypatch):
-    pack_batch = packed_call.pack_batch
+    pack_batches = packed_call.pack_batches
     monkeypatch.setattr(
-        packed_call, "pack_batch", lambda *given, **more: pack_batch(*given, **more | {"keep_left": None})
+        packed_call, "pack_batches", lambda rows: pack_batches([replace(each, keep_left=None) for each in rows])
     )
     program = next(each for each in map(generate, range(10, 90)) if is_wrong(each))
     smaller, _ = shrunk(program, batches=4)
