@@ -108,13 +108,11 @@ def compare(program: Program, call: Any, inputs: dict[str, Tensor], where: str) 
 
 
 def _same_strides(program: Program, packed: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> None:
-    """Where eager's values lie end to end."""
+    """Where eager's values lie end to end, in an order that no axis of size one leaves open."""
     for value, got, want in zip(program.outputs, packed, eager, strict=True):
         order = sorted(range(want.ndim), key=lambda axis: -want.stride(axis))
-        if want.permute(order).is_contiguous():
-            pairs = zip(got.stride(), want.stride(), want.shape, strict=True)
-            if any(a != b for a, b, size in pairs if size > 1):
-                raise ValueError(f"{value.name}: strides {got.stride()} are not {want.stride()}")
+        if want.permute(order).is_contiguous() and 1 not in want.shape and got.stride() != want.stride():
+            raise ValueError(f"{value.name}: strides {got.stride()} are not {want.stride()}")
 
 
 class _Outputs(NamedTuple):
