@@ -57,6 +57,7 @@ POINTWISE = {
     "functions that keep zero": lambda x, m: (
         x.sign() + x.round() + x.nan_to_num() + x.sin() + x.expm1() + x.abs().log1p() + x**2 + x**3
     ),
+    "gates": lambda x, m: F.logsigmoid(x) + ((x > 0) & (x < 1)) + ((x > 1) | (m[..., None] == 0)),
     "larger and smaller": lambda x, m: torch.maximum(x, -x) * torch.minimum(x, x.cos()) + torch.minimum(x, -x),
     "dropouts off": lambda x, m: F.rrelu(F.alpha_dropout(F.feature_alpha_dropout(x, 0.5, False), 0.5, False)),
     "native dropout off": lambda x, m: torch.native_dropout(x, 0.5, train=False)[0],
@@ -80,6 +81,7 @@ VIEWS = {
     "unbind": lambda x, m: torch.stack(x.unbind(-1)[::-1], -1),
     "select": lambda x, m: x * x[:, :, 0].unsqueeze(-1),
     "slice features": lambda x, m: F.pad(x[..., 1:], (1, 0)),
+    "narrowed": lambda x, m: x.narrow(-1, 1, 2) * x.narrow(2, 0, 2),
     "slice nothing": lambda x, m: x[:, 0:, :],
     "expand": lambda x, m: x[:, :, None, :].expand(-1, -1, 3, -1).sum(2),
     "expand with sizes": lambda x, m: x[:, :, None, :].expand(H, H, 3, H).mean(2),

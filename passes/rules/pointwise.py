@@ -82,6 +82,9 @@ register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), a
     aten.hardswish.default,
     aten.selu.default,
     aten.mish.default,
+    aten.log_sigmoid.default,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
 )
 def pointwise(op: Op) -> Reading:
     """Elementwise with broadcasting; draws of random ops are made for real tokens only."""

@@ -104,6 +104,7 @@ def reduction(op: Op) -> Reading:
     aten.flip.default,
     aten.roll.default,
     aten.glu.default,
+    aten.narrow.default,
     zero=first_is_zero,
 )
 @register_rule(
