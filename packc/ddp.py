@@ -179,20 +179,21 @@ def _as_from_dynamo(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModu
     placeholders = result.graph.find_nodes(op="placeholder")
     fakes = fakify(gm, inputs)
     sizes: list[tuple[int, int]] = []
-    with result.graph.inserting_after(placeholders[-1]):
-        for position, (node, fake) in enumerate(zip(placeholders, fakes.copy(), strict=True)):
-            if _VALUE in node.meta:
-                continue
-            node.meta[_VALUE] = fake
-            for axis, size in enumerate(fake.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                    symbol = result.graph.placeholder(f"{node.name}_size_{axis}")
-                    symbol.meta[_VALUE] = size
-                    for user in [u for u in node.users if u.target is aten.sym_size.int and u.args == (node, axis)]:
-                        user.replace_all_uses_with(symbol)
-                        result.graph.erase_node(user)
-                    sizes.append((position, axis))
-                    fakes.append(size)
+    last = placeholders[-1]
+    for position, (node, fake) in enumerate(zip(placeholders, fakes.copy(), strict=True)):
+        if _VALUE in node.meta:
+            continue
+        node.meta[_VALUE] = fake
+        for axis, size in enumerate(fake.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                with result.graph.inserting_after(last):
+                    last = symbol = result.graph.placeholder(f"{node.name}_size_{axis}")
+                symbol.meta[_VALUE] = size
+                for user in [u for u in node.users if u.target is aten.sym_size.int and u.args == (node, axis)]:
+                    user.replace_all_uses_with(symbol)
+                    result.graph.erase_node(user)
+                sizes.append((position, axis))
+                fakes.append(size)
     carry_over_from_dynamo(gm, result)
     result.recompile()
     mode = detect_fake_mode(fakes)

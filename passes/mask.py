@@ -22,6 +22,7 @@ _NAMES = (_TRUSTED, "input_mask", "padding_mask", "pad_mask", "mask")
 # Inputs that speak of tokens, but are not what a model makes them of.
 _OF_TOKENS = {"position_ids", "seq_idx", "labels", "token_type_ids"}
 _MOST_ROWS = 4
+"""Inputs that are tried."""
 _ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 _FORWARDS = {
     torch.ops.aten.to.dtype,
@@ -78,11 +79,12 @@ def find_rows(graph: Graph) -> Graph:
         NoMask: there is none.
     """
     arguments = [node for node in graph.placeholders if is_argument(node)]
-    found = [node for node in arguments if node.meta["val"].ndim == (3 if _is_floating(node) else 2)]
+    rows = [node for node in arguments if node.meta["val"].ndim == (3 if _is_floating(node) else 2)]
+    found = [node for node in rows if not same_size(node.meta["val"].shape[1], 1)]
     if not found:
         raise NoMask(f"no rows of tokens among the inputs {_paths(arguments)}")
-    rows = sorted(found, key=lambda node: argument_path(node).split(".")[-1] in _OF_TOKENS)
-    return replace(graph, masks=_along_which_to_pack(rows)[:_MOST_ROWS], padding=False)
+    found.sort(key=lambda node: argument_path(node).split(".")[-1] in _OF_TOKENS)
+    return replace(graph, masks=found[:_MOST_ROWS], padding=False)
 
 
 def _is_floating(node: fx.Node) -> bool:

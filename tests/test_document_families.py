@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rows import alone, offsets, positions
+from rows import alone, numbers, offsets, positions
 
 import packc
 
@@ -128,5 +128,18 @@ def test_documents_around_a_call_need_no_arguments():
     ids = torch.randint(1, 32, (1, 24))
     with torch.no_grad(), packc.documents(cu_seqlens=offsets(LENGTHS)):
         out = fast(ids, use_cache=False).logits
+        want = alone(lambda part: model(part, use_cache=False).logits, ids, [LENGTHS])
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+def test_a_model_of_attention_alone_takes_what_it_does_not_read():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    fast = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
+    ids, seq_idx = torch.randint(1, 32, (1, 24)), numbers([LENGTHS])
+    with torch.no_grad():
+        out = fast(ids, seq_idx=seq_idx, use_cache=False).logits
         want = alone(lambda part: model(part, use_cache=False).logits, ids, [LENGTHS])
     torch.testing.assert_close(out, want, rtol=0, atol=1e-5 * want.abs().max().item())
