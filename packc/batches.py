@@ -7,8 +7,9 @@ there is a hole between them, and whether labels outside of them count in the lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class Packing:
     padded_tokens: int
     rows: int = 0
     whole_rows: int = 0
-    reasons: tuple[str, ...] = ()
-    """Why rows were not packed, each reason once."""
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Why rows were not packed, and how many for each: a row may have more than one."""
     left_padded: int = 0
     """Rows that begin at their first token, with padding before it."""
     only_tokens: bool = False
@@ -104,7 +105,7 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
     if rows.mask.numel() == 0:
         return Packing(*_index([(0, length)] * batch, _NOWHERE, length, device), 0, 0, batch, batch)
     facts, begins = facts[:, :_FACTS], facts[:, _FACTS:].nonzero()
-    spans, reasons = [], dict[str, None]()
+    spans, reasons = [], Counter[str]()
     whole_rows = left_padded = real = 0
     for first, end, count, other_values, first_label, end_label, beyond, *_ in facts.tolist():
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
@@ -121,7 +122,7 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
             # What attention gives at padding hangs on all other padding of the row.
             start, stop, whys = 0, length, whys or [_BEFORE]
         whole_rows += bool(whys)
-        reasons.update(dict.fromkeys(whys))
+        reasons.update(whys)
         left_padded += 0 < start == first
         real += 0 if other_values else count
         spans.append((start, stop))
@@ -133,7 +134,7 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
     across, gaps, elsewhere, disagree, not_offsets = facts[:, -5:].any(0).tolist()
     _check(rows.boundaries, disagree, not_offsets, batch * length)
     return Packing(
-        *(index, cu_seqlens, tokens, batch * length, batch, whole_rows, tuple(reasons), left_padded),
+        *(index, cu_seqlens, tokens, batch * length, batch, whole_rows, reasons, left_padded),
         only_tokens=tokens == real,
         several=len(begins) > 0,
         across=across,

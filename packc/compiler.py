@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from packc import config
+from packc import config, totals
 from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_something
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
@@ -124,6 +124,7 @@ class _Compiling:
         if config.strict and packed.requirements.padded_mixers:
             raise NotPacked(f"packc cannot pack all of this graph: {packed.requirements.padded_mixers[0]}")
         call = self._packed_call(packed, self.compile)
+        totals.count_graph(None)
         return call, GraphReport.packed(packed.streams, call)
 
     def _packed_call(self, packed: Graph, compile_inner: Callable[..., Any]) -> PackedCall:
@@ -161,6 +162,7 @@ class _Compiling:
             has_tokens=has_rows(self.gm),
             has_mixers=not all(told),
         )
+        totals.count_graph(reason)
         return call, GraphReport.unpacked(self.gm, reason, boundaries)
 
 

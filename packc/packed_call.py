@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from packc import config
+from packc import config, totals
 from packc.batches import Packing, Rows, pack_batches, unread_batch
 from packc.boundaries import BoundaryInput, Given, handed_over, say_something
 from packc.compilation import in_backward
@@ -108,6 +108,7 @@ class PackedCall(_Call):
             for reason in packing.reasons:
                 self._say(reason, packing)
         self.last = packings
+        totals.count_step(packings)
         outputs = compiled(*inputs, *_index(packings))
         if not self.loss_outside and _trains(outputs):
             for stream, packing in zip(self.streams, packings, strict=True):

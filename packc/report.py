@@ -16,6 +16,7 @@ from torch import fx
 from packc import config
 from packc.options import split_options
 from packc.passes import Boundary, Requirements, is_mixer, module_path
+from packc.totals import uncounted
 
 if TYPE_CHECKING:
     from packc.packed_call import PackedCall
@@ -146,6 +147,7 @@ def explain(model: Callable[..., Any], *, options: dict[str, Any] | None = None)
             # Entries of an explained model are its own, and must not use up what Dynamo grants the compiled one.
             with (
                 torch.no_grad(),
+                uncounted(),
                 torch._dynamo.config.patch(recompile_limit=64),
                 config.patch({**own, "inner": "eager", "strict": False}),
                 _not_compiled(original),
