@@ -147,7 +147,8 @@ def test_a_second_mask_loses_nobodys_tokens_whatever_is_made_of_what_it_hides():
 def test_positions_are_no_mask():
     def function(x, attention_mask, positions):
         angles = positions[..., None] * torch.arange(1.0, H + 1)
-        return mix(x * attention_mask[..., None]) * angles.cos()
+        mixed = mix(x * attention_mask[..., None])
+        return mixed * angles.cos() + mixed.flip(-1) * angles.sin()
 
     x, mask, positions = values(), masks(RIGHT), torch.arange(8).expand(3, 8)
     report = packc.explain(function)(x, mask, positions)
