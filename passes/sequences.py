@@ -103,13 +103,34 @@ def other_masks(graph: Graph) -> list[fx.Node]:
                 f"{argument_path(node)} sets to zero what it marks, so tokens are not those of {own_name}"
             )
         own = zero_at_padding(graph, node) - graph.zero
-        if any(value in own for value in read):
+        if not _made_of_hidden(graph, own).isdisjoint(read):
             found.append(node)
             known |= own
     for value in by_mixers:
         if value not in known and (by := is_masked(value)) is not None and inputs_of(by) != {graph.mask}:
             raise NotPackable(f"{by.name} is a mask of its own, which {own_name} knows nothing of")
     return found
+
+
+def _made_of_hidden(graph: Graph, zero: set[fx.Node]) -> set[fx.Node]:
+    """What is made, token by token, of values that a mask sets to zero; and those themselves.
+
+    ``zero`` are all that are zero where the mask is. One that is only made from it, as angles are from positions, hides
+    nothing; and what the graph's own mask sets to zero later on loses nothing.
+    """
+    found = {value for value in zero if any(_is_hidden(graph, each, zero) for each in value.all_input_nodes)}
+    for node in graph.gm.graph.nodes:
+        reading = graph.tokens.readings.get(node)
+        read = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
+        if node not in graph.zero and graph.tokens.has_axes(node) and not found.isdisjoint(read):
+            found.add(node)
+    return found | zero
+
+
+def _is_hidden(graph: Graph, operand: fx.Node, zero: set[fx.Node]) -> bool:
+    """Whether an operand of what is zero is a value of tokens, and not zero itself."""
+    floats = is_tensor(operand) and value_of(operand).is_floating_point()
+    return floats and operand not in zero and graph.tokens.has_axes(operand)
 
 
 def read_by_mixers(graph: Graph) -> list[fx.Node]:

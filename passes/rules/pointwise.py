@@ -19,7 +19,8 @@ from packc.passes.rules.registry import (
 aten = torch.ops.aten
 
 
-# Ops tagged pointwise need no entry among the rules; that f(0) = 0 is nowhere but here.
+# Ops tagged pointwise need no entry among the rules; that f(0) = 0 is nowhere but here. Not of sin: it is of positions,
+# which would be taken for a mask of what they turn.
 register_zero(
     first_is_zero,
     aten.neg.default,
@@ -35,7 +36,6 @@ register_zero(
     aten.round.default,
     aten.nan_to_num.default,
     aten.hardswish.default,
-    aten.sin.default,
     aten.expm1.default,
     aten.log1p.default,
     aten.div.Scalar,

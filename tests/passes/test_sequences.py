@@ -134,6 +134,27 @@ def test_a_second_mask_on_what_is_reduced_or_multiplied_loses_nobodys_tokens():
         assert_right(function, (x, mask, y, other), (mask, *[other] * 4))
 
 
+def test_a_second_mask_loses_nobodys_tokens_whatever_is_made_of_what_it_hides():
+    def function(x, attention_mask, y, other_mask):
+        z = F.layer_norm(1 - y * other_mask[..., None], (H,))
+        return mix(x * attention_mask[..., None]), z.exp() + x * attention_mask[..., None]
+
+    x, mask, y, other = values(), masks(RIGHT), values(), masks(OTHER)
+    with pytest.warns(UserWarning, match="other_mask marks tokens where attention_mask has padding"):
+        assert_right(function, (x, mask, y, other), (mask, other))
+
+
+def test_positions_are_no_mask():
+    def function(x, attention_mask, positions):
+        angles = positions[..., None] * torch.arange(1.0, H + 1)
+        mixed = mix(x * attention_mask[..., None])
+        return mixed * angles.cos() + mixed.flip(-1) * angles.sin()
+
+    x, mask, positions = values(), masks(RIGHT), torch.arange(8).expand(3, 8)
+    report = packc.explain(function)(x, mask, positions)
+    assert (report.tokens, report.fallback) == (15, None)
+
+
 def test_a_mask_that_fills_with_something_else_than_zero_is_still_the_mask():
     def function(x, attention_mask):
         return (mix(x.masked_fill(attention_mask[..., None] == 0, -1.0)),)
