@@ -1,7 +1,7 @@
 // packc_cpu::gated_delta_rule and its backward, chunked, with a decay per head or per channel.
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "gated_delta_rule_channel_gate.h"
@@ -128,24 +128,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
 }
 
 // Of tokens begin .. L of the one row: the matrix (1, H, K, K) by which they multiply a state, and what they leave. The
-// matrix is what becomes of the unit matrix, whose columns are carried beside the state's, with values of zero.
+// matrix is what becomes of the unit matrix without values. It costs as much as the state, unless decays let nothing
+// through: then no more than the chunks that it takes them.
 std::tuple<Tensor, Tensor> gated_delta_rule_summary(
     const Tensor& all_k, const Tensor& all_v, const Tensor& all_g, const Tensor& all_betas, const Tensor& begin) {
   const int64_t first = begin.item<int64_t>();
   const auto segment = [&](const Tensor& x) { return x.slice(1, first); };
-  const int64_t H = all_v.size(2), V = all_v.size(3), K = all_k.size(3);
-  const Tensor k = segment(all_k), v = at::constant_pad_nd(segment(all_v), {0, K}), g = segment(all_g);
-  const Chunks chunks(Documents(std::nullopt, 1, v.size(1)));
-  const GatedDeltaRule p = problem(k, k, v, segment(all_betas), 1);
+  const Tensor k = segment(all_k), v = segment(all_v), g = segment(all_g), beta = segment(all_betas);
+  const int64_t L = v.size(1), H = v.size(2), K = k.size(3);
   const auto fp32 = v.options().dtype(at::kFloat);
-  const Tensor unit = at::constant_pad_nd(at::eye(K, fp32), {V, 0}).expand({1, H, K, V + K});
-  Tensor both = new_states(v, 1, K), resolvents = workspace(p, v, kChunk);
+  const Tensor no_values = at::zeros({1, 1, 1, K}, v.options()).expand({1, L, H, K});
+  const Tensor unit = at::eye(K, fp32).expand({1, H, K, K});
+  const Chunks chunks(Documents(std::nullopt, 1, L));
+  const GatedDeltaRule p = problem(k, k, v, beta, 1);
+  GatedDeltaRule of_unit = problem(k, k, no_values, beta, 1);
+  of_unit.no_values = true;
+  Tensor state = new_states(v, 1, K), transition = new_states(no_values, 1, K), resolvents = workspace(p, v, kChunk);
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
     float* r = resolvents.mutable_data_ptr<float>();
     resolve_chunks<Gate>(p, chunks, g, r);
-    correct_states<Gate>(p, chunks, g, States(unit), States(both), r, nullptr, nullptr);
+    correct_states<Gate>(p, chunks, g, States(Tensor()), States(state), r, nullptr, nullptr);
+    correct_states<Gate>(of_unit, chunks, g, States(unit), States(transition), r, nullptr, nullptr);
   });
-  return {both.slice(3, V).contiguous(), both.slice(3, 0, V).contiguous()};
+  return {transition, state};
 }
 
 // Of tokens 0 .. end of the one row: the gradient of the state that enters.

@@ -36,6 +36,7 @@ struct GatedDeltaRule {
   PerHead beta; // (B, L, H)
   float scale;
   int64_t heads, groups, tokens, slots; // tokens and chunk states of a row
+  bool no_values = false; // v is zero everywhere
 
   int64_t K() const {
     return q.channels;

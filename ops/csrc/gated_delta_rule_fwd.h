@@ -65,6 +65,8 @@ void correct_states(
   };
   const auto make = [&](int64_t columns) { return Scratch(g, K, wide_K, columns); };
   carry_along_documents(p, chunks, false, initial, final, chunk_states, make, [&](const Carried& at, Scratch& s) {
+    if (p.no_values && is_zero(at, K)) // and stays so
+      return;
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head, columns = at.columns, width = at.width;
     s.gate.head(chunk, h);

@@ -98,6 +98,14 @@ inline void decay_state(const Carried& at, int64_t K, const Whole& whole) {
     scale_row(at.state + i * at.columns, at.width, whole(i));
 }
 
+inline bool is_zero(const Carried& at, int64_t K) {
+  for (int64_t i = 0; i < K; ++i)
+    for (int64_t j = 0; j < at.width; ++j)
+      if (at.state[i * at.columns + j] != 0)
+        return false;
+  return true;
+}
+
 // Slots that no chunk of these documents uses: what an op returns may not be left to chance.
 template <typename Problem>
 inline void clear_unused(const Problem& p, const Chunks& chunks, int64_t rows, float* chunk_states) {

@@ -1,4 +1,4 @@
-"""Summaries of any size of heads, channels and states; what is in the way of kernels' blocks, on both sides of them."""
+"""Summaries of any size of heads, channels and states, and of decays."""
 
 import pytest
 import torch
@@ -20,6 +20,15 @@ def _interpreted_thoroughly(kernels, request):
 def test_any_size_of_heads(mixer, H, G, K, V):
     recurrence = Recurrence(mixer.removesuffix("_per_channel"), MIXERS[mixer].make, {"scale": 0.3})
     agree_with_fp64(recurrence, MIXERS[mixer].make(1, 70, H=H, G=G, K=K, V=V), 4)
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta_rule", "gated_delta_rule_per_channel"])
+def test_decays_that_let_nothing_through(mixer):
+    tensors = MIXERS[mixer].make(1, 150)
+    tensors["g"] = tensors["g"] - 2
+    recurrence = Recurrence("gated_delta_rule", MIXERS[mixer].make, {"scale": 0.3})
+    agree_with_fp64(recurrence, tensors, 4)
+    assert not recurrence.summarize(tensors, 4)[0].any()
 
 
 @pytest.mark.parametrize(("D", "N", "G"), [(1, 1, None), (16, 4, 1), (70, 17, 2), (200, 3, 4)])
