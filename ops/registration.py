@@ -194,7 +194,7 @@ def _differentiation(mixer: Mixer, kernel: Callable[..., Any]) -> tuple[Callable
             dout = saved[like].new_zeros(mixer.out_shape(mixer.shapes.sizes(shapes)))
         # Of states that nobody asked for there are none.
         dfinal = douts[1] if mixer.state is not None and ctx.others[-1] else None
-        given = (*saved, *ctx.others, dout, dfinal, *[_is_channel_first(saved[n]) for n in own_layout])
+        given = (*saved, *ctx.others, dout, dfinal, *[is_channel_first(saved[n]) for n in own_layout])
         # What was kept has no tangents: with one, there would be no node.
         differentiated = torch.is_grad_enabled() or autograd.under_a_transform() or autograd.tangents_given(*douts)
         grads = (backward_op if differentiated else below)(*arguments(given))
@@ -203,5 +203,5 @@ def _differentiation(mixer: Mixer, kernel: Callable[..., Any]) -> tuple[Callable
     return setup_context, backward
 
 
-def _is_channel_first(x: Tensor) -> bool:
+def is_channel_first(x: Tensor) -> bool:
     return statically_known_true(x.stride(1) == 1) and not statically_known_true(x.stride(2) == 1)

@@ -37,8 +37,9 @@ class Summary:
 
     takes: tuple[str, ...]
     """Arguments of the mixer, in its order, on which the states depend: all that ``<name>_summary`` reads."""
-    adjoint_takes: tuple[str, ...]
-    """Those on which the gradient of an entering state depends beside ``dout``: all that ``<name>_adjoint`` reads."""
+    adjoint_takes: tuple[str, ...] | None
+    """Those on which the gradient of an entering state depends beside ``dout``: all that ``<name>_adjoint`` reads.
+    None: also on the state itself, so that there is no such op."""
     transition: str
     """Shape of a transition, in the letters of the mixer."""
     through: Through
@@ -51,9 +52,12 @@ class Summary:
     """``(kernels, *arguments of the op) -> (transition, state)``, where kernels want their arguments in another way."""
     adjoint: Callable[..., Tensor] | None = None
     """``(kernels, *arguments of the op) -> dstate``, likewise."""
+    leave: Callable[[dict[str, Tensor], Tensor, Tensor], None] | None = None
+    """``(gradients by name, dstate, begin)``: adds, in place, what a gradient of the state that leaves is to the tokens
+    ``begin ..``, where that is little beside the ``_bwd`` op."""
     flops: Callable[..., int] = field(kw_only=True)
     """Of the sizes and options, by name; as if all tokens were the segment's."""
-    adjoint_flops: Callable[..., int] = field(kw_only=True)
+    adjoint_flops: Callable[..., int] | None = None
 
     def through_adjoint(self, transition: Tensor, dstate: Tensor, arguments: Arguments) -> Tensor:
         """The gradient of the state that enters, from that of the state that leaves: the transpose of ``through``."""

@@ -37,4 +37,8 @@ inner: str = Config(default="inductor", env_name_default="PACKC_INNER")
 skip_passes: str | None = Config(default=None, env_name_default="PACKC_SKIP_PASSES")
 """Names of passes to leave out, to debug, with commas between them or as a list (packc/pipeline.py)."""
 
+check_plans: bool = Config(default=False, env_name_default="PACKC_CHECK_PLANS")
+"""To debug sequence parallelism: plans, and before each op what it is called with, are compared between ranks; what
+differs raises on all of them, where it would hang or be wrong."""
+
 install_config_module(sys.modules[__name__])

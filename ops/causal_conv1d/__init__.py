@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from packc.ops.causal_conv1d.op import MIXER
+from packc.ops.sharded import Plan, offsets_of
 
 
 def causal_conv1d(
@@ -15,6 +16,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``out[:, t, d] = act(bias[d] + sum_k weight[d, k] * x[:, t - (W - 1) + k, d])``, within documents.
 
@@ -29,6 +31,7 @@ def causal_conv1d(
             Without it every batch row is a document.
         initial_state: ``(N, D, W - 1)``, the inputs that came before each document, oldest first; zeros without it.
         output_final_state: also return the state behind each document.
+        plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
 
     Returns:
         ``out (B, L, D)``, contiguous and of x's dtype; with ``output_final_state`` also ``final_state (N, D, W - 1)``
@@ -39,8 +42,11 @@ def causal_conv1d(
     """
     if activation not in (None, "silu", "swish"):
         raise ValueError(f'activation must be None, "silu" or "swish", not {activation!r}')
+    cu_seqlens = offsets_of(plan, cu_seqlens)
     tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     MIXER.shapes.check(tensors, cu_seqlens)
+    if plan is not None:
+        return plan.run(MIXER, (x, weight, bias, activation), initial_state, output_final_state)
     out, final_state = torch.ops.packc.causal_conv1d.default(
         x, weight, bias, activation, cu_seqlens, initial_state, output_final_state
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from packc.ops.linear_attention.op import MIXER
+from packc.ops.sharded import Plan, offsets_of
 
 
 def linear_attention(
@@ -18,6 +19,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Causal linear attention with a scalar decay, each document on its own.
 
@@ -43,6 +45,7 @@ def linear_attention(
             (B is 1). Empty documents are allowed. None: every row is a document.
         initial_state: the state before each document's first token, ``(documents, H, K, V)``; None: zeros.
         output_final_state: also return the state after each document's last token.
+        plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
 
     Floating-point dtypes may differ between arguments; each gradient has its argument's dtype. Documents never meet in
     one product: a NaN in one reaches no other. Strided inputs are read in place.
@@ -57,15 +60,20 @@ def linear_attention(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
+    cu_seqlens = offsets_of(plan, cu_seqlens)
     MIXER.shapes.check({"q": q, "k": k, "v": v, "g": g, "initial_state": initial_state}, cu_seqlens)
     if g is not None:
         g = (g if g.dtype == torch.float64 else g.float()).expand(v.shape[:3])
+    if scale is None:
+        scale = max(q.shape[3], 1) ** -0.5
+    if plan is not None:
+        return plan.run(MIXER, (q, k, v, g, scale), initial_state, output_final_state)
     out, final_state, _ = torch.ops.packc.linear_attention.default(
         q,
         k,
         v,
         g,
-        max(q.shape[3], 1) ** -0.5 if scale is None else scale,
+        scale,
         cu_seqlens,
         initial_state,
         output_final_state,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from packc.ops.linear_scan.op import MIXER
+from packc.ops.sharded import Plan, offsets_of
 
 
 def linear_scan(
@@ -15,6 +16,7 @@ def linear_scan(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""An elementwise linear recurrence over tokens, each document on its own.
 
@@ -35,6 +37,7 @@ def linear_scan(
             (B is 1). Empty documents are allowed. None: every row is a document.
         initial_state: the state before each document's first token, ``(documents, ...)``; None: zeros.
         output_final_state: also return the state after each document's last token.
+        plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
 
     Floating-point dtypes may differ between arguments; each gradient has its argument's dtype. Documents are kept apart
     by selection: a NaN in one reaches no other. Strided inputs are read in place wherever their trailing axes can be
@@ -50,6 +53,9 @@ def linear_scan(
         ValueError: shapes do not fit each other (nothing is broadcast), or ``cu_seqlens`` does not rise from 0 to L. On
             CUDA that is not looked at, which would wait for the device: offsets must be right.
     """
+    cu_seqlens = offsets_of(plan, cu_seqlens)
     MIXER.shapes.check({"a": a, "b": b, "initial_state": initial_state}, cu_seqlens)
+    if plan is not None:
+        return plan.run(MIXER, (a, b), initial_state, output_final_state)
     out, final_state, _ = torch.ops.packc.linear_scan.default(a, b, cu_seqlens, initial_state, output_final_state)
     return (out, final_state) if output_final_state else out

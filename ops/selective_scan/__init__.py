@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from packc.ops.selective_scan.op import MIXER
+from packc.ops.sharded import Plan, offsets_of
 
 
 def selective_scan(
@@ -22,6 +23,7 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The selective state-space recurrence of Mamba-1, each document on its own.
 
@@ -50,6 +52,7 @@ def selective_scan(
             (B is 1). Empty documents are allowed. None: every row is a document.
         initial_state: the state before each document's first token, ``(documents, D, N)``; None: zeros.
         output_final_state: also return the state after each document's last token.
+        plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
 
     Floating-point dtypes may differ between arguments; each gradient has its argument's dtype. Documents are kept apart
     by selection: a NaN in one reaches no other.
@@ -65,8 +68,11 @@ def selective_scan(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
+    cu_seqlens = offsets_of(plan, cu_seqlens)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     MIXER.shapes.check({**tensors, "initial_state": initial_state}, cu_seqlens)
+    if plan is not None:
+        return plan.run(MIXER, (u, delta, A, B, C, D, z, delta_bias, delta_softplus), initial_state, output_final_state)
     out, final_state, _ = torch.ops.packc.selective_scan.default(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, initial_state, output_final_state
     )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packc.ops.sharded import Plan, offsets_of
 from packc.ops.ssd.op import MIXER
 
 
@@ -24,6 +25,7 @@ def ssd(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The selective state-space recurrence of Mamba-2, each document on its own.
 
@@ -53,6 +55,7 @@ def ssd(
             (B is 1). Empty documents are allowed. None: every row is a document.
         initial_state: the state before each document's first token, ``(documents, H, P, N)``; None: zeros.
         output_final_state: also return the state after each document's last token.
+        plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
 
     Floating-point dtypes may differ between arguments; each gradient has its argument's dtype. Documents never meet in
     one product: a NaN in one reaches no other. Strided inputs are read in place.
@@ -67,11 +70,14 @@ def ssd(
         ValueError: shapes do not fit each other, or ``cu_seqlens`` does not rise from 0 to L. On CUDA that is
             not looked at, which would wait for the device: offsets must be right.
     """
+    cu_seqlens = offsets_of(plan, cu_seqlens)
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     MIXER.shapes.check({**tensors, "initial_state": initial_state}, cu_seqlens)
     if B.ndim == 3:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
     dt = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+    if plan is not None:
+        return plan.run(MIXER, (x, dt, A, B, C, D, z), initial_state, output_final_state)
     out, final_state, _ = torch.ops.packc.ssd.default(
         x, dt, A, B, C, D, z, cu_seqlens, initial_state, output_final_state
     )

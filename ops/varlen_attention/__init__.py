@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from packc.ops.sharded import Plan, offsets_of
 from packc.ops.varlen_attention import op as op
 from packc.ops.varlen_attention.document_mask import MaskMod
 from packc.ops.varlen_attention.with_mask_mod import with_mask_mod
@@ -13,11 +14,12 @@ def varlen_attention(
     k: Tensor,
     v: Tensor,
     *,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
     mask_mod: MaskMod | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """``out[t, h] = sum_s softmax_s(scale * q[t, h] . k[s, g]) v[s, g]`` over the tokens s that t sees in its document.
 
@@ -33,6 +35,8 @@ def varlen_attention(
         k: ``(1, T, H_kv, K)`` of q's dtype; H is a multiple of H_kv.
         v: ``(1, T, H_kv, V)`` of q's dtype.
         cu_seqlens: ``(N + 1,)``, int32 or int64, rising from 0 to T; documents may be empty.
+        plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
+            Keys and values of cut documents are exchanged. Not with ``mask_mod``.
         causal: a token sees no later token.
         scale: of the scores; ``K ** -0.5`` without it.
         window: at least 1. A token sees itself, the ``window - 1`` tokens before it and, without ``causal``, as many
@@ -48,11 +52,16 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: an argument's dtype or shape does not fit; the message names both.
     """
+    cu_seqlens = offsets_of(plan, cu_seqlens)
     if cu_seqlens is None:
         raise TypeError("varlen_attention: cu_seqlens must be a tensor; for one document it is [0, T]")
     op.MIXER.shapes.check({"q": q, "k": k, "v": v}, cu_seqlens)
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1; got {window}")
+    if plan is not None:
+        if mask_mod is not None:
+            raise ValueError("varlen_attention: mask_mod and plan: masks of positions in a shard mean nothing")
+        return plan.attention(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale, window)
     if mask_mod is not None:
         return with_mask_mod(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
     return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)[0]

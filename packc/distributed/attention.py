@@ -1,0 +1,105 @@
+"""``packc::varlen_attention_sharded``: attention on one rank's shard, with the keys of documents that reach into it.
+
+LASP-2H (https://arxiv.org/abs/2502.07563, section 3.5) gathers all keys and values; here a rank gets those of its own
+documents and no others, each from the rank that has them, and returns their gradients the same way. Documents that are
+not cut, all but two at most, meet in the plain op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packc.distributed.first_order import first_order
+from packc.distributed.reach import count
+from packc.ops.varlen_attention import spans as spans
+
+_library = torch.library.Library("packc", "FRAGMENT")
+_library.define(
+    "varlen_attention_sharded(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float scale, "
+    "SymInt? window, Tensor sent, Tensor[] sends, Tensor[] receives, Tensor left, Tensor spans, "
+    "Tensor of_cut, str group) -> Tensor"
+)
+_packc, _collectives = torch.ops.packc, torch.ops._c10d_functional
+
+
+def _composite(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    sent: Tensor,
+    sends: Sequence[Tensor],
+    receives: Sequence[Tensor],
+    left: Tensor,
+    *rest: Any,
+) -> Tensor:
+    sizes = [count(x) for x in sends], [count(x) for x in receives], count(left)
+    return _Attention.apply(q, k, v, cu_seqlens, causal, scale, window, sent, sizes, *rest)
+
+
+_library.impl("varlen_attention_sharded", _composite, "CompositeImplicitAutograd")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        causal: bool,
+        scale: float,
+        window: int | None,
+        sent: Tensor,
+        sizes: tuple[list[int], list[int], int],
+        spans: Tensor,
+        of_cut: Tensor,
+        group: str,
+    ) -> Tensor:
+        sends, receives, left = sizes
+        both = torch.cat([k.flatten(2), v.flatten(2)], 2).squeeze(0)
+        came = _exchanged(both.index_select(0, sent), sends, receives, group)
+        reached = torch.cat([came[:left], both, came[left:]]).unsqueeze(0)
+        reached_k, reached_v = _parted(reached, k, v)
+        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window)
+        of_spans = _packc.attention_spans.default(q, reached_k, reached_v, spans, causal, scale, window)
+        ctx.save_for_backward(q, k, v, out, logsumexp, reached_k, reached_v, cu_seqlens, sent, spans, of_cut)
+        ctx.options, ctx.sizes, ctx.group = (causal, scale, window), sizes, group
+        return torch.where(of_cut[:, None, None], of_spans, out)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, logsumexp, *reached, cu_seqlens, sent, spans, of_cut = ctx.saved_tensors
+        (sends, receives, left), is_cut = ctx.sizes, of_cut[:, None, None]
+        dq, dk, dv = _packc.varlen_attention_bwd.default(
+            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options
+        )
+        dq_cut, dk_reached, dv_reached = _packc.attention_spans_bwd.default(
+            torch.where(is_cut, dout, 0), q, *reached, spans, *ctx.options
+        )
+        found = torch.cat([dk_reached.flatten(2), dv_reached.flatten(2)], 2).squeeze(0)
+        tokens = q.shape[1]
+        returned = _exchanged(torch.cat([found[:left], found[left + tokens :]]), receives, sends, ctx.group)
+        mine = found[left : left + tokens].index_add(0, sent, returned)
+        dk_cut, dv_cut = _parted(mine.unsqueeze(0), k, v)
+        return torch.where(is_cut, dq_cut, dq), dk + dk_cut, dv + dv_cut, *[None] * 9
+
+
+def _exchanged(x: Tensor, sends: list[int], receives: list[int], group: str) -> Tensor:
+    """Rows of ``x`` go to the ranks in their order."""
+    found = _collectives.all_to_all_single.default(x.contiguous(), receives, sends, group)
+    return _collectives.wait_tensor.default(found)
+
+
+def _parted(both: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    of_k, of_v = both.split([k.shape[2] * k.shape[3], v.shape[2] * v.shape[3]], 2)
+    return of_k.unflatten(2, k.shape[2:]), of_v.unflatten(2, v.shape[2:])

@@ -1,0 +1,170 @@
+"""``packc::<name>_sharded``: a mixer on one rank's shard of a packed stream, by what its ``summary`` says of segments.
+
+Forward: the summary of the last segment is sent on; what comes is the initial state of the first segment's document.
+Backward: the gradient of the state that enters the first segment, from that segment alone, is sent back; what comes is
+the gradient of the final state of the last segment's document. With these two, the op and its ``_bwd`` op give exactly
+the shard of what they give for the whole stream. (LASP, https://arxiv.org/abs/2404.02882, section 3, for any recurrence
+that is affine in its state, and for documents.)
+
+The op is one node to passes; autograd, and AOTAutograd with it, sees what it is made of: local ops, and collectives in
+both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packc.distributed import cost
+from packc.distributed.exchange import Line
+from packc.distributed.first_order import first_order
+from packc.distributed.plans import Document, Place
+from packc.ops.mixer import MIXERS, Mixer, state_dtype
+from packc.ops.registration import is_channel_first
+
+_library = torch.library.Library("packc", "FRAGMENT")
+
+_ROUTING = {"cu_seqlens": "Tensor", "places": "Tensor", "documents": "Tensor", "ranks": "Tensor"}
+_EXCHANGE = {"size": "SymInt", "group": "str", "exchange": "str", "near": "bool"}
+
+
+def declare_all() -> None:
+    """Of all mixers that have a summary."""
+    for mixer in MIXERS.values():
+        if mixer.summary is not None:
+            _declare(mixer)
+
+
+def _declare(mixer: Mixer) -> None:
+    tensors = {name: mixer.arguments[name] for name in mixer.tensor_names}
+    states = {"initial_state": "Tensor?", "output_final_state": "bool"}
+    arguments = {**tensors, **mixer.options, **_ROUTING, **states, **_EXCHANGE}
+    takes = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
+    _library.define(f"{mixer.name}_sharded({takes}) -> (Tensor out, Tensor final_state)", tags=mixer.tags)
+    names = list(arguments)
+
+    def composite(*args: Any) -> Any:
+        return _Sharded.apply(mixer, names, *args)
+
+    _library.impl(f"{mixer.name}_sharded", composite, "CompositeImplicitAutograd")
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixer: Mixer, names: list[str], *args: Any) -> tuple[Tensor, Tensor]:
+        call = _Call(mixer, dict(zip(names, args, strict=True)))
+        given, initial = call.given, call.given["initial_state"]
+        transition, state = call.op("_summary")(*call.taken(call.summary.takes), call.place(Place.BEGIN))
+        line = call.line(to_right=True)
+        if initial is not None:
+            of_last = initial.index_select(0, call.place(Place.LEAVES)).to(state.dtype)
+            begun = line.through(transition, of_last) + state
+            state = torch.where(call.place(Place.BEGINS) > 0, begun, state)
+        exchange = given["exchange"]
+        if exchange == "auto":
+            of_transition, of_state = (x.numel() * x.element_size() for x in (transition, state))
+            exchange = cost.quickest(given["size"], of_transition, of_state, given["near"])
+        found = line.send(exchange, transition, state)
+        local = {**given, "initial_state": call.initial(found.entering)}
+        out, final, *kept = call.op("")(*[local[name] for name in mixer.arguments])
+        if given["output_final_state"]:
+            final = torch.where(call.row(Document.ENDS, final), final, 0)
+        ctx.mixer, ctx.exchange, ctx.arguments = mixer, exchange, names
+        ctx.others = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
+        saved = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        saved |= {"entering": found.entering, "transition": transition, "transitions": found.transitions}
+        saved |= dict(zip((name for name in mixer.keeps if name != "out"), kept, strict=True))
+        ctx.saved = list(saved)
+        ctx.save_for_backward(*saved.values())
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+        mixer: Mixer = ctx.mixer
+        call = _Call(mixer, ctx.others | dict(zip(ctx.saved, ctx.saved_tensors, strict=True)))
+        given, summary, initial = call.given, call.summary, call.given["initial_state"]
+        if dout is None:
+            sizes = mixer.shapes.sizes({name: getattr(given[name], "shape", None) for name in mixer.tensor_names})
+            dout = given[mixer.like].new_zeros(mixer.out_shape(sizes))
+        if dfinal is not None:
+            dfinal = torch.where(call.row(Document.ENDS, dfinal), dfinal, 0)
+        line, entering = call.line(to_right=False), given["entering"]
+        found: dict[str, Tensor] = {}
+        if summary.adjoint_takes is not None and dfinal is None:
+            takes = [*call.wide([dout]), *call.taken(summary.adjoint_takes)]
+            dentering = call.op("_adjoint")(*takes, call.place(Place.END))
+        else:
+            # Gradients of final states, too, go through the first segment, of which there is no transition.
+            found = call.gradients(dout, dfinal)
+            dentering = found["initial_state"].index_select(0, call.place(Place.ENTERS))
+        dentering = dentering.to(entering.dtype)
+        leaving = line.send(ctx.exchange, given["transition"], dentering, given["transitions"]).entering
+        if summary.leave is not None:
+            summary.leave(found, leaving, call.place(Place.BEGIN))
+            of_begun = torch.where(call.place(Place.BEGINS) > 0, line.through(given["transition"], leaving), 0)
+            dinitial = found["initial_state"]
+            found["initial_state"] = torch.where(call.row(Document.LEAVES, dinitial), dinitial + of_begun, dinitial)
+        else:
+            dstates = entering.new_zeros(call.states_shape()) if dfinal is None else dfinal
+            found = call.gradients(dout, torch.where(call.row(Document.LEAVES, dstates), leaving, dstates))
+        if initial is not None:
+            dinitial = found["initial_state"].to(initial.dtype)
+            found["initial_state"] = torch.where(call.row(Document.ENTERS, dinitial), 0, dinitial)
+        return None, None, *[found.get(name) if given.get(name) is not None else None for name in ctx.arguments]
+
+
+class _Call:
+    """Of the op, with its arguments by name, and in the backward with what was kept."""
+
+    def __init__(self, mixer: Mixer, given: Mapping[str, Any]) -> None:
+        assert mixer.summary is not None
+        self.mixer, self.summary, self.given = mixer, mixer.summary, given
+        self.dtype = state_dtype(*[given[name] for name in mixer.differentiable])
+
+    def op(self, suffix: str) -> Callable[..., Any]:
+        return getattr(torch.ops.packc, f"{self.mixer.name}{suffix}").default
+
+    def place(self, which: Place) -> Tensor:
+        return self.given["places"][which : which + 1]
+
+    def row(self, which: Document, states: Tensor) -> Tensor:
+        """Which of ``states (N, ...)`` are meant."""
+        return self.given["documents"][which].view(-1, *[1] * (states.ndim - 1))
+
+    def taken(self, names: Sequence[str]) -> list[Any]:
+        return self.wide([self.given[name] for name in names])
+
+    def wide(self, arguments: Sequence[Any]) -> list[Any]:
+        """In fp64 if states are, of which not all arguments need tell."""
+        if self.dtype is not torch.float64:
+            return list(arguments)
+        return [x.double() if isinstance(x, Tensor) else x for x in arguments]
+
+    def line(self, to_right: bool) -> Line:
+        through = self.summary.through if to_right else self.summary.through_adjoint
+        weights = dict(zip(self.summary.takes, self.taken(self.summary.takes), strict=True))
+        ranks, size, group = (self.given[name] for name in ("ranks", "size", "group"))
+        return Line(ranks, size, group, lambda t, state: through(t, state, weights), self.summary.compose, to_right)
+
+    def states_shape(self) -> tuple[int, ...]:
+        return (self.given["documents"].shape[1], *self.given["entering"].shape[1:])
+
+    def initial(self, entering: Tensor) -> Tensor:
+        """Of all documents, as the local op gets them."""
+        initial = self.given["initial_state"]
+        if initial is None:
+            initial = entering.new_zeros((self.given["documents"].shape[1], *entering.shape[1:]))
+        return torch.where(self.row(Document.ENTERS, initial), entering, initial.to(entering.dtype))
+
+    def gradients(self, dout: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+        """Of the local op, by name."""
+        initial = self.initial(self.given["entering"])
+        given = {**self.given, "initial_state": initial, "dout": dout, "dfinal_state": dfinal}
+        given |= {f"channel_first_d{name}": is_channel_first(given[name]) for name in self.mixer.own_layout}
+        found = self.op("_bwd")(*[given[name] for name in self.mixer.backward_arguments])
+        return dict(zip(self.mixer.differentiable, found, strict=True))

@@ -1,0 +1,42 @@
+"""Compiled, a step is two graphs, the same on every rank and for every cut, with its collectives in sight."""
+
+import pytest
+import torch
+from mixers import MIXERS
+from sharded_work import Cut, graphs, opcheck, worst_errors
+
+# No two sizes of the first are equal, which a compiler would take for more than chance.
+CUTS = [
+    Cut([0, 2, 5, 5, 21, 21, 26, 30], [0, 9, 19, 30]),
+    Cut([0, 30, 31, 40, 45], [0, 2, 21, 45]),
+    Cut([0, 4, 17, 20], [0, 4, 12, 20]),
+]
+QUICK = [("selective_scan", "all_gather"), ("causal_conv1d", "ring")]
+ALL = [(name, exchange) for name in MIXERS for exchange in ("all_gather", "ring", "doubling")]
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)]
+)
+def test_one_graph_serves_all_ranks_and_cuts(ranks, name, exchange):
+    found = ranks.run(graphs, 3, name, exchange, CUTS)
+    for _, worst in found:
+        assert max(worst.values()) < 1e-10, worst
+    texts = [texts for texts, _ in found]
+    assert len(texts[0]) == 2
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
+@pytest.mark.parametrize("name", ["causal_conv1d", "selective_scan", "gated_delta_rule"])
+def test_inductor_gives_the_same(ranks, name, exchange):
+    for found in ranks.run(worst_errors, 3, name, CUTS, [exchange], torch.float32, "inductor", timeout=500):
+        assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_scan", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS if name != "linear_scan")]
+)
+def test_opcheck(ranks, name):
+    ranks.run(opcheck, 3, name)
