@@ -48,6 +48,11 @@ def test_packmambas_protocol_gives_one_loss_three_ways(tmp_path):
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("part", ["simulate", pytest.param("bytes", marks=pytest.mark.slow)])
+def test_sequence_parallelism_is_counted_and_simulated(part):
+    assert {"simulate": "SIMULATED, not measured", "bytes": "on the wire"}[part] in run("sequence_parallel.py", part)
+
+
 @pytest.mark.slow
 def test_what_does_not_scale_is_listed_by_event():
     table = run("efficiency.py", "--rounds=1", "--rows=100")

@@ -20,5 +20,16 @@ def test_example(name, says):
     assert "packc left" not in ran.stderr  # nothing fell back
 
 
+def test_one_stream_on_two_processes_has_the_losses_of_one():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    small = ["--tokens=96", "--steps=3", "--hidden-size=16"]
+    ran = subprocess.run([*launch, EXAMPLES / "lasp_torchrun.py", *small], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert len(lines) == 6
+    for *_, on_ranks, _, _, on_one in lines:
+        assert float(on_ranks) == pytest.approx(float(on_one), rel=1e-4)
+
+
 def test_every_example_is_tested():
-    assert {file.name for file in EXAMPLES.glob("*.py")} == {"train_loop.py", "hf_trainer.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py"}
