@@ -148,6 +148,9 @@ def _read_after(value: fx.Node, node: fx.Node) -> bool:
     return any(user > node or (user < node and _may_alias(user) and _read_after(user, node)) for user in value.users)
 
 
+_CONTIGUOUS = {"memory_format": torch.contiguous_format}
+
+
 def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
     """What an in-place op leaves in the value that it writes; None if no functional op gives that."""
     written, target = node.args[0], node.target
@@ -166,7 +169,10 @@ def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
         if all(same):
             return source
         sizes = [-1 if kept else size for kept, size in zip(same, before.shape, strict=True)]
-        return call(aten.expand.default, (source, sizes)) if all(isinstance(size, int) for size in sizes) else None
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        # With memory of its own, as what was written had: it may be a result, and be written to again.
+        return call(aten.clone.default, (call(aten.expand.default, (source, sizes)),), _CONTIGUOUS)
     overload = _functional_overload(target)
     if overload is None:
         return None
