@@ -148,9 +148,6 @@ def _read_after(value: fx.Node, node: fx.Node) -> bool:
     return any(user > node or (user < node and _may_alias(user) and _read_after(user, node)) for user in value.users)
 
 
-_CONTIGUOUS = {"memory_format": torch.contiguous_format}
-
-
 def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
     """What an in-place op leaves in the value that it writes; None if no functional op gives that."""
     written, target = node.args[0], node.target
@@ -166,13 +163,13 @@ def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
             return None
         added = before.ndim - given.ndim
         same = [added <= axis and same_size(size, given.shape[axis - added]) for axis, size in enumerate(before.shape)]
-        if all(same):
-            return source
-        sizes = [-1 if kept else size for kept, size in zip(same, before.shape, strict=True)]
-        if not all(isinstance(size, int) for size in sizes):
-            return None
-        # With memory of its own, as what was written had: it may be a result, and be written to again.
-        return call(aten.clone.default, (call(aten.expand.default, (source, sizes)),), _CONTIGUOUS)
+        if not all(same):
+            sizes = [-1 if kept else size for kept, size in zip(same, before.shape, strict=True)]
+            if not all(isinstance(size, int) for size in sizes):
+                return None
+            source = call(aten.expand.default, (source, sizes))
+        # With memory of its own, as what was written has: it may be a result.
+        return call(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
     overload = _functional_overload(target)
     if overload is None:
         return None
