@@ -52,6 +52,8 @@ class Packing:
     """Whether the positions of some row leave some out."""
     elsewhere: bool = False
     """Whether documents begin where no ``position_ids`` of the model's arguments start again."""
+    offsets: Tensor | None = None
+    """``cu_seqlens`` on the host, where it was made."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Rows:
     """Why padding before a row's tokens must stay in; None if it may go."""
     keep_right: str | None = None
     """The same for padding after them."""
+    least: int = 2
+    """How many tokens the compiled graph is made for; where there are fewer, all rows stay whole."""
 
 
 def pack_batch(mask: Tensor, labels: Sequence[tuple[Tensor, int]] = (), **asked: Any) -> Packing:
@@ -103,7 +107,8 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
     batch, length = rows.mask.shape
     device = rows.mask.device
     if rows.mask.numel() == 0:
-        return Packing(*_index([(0, length)] * batch, _NOWHERE, length, device), 0, 0, batch, batch)
+        index, offsets = _index([(0, length)] * batch, _NOWHERE, length, device)
+        return Packing(index, offsets.to(device, torch.int32), 0, 0, batch, batch, offsets=offsets)
     facts, begins = facts[:, :_FACTS], facts[:, _FACTS:].nonzero()
     spans, reasons = [], Counter[str]()
     whole_rows = left_padded = real = 0
@@ -126,10 +131,11 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
         left_padded += 0 < start == first
         real += 0 if other_values else count
         spans.append((start, stop))
-    if sum(stop - start for start, stop in spans) < 2:
-        # The compiled graph is made for two tokens or more. Not a fallback: there is next to nothing to pack.
+    if sum(stop - start for start, stop in spans) < rows.least:
+        # Not a fallback: there is next to nothing to pack.
         spans, whole_rows, left_padded = [(0, length)] * batch, batch, 0
-    index, cu_seqlens = _index(spans, begins, length, device)
+    index, offsets = _index(spans, begins, length, device)
+    cu_seqlens = offsets.to(device, torch.int32, non_blocking=True)
     tokens = index.shape[0]
     across, gaps, elsewhere, disagree, not_offsets = facts[:, -5:].any(0).tolist()
     _check(rows.boundaries, disagree, not_offsets, batch * length)
@@ -140,6 +146,7 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
         across=across,
         gaps=gaps,
         elsewhere=elsewhere,
+        offsets=offsets,
     )
 
 
@@ -241,8 +248,8 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _index(spans: list[tuple[int, int]], begins: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The index of the spans, and ``cu_seqlens`` of their documents: ``begins`` (K, 2), row and position of those that
-    begin within one."""
+    """The index of the spans, and on the host the offsets of their documents: ``begins`` (K, 2), row and position of
+    those that begin within one."""
     runs = [(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)]
     rows = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
     lengths = rows[:, 1]
@@ -257,4 +264,4 @@ def _index(spans: list[tuple[int, int]], begins: Tensor, length: int, device: to
     shift = shifts.to(device, non_blocking=True).repeat_interleave(
         lengths.to(device, non_blocking=True), output_size=tokens
     )
-    return torch.arange(tokens, device=device) + shift, cu_seqlens.to(device, torch.int32, non_blocking=True)
+    return torch.arange(tokens, device=device) + shift, cu_seqlens

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import fx
 
 from packc import config, totals
@@ -16,13 +17,14 @@ from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_someth
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
 from packc.inner_backend import compiled_when_called, inner_backend
-from packc.options import split_options
+from packc.options import split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
 from packc.passes import (
     Boundary,
     Graph,
     NoMask,
     NotPackable,
+    Ranks,
     WrongMask,
     fakify,
     has_rows,
@@ -55,17 +57,31 @@ def backend(
         gm: the graph that Dynamo captured.
         example_inputs: its inputs.
         mode: as for Inductor.
-        options: ``"packc.<name>"`` sets :mod:`packc.config` for this model; other keys go to Inductor.
+        options: ``"packc.<name>"`` sets :mod:`packc.config` for this model; over ``"packc.sequence"``, a process group
+            or a one-dimensional ``DeviceMesh``, tokens are cut; other keys go to Inductor.
 
     Raises:
         ValueError: an unknown ``packc.`` option, or a ``packc.mask`` that names no ``(B, L)`` input.
-        NotPacked: under ``strict``, the graph cannot be packed; when called, the batch cannot; strict or not, when
-            called with several documents in a row that cannot be kept apart.
+        NotPacked: under ``strict`` or with ``packc.sequence``, the graph cannot be packed; when called, the batch
+            cannot; strict or not, when called with several documents in a row that cannot be kept apart.
     """
-    own, inner_options = split_options(options)
+    sequence, others = take_sequence(options)
+    own, inner_options = split_options(others)
+    how: dict[str, Any] = {"mode": mode, "options": inner_options, "strict": own.get("strict")}
+    if sequence is not None:
+        own["strict"] = True  # ranks must not differ in what they do
+        how["group"] = _group_of(sequence)
     with config.patch(own):
-        call, _ = compile_graph(gm, example_inputs, mode=mode, options=inner_options, strict=own.get("strict"))
+        call, _ = compile_graph(gm, example_inputs, **how)
     return call
+
+
+def _group_of(mesh_or_group: Any) -> dist.ProcessGroup | None:
+    """None for a group of one rank, which has all tokens."""
+    from packc.distributed.plans import group_of
+
+    group = group_of(mesh_or_group)
+    return group if group.size() > 1 else None
 
 
 # Lets frontends tell packc's trace from another backend's; see packc.frontends.
@@ -79,12 +95,13 @@ def compile_graph(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     strict: bool | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
-    compiling = _Compiling(gm, example_inputs, mode, options or {}, strict)
+    compiling = _Compiling(gm, example_inputs, mode, options or {}, strict, group)
     try:
         refuse_pieces()
-        packed = pack_graph(gm, example_inputs, for_documents=True)
+        packed = pack_graph(gm, example_inputs, for_documents=True, group=group)
     except NoMask as reason:
         return compiling.unpacked(str(reason), for_documents=reason.for_documents)
     except NotPackable as reason:
@@ -96,7 +113,7 @@ def compile_graph(
         log.exception("a pass failed")
         warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
         return compiling.unpacked(f"a pass failed: {error!r}")
-    if packed.no_mask is not None:
+    if packed.no_mask is not None and group is None:
         never = packed.requirements.one_document_of_positions
         if never is not None or not compiling.with_documents:
             return compiling.unpacked(packed.no_mask, for_documents=never or packed)
@@ -107,9 +124,15 @@ class _Compiling:
     """A graph from Dynamo on its way to something callable, and a report of it."""
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: dict[str, Any], strict: bool | None
+        self,
+        gm: fx.GraphModule,
+        inputs: list[Any],
+        mode: str | None,
+        options: dict[str, Any],
+        strict: bool | None,
+        group: dist.ProcessGroup | None,
     ) -> None:
-        self.gm, self.inputs, self.strict = gm, inputs, strict
+        self.gm, self.inputs, self.strict, self.group = gm, inputs, strict, group
         self.compile = in_buckets(inner_backend(mode, options))
         self.compile_when_called = functools.partial(compiled_when_called, mode=mode, options=options)
         self.boundaries = boundary_inputs(gm)
@@ -129,15 +152,23 @@ class _Compiling:
 
     def _packed_call(self, packed: Graph, compile_inner: Callable[..., Any]) -> PackedCall:
         graph = fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
+        how: dict[str, Any] = {
+            "strict": self.strict,
+            "boundaries": self.boundaries,
+            "loss_outside": config.loss_outside or ends_in_a_graph_break(self.gm),
+        }
+        if self.group is not None:
+            from packc.sharded_call import ShardedCall, routing_fakes
+
+            compiled = compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)])
+            return ShardedCall(compiled, graph, packed.streams, group=self.group, **how)
         padded = packed.with_padding
         return PackedCall(
             compile_inner(packed.gm, [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]),
             graph,
             packed.streams,
-            strict=self.strict,
             with_padding=None if padded is None else (self.compile_when_called(padded.gm), padded.streams),
-            boundaries=self.boundaries,
-            loss_outside=config.loss_outside or ends_in_a_graph_break(self.gm),
+            **how,
         )
 
     def unpacked(
@@ -166,12 +197,24 @@ class _Compiling:
         return call, GraphReport.unpacked(self.gm, reason, boundaries)
 
 
-def pack_graph(gm: fx.GraphModule, example_inputs: list[Any], *, for_documents: bool = False) -> Graph:
-    """The packed form of a Dynamo graph.
+def pack_graph(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    for_documents: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Graph:
+    """The packed form of a Dynamo graph; with a group, the sharded one.
 
     Raises:
         NoMask, NotPackable: there is none; the message says why.
     """
-    packed = packed_graph(Graph(gm, fakify(gm, example_inputs)), for_documents=for_documents)
+    ranks = None
+    if group is not None:
+        from packc.distributed.groups import join
+        from packc.distributed.plans import device_of
+
+        ranks = Ranks(join(group, device_of(group)), group.size())
+    packed = packed_graph(Graph(gm, fakify(gm, example_inputs), ranks=ranks), for_documents=for_documents)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.gm.graph.nodes))
     return packed

@@ -12,6 +12,16 @@ _PREFIX = "packc."
 _PROCESS_WIDE = {"kernels"}
 
 
+_SEQUENCE = _PREFIX + "sequence"
+
+
+def take_sequence(options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """(the mesh or group over which sequences are cut, the other options). No setting: a group is of one model, and can
+    be neither copied nor pickled."""
+    others = dict(options or {})
+    return others.pop(_SEQUENCE, None), others
+
+
 def split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings for :mod:`packc.config`, options for the inner backend).
 

@@ -108,10 +108,14 @@ class PackedCall(_Call):
             for reason in packing.reasons:
                 self._say(reason, packing)
         self.last = packings
-        totals.count_step(packings)
-        outputs = compiled(*inputs, *_index(packings))
+        return self._run(compiled, [*inputs, *_index(packings)])
+
+    def _run(self, compiled: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+        """The compiled graph on the batch whose packing is the last one."""
+        totals.count_step(self.last)
+        outputs = compiled(*inputs)
         if not self.loss_outside and _trains(outputs):
-            for stream, packing in zip(self.streams, packings, strict=True):
+            for stream, packing in zip(self.streams, self.last, strict=True):
                 if packing.left_padded and stream.labels_may_follow:
                     # Not under strict either: nothing says that there is such a loss.
                     say_once(_LOSS_OUTSIDE, self._warned, strict=False)
@@ -154,7 +158,7 @@ class PackedCall(_Call):
             NotPacked: none is, as a row holds several documents.
         """
         compiled, streams = self.compiled, self.streams
-        if self.with_padding and any(map(_keeps_padding, packings, streams)):
+        if self.with_padding and any(map(keeps_padding, packings, streams)):
             compiled, streams = self.with_padding
         for packing, wanted, own in zip(packings, streams, self._of_stream, strict=True):
             if packing.several:
@@ -178,7 +182,7 @@ def _index(packings: Sequence[Packing]) -> list[Tensor]:
     return [each for packing in packings for each in (packing.index, packing.cu_seqlens)]
 
 
-def _keeps_padding(packing: Packing, stream: Requirements) -> bool:
+def keeps_padding(packing: Packing, stream: Requirements) -> bool:
     """Whether packed attention would see what a mask hides."""
     return (stream.only_tokens and not packing.only_tokens) or (packing.gaps and stream.reads_positions)
 

@@ -87,6 +87,8 @@ def _by_mask(graph: Graph, skipped: set[Pass]) -> Graph:
         except (NoMask, NotPackable) as reason:
             reasons.append(reason)
             continue
+        if packed.ranks is not None:  # of one sequence; others are the same on all
+            return packed
         return _with_further_streams(packed, [each.name for each in graph.masks], skipped)
     raise reasons[0]
 
@@ -140,7 +142,7 @@ def _packed(graph: Graph, skipped: set[Pass], of: Graph | None = None) -> Graph:
     before = of.with_padding if of is not None else None
     if before is not None:
         found = _run(FIND, _next_stream(before, graph.mask.name), skipped)
-    if packed.requirements.only_tokens or before is not None:
+    if (packed.requirements.only_tokens and packed.ranks is None) or before is not None:
         padded = _run(PACK, found, {*skipped, passes.pack_attention})
         streams = [*(before or graph).streams, padded.requirements]
         return replace(packed, with_padding=replace(padded, streams=streams))

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from packc import config
-from packc.options import split_options
+from packc.options import split_options, take_sequence
 from packc.passes import Boundary, Requirements, is_mixer, module_path
 from packc.totals import uncounted
 
@@ -138,7 +138,7 @@ def explain(model: Callable[..., Any], *, options: dict[str, Any] | None = None)
         ValueError: an unknown ``packc.`` option.
     """
     original = getattr(model, "_orig_mod", model)
-    own, _ = split_options(options)
+    own, _ = split_options(take_sequence(options)[1])
 
     def run(*args: Any, **kwargs: Any) -> Report:
         graphs: list[GraphReport] = []

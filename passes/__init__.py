@@ -7,8 +7,9 @@ from packc.passes.attention_masks import attention_masks
 from packc.passes.causal_convs import causal_convs
 from packc.passes.choose import choose
 from packc.passes.constants import constants
+from packc.passes.forms.sharded import Inputs as ShardedInputs
 from packc.passes.functional import functional
-from packc.passes.graph import Graph
+from packc.passes.graph import Graph, Ranks
 from packc.passes.layout import layout
 from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks, find_rows
 from packc.passes.module_names import module_path
@@ -30,7 +31,9 @@ __all__ = [
     "Graph",
     "NoMask",
     "NotPackable",
+    "Ranks",
     "Requirements",
+    "ShardedInputs",
     "WrongMask",
     "argument_path",
     "attention_masks",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from packc.passes.choose import Forms
     from packc.passes.requirements import Requirements
 
-INDEX, CU_SEQLENS = "packc_index", "packc_cu_seqlens"
-"""What a packed graph's further inputs are called, with a number from the second sequence on."""
+CU_SEQLENS = "packc_cu_seqlens"
+"""What one of a packed graph's further inputs is called, with a number from the second sequence on."""
 
 AnAsk = TypeVar("AnAsk", bound=Ask)
 
@@ -47,6 +47,14 @@ class Tokens:
         """Whether a value, or each of several results, has one entry per token."""
         kind = self.kinds.get(node)
         return all(map(covers_tokens, kind)) if isinstance(kind, list) else covers_tokens(kind)
+
+
+class Ranks(NamedTuple):
+    """A group over which tokens are cut."""
+
+    group: str
+    """Its name, the same on every rank."""
+    size: int
 
 
 @dataclass
@@ -80,6 +88,8 @@ class Graph:
     """The same of every sequence that is packed, in the order of their ``index`` and ``cu_seqlens``."""
     with_padding: Graph | None = None
     """The packed graph for batches that keep padding, where attention in ``gm`` would see it."""
+    ranks: Ranks | None = None
+    """Whose parts of the tokens are to be computed; None: all are computed here."""
     no_mask: str | None = None
     """Without padding: why nothing is taken for its mask."""
 

@@ -45,6 +45,13 @@ class PaddedNumel(NamedTuple):
     value: fx.Node
 
 
+class Mean(NamedTuple):
+    """A mean over tokens, as two sums: those of a part of the tokens make a mean over all."""
+
+    total: Call
+    number: Call
+
+
 @dataclass
 class Reading:
     """An op on tokens: the same op, where nothing else is said, with operands in one form."""
@@ -56,6 +63,8 @@ class Reading:
     size one along a token axis (a scale per row, a table of positions): it is gathered along the axes it does span."""
     call: Call | None = None
     """What to write; None: the op itself."""
+    mean: Mean | None = None
+    """How to write it where a form has a part of the tokens; None: its results on parts sum to that on all."""
     padded: str | None = None
     """Why it runs padded, although its operands and its result follow the tokens: scattered before, gathered after it.
     What it gives at padding is not what the padded graph gives there."""

@@ -12,8 +12,10 @@ from torch import fx
 
 from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, hint_of, value_of
 from packc.passes.choose import is_computed_packed, reads_as_is
-from packc.passes.forms import Packed
-from packc.passes.graph import CU_SEQLENS, INDEX, Graph, is_item, switches_mode
+from packc.passes.forms import Packed, Sharded
+from packc.passes.forms import packed as of_packed
+from packc.passes.forms import sharded as of_sharded
+from packc.passes.graph import Graph, is_item, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
@@ -23,11 +25,16 @@ aten = torch.ops.aten
 
 
 def write(graph: Graph) -> Graph:
-    """Write every value in the forms that are wanted; the result has two more inputs: ``index``, ``cu_seqlens``.
+    """Write every value in the forms that are wanted; the result has more inputs, the ``Inputs`` of its form.
 
     Outputs keep size, dtype and the order of their axes in memory; their padded positions are zero. Exact under the
     graph's requirements, which hold batch by batch or not.
+
+    Raises:
+        NotPackable: it cannot be cut over ranks.
     """
+    if graph.ranks is not None:
+        of_sharded.refuse_what_looks_across_ranks(graph)
     return replace(graph, gm=_Writer(graph).run())
 
 
@@ -43,10 +50,17 @@ class _Writer:
         # Keyed by region too: under no_grad a gather has no gradient, so it must not serve the code around.
         self.gathered: dict[tuple[fx.Node, Layout, int], fx.Node] = {}
         self.region = 0
-        number = f"_{len(graph.streams)}" if graph.streams else ""
-        index, cu_seqlens = (self.graph.placeholder(name + number) for name in (INDEX, CU_SEQLENS))
-        self.packed = Packed(self._write, index, cu_seqlens, self.in_padded[graph.mask], graph.sizes)
+        self.packed = self._form(graph)
         self.padded = self.packed.padded
+
+    def _form(self, graph: Graph) -> Packed:
+        inputs = Packed.INPUTS if graph.ranks is None else Sharded.INPUTS
+        number = f"_{len(graph.streams)}" if graph.streams else ""
+        given = {name: self.graph.placeholder(f"packc_{name}{number}") for name in inputs}
+        of = self.in_padded[graph.mask], graph.sizes
+        if graph.ranks is None:
+            return Packed(self._write, of_packed.Inputs(**given), *of)
+        return Sharded(self._write, of_sharded.Inputs(**given), *of, graph.ranks)
 
     def run(self) -> fx.GraphModule:
         for node in self.source.graph.nodes:
@@ -111,6 +125,9 @@ class _Writer:
             layout = self.tokens.layout(node)
             assert layout is not None, f"{node} has several results and runs padded"
             return self.packed.enter(self._copy(node), layout, value_of(node).shape)
+        if reading.mean is not None and self.packed.is_part:
+            total, number = (self.packed.total(self._write_call(each, reading)) for each in reading.mean)
+            return self._write(aten.to.dtype, self._write(aten.div.Tensor, total, number), value_of(node).dtype)
         call = reading.call or Call(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
         result = self._write_call(call, reading)
         return self.packed.total(result) if reading.results is Whole.SUM else result

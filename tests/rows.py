@@ -14,14 +14,14 @@ TAPS = 4
 class Mixed(nn.Module):
     """A convolution, a scan and attention, with positions that the model counts by itself."""
 
-    def __init__(self, vocab: int = 32, hidden: int = 8, *, dropout: float = 0.0) -> None:
+    def __init__(self, vocab: int = 32, hidden: int = 8, *, slope: float = 0.0) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, hidden)
         self.positions = nn.Embedding(64, hidden)
         self.taps = nn.Parameter(torch.randn(hidden, TAPS) / 2)
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.head = nn.Linear(hidden, vocab)
-        self.dropout = dropout
+        self.slope = slope
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
@@ -29,9 +29,10 @@ class Mixed(nn.Module):
         h = packc.ops.causal_conv1d(h, self.taps, activation="silu")
         h = packc.ops.linear_scan(torch.sigmoid(h), h if mask is None else h * mask[..., None])
         q, k, v = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in self.qkv(h).chunk(3, -1))
-        h = h + F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout).transpose(1, 2).flatten(
-            2
-        )
+        places = torch.arange(ids.shape[1])
+        distance = (places[:, None] - places) * self.slope if self.slope else None
+        attended = F.scaled_dot_product_attention(q, k, v, distance, is_causal=not self.slope)
+        h = h + attended.transpose(1, 2).flatten(2)
         return self.head(h)
 
 

@@ -240,7 +240,7 @@ def traffic_on_wire(group: Any, exchange: str, tokens: int, heads: int, size: in
     """Bytes that came in by this process's sockets during a forward and a backward of linear attention."""
     mixer = MIXERS["linear_attention"]
     plan = packc.distributed.plan([0, tokens], group, exchange=exchange)
-    inputs = mixer.make(1, tokens // group.size(), heads, 1, size, size)
+    inputs = mixer.make(1, tokens // group.size(), H=heads, G=1, K=size, V=size)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     for _ in range(2):  # connections are made in the first
         dist.barrier(group)

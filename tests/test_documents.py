@@ -302,7 +302,7 @@ def test_states_of_rows():
 
 
 def test_attention_that_runs_padded():
-    refused(Mixed(dropout=0.1), tokens(TWO_ROWS), match="dropout")
+    refused(Mixed(slope=0.1), tokens(TWO_ROWS), match="scaled_dot_product_attention")
 
 
 def test_a_label_of_another_documents_token():

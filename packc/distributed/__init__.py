@@ -2,6 +2,7 @@
 
 from packc.distributed import attention as attention
 from packc.distributed import mixers
+from packc.distributed import totals as totals
 from packc.distributed.chunks import in_chunks
 from packc.distributed.lightning import lightning_attn
 from packc.distributed.losses import cross_entropy, mean_over_ranks, next_tokens

@@ -295,7 +295,12 @@ def _plan(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _group_and_device(mesh_or_group: Any, cu_seqlens: Any) -> tuple[dist.ProcessGroup, torch.device]:
+def group_of(mesh_or_group: Any) -> dist.ProcessGroup:
+    """A group that this rank is in.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: there is none.
+    """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("plan: call torch.distributed.init_process_group first")
     if mesh_or_group == dist.GroupMember.NON_GROUP_MEMBER or mesh_or_group is None:
@@ -313,11 +318,21 @@ def _group_and_device(mesh_or_group: Any, cu_seqlens: Any) -> tuple[dist.Process
         raise TypeError(f"plan: neither a DeviceMesh nor a process group: {mesh_or_group!r}")
     if group.rank() < 0:
         raise ValueError(f"plan: rank {dist.get_rank()} is not in the group {dist.get_process_group_ranks(group)}")
+    return group
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """On which its collectives are."""
+    if "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _group_and_device(mesh_or_group: Any, cu_seqlens: Any) -> tuple[dist.ProcessGroup, torch.device]:
+    group = group_of(mesh_or_group)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu":
         return group, cu_seqlens.device
-    if "nccl" in dist.get_backend(group):
-        return group, torch.device("cuda", torch.cuda.current_device())
-    return group, torch.device("cpu")
+    return group, device_of(group)
 
 
 def offsets(name: str, given: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -3,5 +3,6 @@
 from packc.passes.forms.form import Form
 from packc.passes.forms.packed import Packed
 from packc.passes.forms.padded import Padded
+from packc.passes.forms.sharded import Sharded
 
-__all__ = ["Form", "Packed", "Padded"]
+__all__ = ["Form", "Packed", "Padded", "Sharded"]

@@ -17,6 +17,10 @@ Write = Callable[..., fx.Node]
 class Form(Protocol):
     """One way in which the values of tokens are kept: padded ``(B, L, ...)``, packed ``(1, T, ...)``."""
 
+    @property
+    def is_part(self) -> bool:
+        """Whether others hold tokens too: no mean is taken of those that it holds."""
+
     def size(self, axis: Axis) -> Any:
         """How large a token axis is: a number, or a node that has it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx
@@ -15,12 +15,32 @@ from packc.passes.reading import Call
 aten = torch.ops.aten
 
 
+class Inputs(NamedTuple):
+    """What the graph is told of a batch, in this order."""
+
+    index: Any
+    """int64 (T,): where the tokens are in the padded batch."""
+    cu_seqlens: Any
+    """int32 (N + 1,): where documents begin among them."""
+
+
+class _Places(Protocol):
+    @property
+    def index(self) -> fx.Node: ...
+
+    @property
+    def cu_seqlens(self) -> fx.Node: ...
+
+
 class Packed:
     """Values gathered by ``index`` (T,), documents between ``cu_seqlens`` (N + 1,)."""
 
-    def __init__(self, write: Write, index: fx.Node, cu_seqlens: fx.Node, mask: fx.Node, shape: Any) -> None:
-        self.write, self.index, self.cu_seqlens = write, index, cu_seqlens
-        self.tokens = write(aten.sym_size.int, index, 0)
+    INPUTS: tuple[str, ...] = Inputs._fields
+    is_part = False
+
+    def __init__(self, write: Write, inputs: _Places, mask: fx.Node, shape: Any) -> None:
+        self.write, self.index, self.cu_seqlens = write, inputs.index, inputs.cu_seqlens
+        self.tokens = write(aten.sym_size.int, self.index, 0)
         self.padded = Padded(write, mask, shape)
         self.shape = shape
         self._rows: fx.Node | None = None

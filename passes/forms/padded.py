@@ -13,6 +13,8 @@ from packc.passes.reading import Call
 
 
 class Padded:
+    is_part = False
+
     def __init__(self, write: Write, mask: fx.Node, shape: Any) -> None:
         sizes = [s if isinstance(s, int) else write(torch.ops.aten.sym_size.int, mask, d) for d, s in enumerate(shape)]
         self.batch, self.length = sizes

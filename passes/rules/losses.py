@@ -6,12 +6,12 @@ import torch
 
 from packc.passes.asks import IgnoredLabels
 from packc.passes.axes import BATCH, SEQ, TOKENS, Whole, covers_tokens, show, value_of
-from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.reading import Call, Mean, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 
 aten = torch.ops.aten
 
-_REDUCTION_NONE = 0  # torch.nn._reduction.get_enum("none")
+_REDUCTION_NONE, _REDUCTION_MEAN, _REDUCTION_SUM = range(3)  # as torch.nn._reduction.get_enum has them
 
 
 @register_rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default)
@@ -33,4 +33,25 @@ def cross_entropy(op: Op) -> Reading:
     needs = {logits: layout, labels: of_labels}
     if op.argument("reduction") == _REDUCTION_NONE:
         return Reading(of_labels, needs)
-    return Reading(Whole.SUM, needs, asks=[IgnoredLabels(labels, op.argument("ignore_index"))])
+    reading = Reading(Whole.SUM, needs, asks=[IgnoredLabels(labels, op.argument("ignore_index"))])
+    if op.argument("reduction") == _REDUCTION_MEAN:
+        reading.mean = Mean(_total(op), _number(op))
+    return reading
+
+
+def _total(op: Op) -> Call:
+    """In fp32 at least: a sum is as large as there are tokens."""
+    logits, weight = op.args[0], op.argument("weight")
+    dtype = torch.promote_types(value_of(logits).dtype, torch.float32)
+    total = op.with_args(reduction=_REDUCTION_SUM, weight=weight and Call(aten.to.dtype, (weight, dtype), {}))
+    return total._replace(args=(Call(aten.to.dtype, (logits, dtype), {}), *total.args[1:]))
+
+
+def _number(op: Op) -> Call:
+    """Labels that count, each by its class's weight."""
+    labels, weight = op.args[1], op.argument("weight")
+    live = Call(aten.ne.Scalar, (labels, op.argument("ignore_index")), {})
+    if weight is not None:
+        classes = Call(aten.mul.Tensor, (labels, live), {})
+        live = Call(aten.mul.Tensor, (Call(aten.take.default, (weight, classes), {}), live), {})
+    return Call(aten.sum.default, (live,), {"dtype": torch.float64})

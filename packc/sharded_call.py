@@ -1,0 +1,149 @@
+"""A compiled sharded graph, callable on every rank of its group with the padded graph's inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from packc.batches import Packing, pack_batches
+from packc.distributed.plans import Plan, Rank, check_that_all_agree, device_of, plan
+from packc.fake_tensors import has_values
+from packc.packed_call import NotPacked, PackedCall, keeps_padding
+from packc.passes import Graph, ShardedInputs
+
+
+class ShardedCall(PackedCall):
+    """Packs each batch, and runs the compiled graph on this rank's part of its tokens.
+
+    All ranks are called with the same batch. Before anything is computed they compare it: shapes, mask, documents and
+    all numbers that are integers, as ids and labels are; of what is real-valued, masks alone. They compare as well what
+    one of them might refuse, so that either all run or all raise.
+    """
+
+    def __init__(self, *args: Any, group: dist.ProcessGroup, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.group = group
+        (self.stream,) = self.streams
+        self.least = 2 * group.size()
+        """Tokens of a batch: two of each rank, as compilers take one for special."""
+        self.tokens_here = 0
+        """This rank's, of the last batch."""
+        self.code = hashlib.sha256(self.graph.code.encode()).hexdigest()
+
+    def __call__(self, *inputs: Any) -> Any:
+        mask = inputs[self.stream.mask]
+        if not has_values(mask):
+            raise NotPacked("packc cannot shard fake tensors: collectives wait for values")
+        packing, refusal = None, None
+        try:
+            (rows,) = self._rows(inputs)
+            (packing,) = pack_batches([replace(rows, least=self.least)])
+            self._check(packing)
+        except Exception as error:  # of one rank alone, maybe, for which the others must not wait
+            refusal = error
+        try:
+            self._compare(inputs, packing, refusal)
+        except ValueError as differ:
+            raise differ from refusal
+        if refusal is not None:
+            raise refusal
+        assert packing is not None
+        assert packing.offsets is not None
+        for reason in packing.reasons:
+            self._say(reason, packing)
+        self.last = [packing]
+        of_rank = plan(packing.offsets, self.group, exchange="all_gather")
+        routed = routing(packing, of_rank, int(mask.shape[1]))
+        self.tokens_here = routed.index.shape[0]
+        return self._run(self.compiled, [*inputs, *routed])
+
+    def _check(self, packing: Packing) -> None:
+        self._compiled([packing])
+        if keeps_padding(packing, self.stream):
+            raise NotPacked("packc cannot shard a batch of which attention's mask hides some positions that are packed")
+        if packing.tokens < self.least:
+            raise NotPacked(f"{packing.tokens} tokens over {self.group.size()} ranks: at least {self.least} are needed")
+
+    def _compare(self, inputs: Sequence[Any], packing: Packing | None, refusal: Exception | None) -> None:
+        """
+        Raises:
+            ValueError: ranks differ; on all of them.
+        """
+        masks = {self.stream.mask, *self.stream.other_masks}
+        numbers = [
+            x for n, x in enumerate(inputs) if isinstance(x, Tensor) and (n in masks or not x.is_floating_point())
+        ]
+        numbers += [] if packing is None or packing.offsets is None else [packing.index, packing.offsets]
+        given: list[Any] = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
+        given += [x for x in inputs if isinstance(x, (int, float))]
+        device = inputs[self.stream.mask].device
+        given += torch.stack([_checksum(x).to(device) for x in numbers]).tolist()
+        text = repr((self.code, given, None if refusal is None else repr(refusal)))
+        check_that_all_agree(self.group, device_of(self.group), "sequence parallel: batches or models", text)
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """Of all values and their places, in 64 bits: each times a random number of its place."""
+    with torch.no_grad():
+        flat = x.detach().reshape(-1)
+        if flat.is_floating_point():
+            flat = flat.double().view(torch.int64)
+        weights = torch.arange(1, flat.numel() + 1, device=x.device)
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, -7046029254386353131)):
+            weights = (weights ^ (weights >> shift)) * factor  # splitmix64, Steele, Lea and Flood (2014), section 3
+        return (flat.to(torch.int64) * (weights | 1)).sum()
+
+
+def routing(packing: Packing, of_rank: Plan, length: int) -> ShardedInputs:
+    """What the graph is told of a batch."""
+    low, high = of_rank.cuts[of_rank.rank : of_rank.rank + 2]
+    index, device = packing.index, packing.index.device
+    anew = torch.ops.packc.counted_anew.default(index, packing.cu_seqlens, length) if packing.several else index
+    told = ShardedInputs(
+        index=index[low:high].clone(),
+        cu_seqlens=of_rank.cu_seqlens,
+        by_position=anew[low:high].clone(),
+        places=of_rank.places,
+        documents=of_rank.documents,
+        ranks=of_rank.ranks,
+        whole=index,
+        shards=of_rank.shards,
+        longest=torch.empty(of_rank.longest, 0, device=device),
+    )
+    return ShardedInputs(*(each.to(device, non_blocking=True) for each in told))
+
+
+def routing_fakes(packed: Graph) -> ShardedInputs:
+    """The same of no batch: how many tokens there are, here and on all ranks, and documents, is unknown."""
+    mask, ranks = packed.mask.meta["val"], packed.ranks
+    assert ranks is not None
+    mode = mask.fake_mode
+    shape_env = mode.shape_env
+    if shape_env is None:
+        shape_env = mode.shape_env = ShapeEnv()
+    with shape_env.ignore_fresh_unbacked_symbols():
+        mine, documents, tokens, longest = (shape_env.create_unbacked_symint() for _ in range(4))
+    for size in (mine, tokens, longest):
+        torch._check(size >= 2)
+    torch._check(documents >= 1)
+    torch._check(longest >= mine)
+    wide = {"dtype": torch.int64, "device": mask.device}
+    with mode:
+        return ShardedInputs(
+            index=torch.empty(mine, **wide),
+            cu_seqlens=torch.empty(documents + 1, dtype=torch.int32, device=mask.device),
+            by_position=torch.empty(mine, **wide),
+            places=torch.empty(5, **wide),
+            documents=torch.empty(3, documents, dtype=torch.bool, device=mask.device),
+            ranks=torch.empty(len(Rank), ranks.size, dtype=torch.bool, device=mask.device),
+            whole=torch.empty(tokens, **wide),
+            shards=torch.empty(tokens, **wide),
+            longest=torch.empty(longest, 0, device=mask.device),
+        )

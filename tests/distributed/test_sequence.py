@@ -1,0 +1,79 @@
+"""A model compiled over the ranks of a group trains as one process does on the whole padded batch."""
+
+import pytest
+from sequence_work import documents_in_rows, leaks, refusals, worst_errors
+
+# Over three ranks, the first document of the second batch is on all.
+BATCHES = [
+    ["1111111111", "0001111111", "0000000011"],
+    ["111111111111", "110000000000"],
+    ["11011111", "11111100", "00000000"],
+]
+QUICK = [("mixers", 3), ("mamba", 2)]
+ALL = [(name, size) for name in ("plain", "mixers", "mamba", "checkpointed", "mamba2") for size in (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)]
+)
+def test_loss_logits_and_gradients_are_those_of_one_process(ranks, name, size):
+    found = ranks.run(worst_errors, size, name, BATCHES, timeout=400)
+    for errors, graphs, _ in found:
+        for each in errors:
+            assert max(each.values()) < 1e-4, each
+        assert graphs == 2  # the second knows B and L as sizes; how many tokens there are, none knows
+    for number, tokens in enumerate([21, 14, 14]):
+        here = [of_rank[number] for _, _, of_rank in found]
+        assert sum(here) == tokens
+        assert max(here) - min(here) <= 1
+
+
+@pytest.mark.slow
+def test_without_a_mask_all_positions_are_tokens(ranks):
+    for errors, graphs, tokens in ranks.run(worst_errors, 2, "unmasked", BATCHES[:1]):
+        assert max(errors[0].values()) < 1e-4, errors
+        assert (graphs, tokens) == (1, [15])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixers", "mamba"])
+def test_inductor_gives_the_same(ranks, name):
+    for errors, *_ in ranks.run(worst_errors, 2, name, BATCHES, "inductor", timeout=500):
+        for each in errors:
+            assert max(each.values()) < 1e-4, each
+
+
+def test_ddp_takes_the_mean_over_ranks(ranks):
+    for errors, *_ in ranks.run(worst_errors, 2, "plain", BATCHES[:1], "aot_eager", True):
+        assert max(errors[0].values()) < 1e-4, errors
+
+
+def test_nothing_crosses_from_one_document_to_another(ranks):
+    for found in ranks.run(leaks, 3):
+        assert found == (False, False, False)
+
+
+def test_documents_within_rows(ranks):
+    for worst in ranks.run(documents_in_rows, 3):
+        assert worst < 1e-5
+
+
+SAID = {
+    "attention": "NotPacked: packc cannot pack this graph: varlen_attention on a part of the tokens is not told sent, "
+    "sends, receives, left, spans, of_cut",
+    "dropout": "NotPacked: packc cannot pack this graph: aten.dropout.default in the model: draws random numbers",
+    "states": "NotPacked: packc cannot pack this graph: causal_conv1d takes or returns states of documents, of which "
+    "ranks have parts",
+    "few tokens": "NotPacked: 5 tokens over 3 ranks: at least 6 are needed",
+    "batches": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
+    "masks": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
+    "option": "TypeError: plan: neither a DeviceMesh nor a process group: 'sequence'",
+    "next": "no error",
+}
+
+
+def test_what_cannot_be_cut_is_refused_on_all_ranks_alike(ranks):
+    found = ranks.run(refusals, 3)
+    assert found[0] == found[1] == found[2]
+    assert found[0].pop("another option").startswith("ValueError: unknown option 'packc.sequence_length'")
+    assert found[0] == SAID

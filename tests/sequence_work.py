@@ -1,0 +1,227 @@
+"""What tests of ``packc.sequence`` have each rank do: in a module that a spawned process can import."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import PlainLM, batch_of, masks, tiny_mamba, tiny_mamba2
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import packc.sharded_call
+from packc.sharded_call import ShardedCall
+
+
+class MixersLM(nn.Module):
+    """Of packc's mixers, an op between them that looks along the sequence and that packc knows nothing of, and a loss
+    of all kinds of sums over tokens."""
+
+    def __init__(self, vocab: int = 32, hidden: int = 6) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(vocab, hidden), nn.Linear(hidden, vocab)
+        self.mix, self.taps = nn.Linear(hidden, 5 * hidden), nn.Parameter(torch.randn(hidden, 4) / 2)
+        self.A = nn.Parameter(-torch.rand(hidden, 2))
+        self.register_buffer("weight", torch.linspace(0.5, 2, vocab))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shown = mask[..., None]
+        h = self.tokens(ids) * shown
+        h = (h + packc.ops.causal_conv1d(h, self.taps, activation="silu")) * shown
+        h = h + h.cumsum(1) / 8
+        q, k, v, delta, b = (self.mix(h) * shown).chunk(5, -1)
+        h = h + packc.ops.selective_scan(v, delta, self.A, b[..., :2], b[..., 2:4], delta_softplus=True)
+        heads = (x.unflatten(-1, (2, 3)) for x in (q, k, v))
+        h = (h + packc.ops.linear_attention(*heads).flatten(2)) * shown
+        logits = self.head(h)
+        flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss = F.cross_entropy(*flat) + F.cross_entropy(*flat, weight=self.weight, label_smoothing=0.1)
+        # A sum that goes back to the tokens, whose gradient comes from all ranks.
+        scaled = h / (1 + (h * h).sum())
+        spread = (scaled * scaled).sum()
+        return loss + spread, logits
+
+
+class Unmasked(PlainLM):
+    """All positions are tokens."""
+
+    def forward(self, ids: torch.Tensor, _: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(ids, torch.ones(ids.shape), labels)
+
+
+class Embedded(MixersLM):
+    """Logits of what was embedded before."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        shown = mask[..., None] > 0
+        h = packc.ops.causal_conv1d(torch.where(shown, x, 0), self.taps, activation="silu")
+        q, k, v, delta, b = torch.where(shown, self.mix(h), 0).chunk(5, -1)
+        h = h + packc.ops.selective_scan(v, delta, self.A, b[..., :2], b[..., 2:4], delta_softplus=True)
+        heads = (x.unflatten(-1, (2, 3)) for x in (q, k, v))
+        return self.head(h + packc.ops.linear_attention(*heads).flatten(2))
+
+
+class Attends(PlainLM):
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = super().hidden(ids, mask).unsqueeze(1)
+        return h.squeeze(1) + F.scaled_dot_product_attention(h, h, h, is_causal=True).squeeze(1)
+
+
+class Drops(PlainLM):
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().hidden(ids, mask), 0.1)
+
+
+class ReturnsState(PlainLM):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) * mask[..., None]
+        out, state = packc.ops.causal_conv1d(x, self.taps[0], output_final_state=True)
+        return self.head(out), state
+
+
+def checkpointed() -> nn.Module:
+    """Each layer's forward, and its collectives, are run again in the backward."""
+    model = tiny_mamba()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": PlainLM,
+    "unmasked": Unmasked,
+    "mixers": MixersLM,
+    "mamba": tiny_mamba,
+    "checkpointed": checkpointed,
+    "mamba2": tiny_mamba2,
+}
+
+
+def step(call: Any, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Loss, logits and gradients of one step."""
+    model.zero_grad()
+    loss, logits = call(*batch.values()) if isinstance(model, (PlainLM, MixersLM)) else hf(call, batch)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
+
+
+def hf(call: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    out = call(**batch)
+    return out.loss, out.logits
+
+
+def sharded(model: Any, group: Any, inner: str = "aot_eager", **options: Any) -> tuple[Any, list[ShardedCall]]:
+    """Compiled over the ranks of a group, and the calls that are made of its graphs."""
+    calls: list[ShardedCall] = []
+
+    class Noting(ShardedCall):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            calls.append(self)
+
+    packc.sharded_call.ShardedCall = Noting
+    how = {"packc.sequence": group, "packc.inner": inner, **{f"packc.{name}": value for name, value in options.items()}}
+    return torch.compile(model, backend="packc", options=how), calls
+
+
+def worst_errors(
+    group: Any, name: str, batches: list[list[str]], inner: str = "aot_eager", in_ddp: bool = False
+) -> tuple[list[dict[str, float]], int, list[int]]:
+    """Of each batch, against eager on the whole of it: the largest error of each result, relative to its largest entry;
+    how many graphs were compiled, and how many tokens this rank computed of each batch."""
+    torch.manual_seed(3)
+    model = MODELS[name]().train()
+    eager = copy.deepcopy(model)
+    of_ddp = DistributedDataParallel(model, process_group=group) if in_ddp else model
+    compiled, calls = sharded(of_ddp, group, inner)
+    found, tokens = [], []
+    for rows in batches:
+        batch = batch_of(rows)
+        want, got = step(eager, eager, batch), step(compiled, model, batch)
+        for key, value in got.items():
+            if key not in ("loss", "logits") and not in_ddp:
+                dist.all_reduce(value, group=group)
+                value /= group.size()
+        for each in (want, got):
+            each["logits"] *= batch["attention_mask"][..., None]
+        assert got.keys() == want.keys()
+        found.append({key: _error(got[key], value) for key, value in want.items()})
+        tokens.append(calls[-1].tokens_here)
+    return found, len(calls), tokens
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-6)).item()
+
+
+def leaks(group: Any) -> tuple[bool, bool, bool]:
+    """Of three documents, the second one spoilt: whether the others' logits changed by a bit, and its own did not;
+    whether gradients of the second one's logits reach the others."""
+    torch.manual_seed(3)
+    model = Embedded()
+    compiled, _ = sharded(model, group)
+    mask = masks(["1111111", "1111111", "1110000"])
+    x = torch.randn(3, 7, 6, requires_grad=True)
+    spoilt = x.detach().clone()
+    spoilt[1, 3] = float("nan")
+    with torch.no_grad():
+        before, after = compiled(x, mask), compiled(spoilt, mask)
+    compiled(x, mask)[1].sum().backward()
+    others = x.grad[[0, 2]]
+    dist.all_reduce(others, group=group)
+    own = bool(after[1, 3:].isnan().all())
+    return not torch.equal(before[[0, 2]], after[[0, 2]]), not own, bool(others.any())
+
+
+def documents_in_rows(group: Any) -> float:
+    """Against packc on one process: the largest error of logits, which positions counted anew enter, and gradients."""
+    torch.manual_seed(3)
+    model = PlainLM()
+    alone = copy.deepcopy(model)
+    compiled, _ = sharded(model, group)
+    packed = torch.compile(alone, backend="packc", options={"packc.inner": "aot_eager", "packc.strict": True})
+    batch = batch_of(["1111111111", "1111111000"])
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
+    for row, place in ((0, 3), (0, 8), (1, 2), (1, 6)):
+        batch["labels"][row, place] = -100
+    with packc.documents(seq_idx=seq_idx):
+        want, got = step(packed, alone, batch), step(compiled, model, batch)
+    for key, value in got.items():
+        if key not in ("loss", "logits"):
+            dist.all_reduce(value, group=group)
+            value /= group.size()
+    return max(_error(got[key], value) for key, value in want.items())
+
+
+def said(call: Callable[[], Any]) -> str:
+    """What an error says."""
+    try:
+        call()
+    except Exception as error:
+        first, *rest = str(error).splitlines()
+        return rest[0] if isinstance(error, BackendCompilerFailed) else f"{type(error).__name__}: {first}"
+    return "no error"
+
+
+def refusals(group: Any) -> dict[str, str]:
+    batch = batch_of(["1111111", "1110000"])
+    ids, mask, labels = batch.values()
+    other = ids if group.rank() != 1 else ids.roll(1, 0)
+    plain = sharded(PlainLM(), group)[0]
+    found = {
+        "attention": said(lambda: sharded(Attends(), group)[0](*batch.values())),
+        "dropout": said(lambda: sharded(Drops(), group)[0](*batch.values())),
+        "states": said(lambda: sharded(ReturnsState(), group)[0](ids, mask)),
+        "few tokens": said(lambda: plain(ids[:1, :5], mask[:1, :5], labels[:1, :5])),
+        "batches": said(lambda: plain(other, mask, labels)),
+        "masks": said(lambda: plain(ids, mask if group.rank() != 1 else torch.ones_like(mask), ids)),
+        "option": said(lambda: sharded(PlainLM(), "sequence")[0](*batch.values())),
+        "another option": said(lambda: sharded(PlainLM(), group, sequence_length=3)[0](*batch.values())),
+    }
+    # Ranks that have refused go on together.
+    return found | {"next": said(lambda: plain(*batch.values()))}
