@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -206,3 +207,17 @@ def lightning_refusals(group: Any) -> list[str]:
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def dies(rank: int) -> str:
+    plan = packc.distributed.plan([0, 8], dist.group.WORLD, exchange="all_gather")
+    x = torch.randn(1, 4, 2)
+    packc.ops.linear_scan(x, x, plan=plan)
+    if rank == 1:
+        return ""
+    started = time.monotonic()
+    try:
+        packc.ops.linear_scan(x, x, plan=plan)
+    except RuntimeError as error:
+        return f"{error} after {time.monotonic() - started:.1f} s"
+    return "no error"

@@ -1,14 +1,9 @@
 """What is wrong is said: on every rank, in the same words, and in time."""
 
-import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from stream_work import mismatches, refusals
+from stream_work import dies, mismatches, refusals
 from two_ranks import on_two_ranks
-
-import packc
 
 
 def test_what_differs_between_ranks_is_said_on_all(ranks):
@@ -56,20 +51,6 @@ def test_arguments_that_do_not_fit_are_named_with_their_values(ranks):
         assert said.pop("second derivative") == said.pop("of attention") == second
         assert "jvp" in said.pop("forward mode")
         assert said == {what: text.format(rank=rank, shard=SHARDS[rank]) for what, text in SAID.items()}
-
-
-def dies(rank: int) -> str:
-    plan = packc.distributed.plan([0, 8], dist.group.WORLD, exchange="all_gather")
-    x = torch.randn(1, 4, 2)
-    packc.ops.linear_scan(x, x, plan=plan)
-    if rank == 1:
-        return ""
-    started = time.monotonic()
-    try:
-        packc.ops.linear_scan(x, x, plan=plan)
-    except RuntimeError as error:
-        return f"{error} after {time.monotonic() - started:.1f} s"
-    return "no error"
 
 
 def test_a_rank_that_is_gone_is_an_error(tmp_path: Path):
