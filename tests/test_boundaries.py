@@ -171,3 +171,12 @@ def test_a_batch_of_a_tokenizer_is_looked_into():
     again = fast({**batch, "position_ids": AGAIN})
     want = logits_alone(model, batch["input_ids"])
     torch.testing.assert_close(again[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_of_our_ops_does_not_read_raises():
+    def model(x, seq_idx=None):
+        return packc.ops.linear_scan(torch.sigmoid(x), x)
+
+    fast = torch.compile(model, backend=packc.backend, options={"packc.inner": "aot_eager"})
+    with pytest.raises(Exception, match="does not read seq_idx: say so by packc.documents"):
+        fast(torch.randn(1, 4, 2), seq_idx=torch.tensor([[0, 0, 1, 1]]))
