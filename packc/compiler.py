@@ -16,7 +16,6 @@ from packc import config, totals
 from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_something
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
-from packc.frontends.traced_call import unheard_boundaries
 from packc.inner_backend import compiled_when_called, inner_backend
 from packc.options import split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
@@ -30,8 +29,8 @@ from packc.passes import (
     fakify,
     has_rows,
     index_fakes,
-    is_mixer,
     knows_documents,
+    mixers_of,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -100,10 +99,6 @@ def compile_graph(
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
     compiling = _Compiling(gm, example_inputs, mode, options or {}, strict, group)
-    read = {each.name for each in compiling.boundaries}
-    unheard = [name for name in unheard_boundaries() if name not in read]
-    if unheard and any(map(is_mixer, gm.graph.nodes)):
-        raise NotPacked(f"the model does not read {' and '.join(unheard)}: say so by packc.documents around the call")
     try:
         refuse_pieces()
         packed = pack_graph(gm, example_inputs, for_documents=True, group=group)
@@ -187,7 +182,7 @@ class _Compiling:
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {wanted}")
         log.info("not packed: %s", reason)
-        told = [knows_documents(node) for node in self.gm.graph.nodes if is_mixer(node)]
+        told = [knows_documents(node) for node in mixers_of(self.gm)]
         call = UnpackedCall(
             self.compile(without_marks(self.gm), self.inputs),
             self._packed_call(for_documents, lambda gm, _: self.compile_when_called(gm))

@@ -14,6 +14,7 @@ from packc import config, totals
 from packc.batches import Packing, Rows, pack_batches, unread_batch
 from packc.boundaries import BoundaryInput, Given, handed_over, say_something
 from packc.compilation import in_backward
+from packc.enclosing_calls import boundaries_around
 from packc.fake_tensors import has_values
 from packc.passes import Requirements
 
@@ -35,30 +36,39 @@ _ACROSS = (
     " every document's first token to the loss's ignore_index"
 )
 _RECOMPUTED = (
-    "recomputed in a backward outside of the packc.documents block that its forward was in: run the backward in a block"
-    " of the same documents"
+    "recomputed in a backward, in which the documents of its forward are not known any more: put forward and backward"
+    " into a packc.documents block"
 )
 
 
 class _Call:
     """What packed and unpacked calls share: the boundaries that a batch comes with."""
 
-    def __init__(self, boundaries: Sequence[BoundaryInput]) -> None:
+    def __init__(self, boundaries: Sequence[BoundaryInput], *, has_mixers: bool = True) -> None:
         self.boundaries = boundaries
+        self.has_mixers = has_mixers
         self._was_in_block = False
         self._warned: set[str] = set()
 
-    def around(self) -> Given | None:
-        """What :func:`packc.documents` says of this call.
+    def around(self) -> list[Given]:
+        """What :func:`packc.documents` says of this call, or where that says nothing, the calls around it.
 
         Raises:
-            NotPacked: what it said in the forward is not known any more.
+            NotPacked: what was said in the forward is not known any more.
         """
-        around = handed_over()
-        if around is None and self._was_in_block and in_backward():
+        block = handed_over()
+        around = [block] if block is not None else self._given_to_calls_around()
+        if not around and self._was_in_block and in_backward():
             raise NotPacked(_RECOMPUTED)
-        self._was_in_block |= around is not None
+        self._was_in_block |= bool(around)
         return around
+
+    def _given_to_calls_around(self) -> list[Given]:
+        if not self.has_mixers:
+            return []
+        own = {each.name for each in self.boundaries}
+        found = [Given(name, value, around=True) for name, value in boundaries_around().items() if name not in own]
+        return [each for each in found if say_something([each])]
 
 
 class PackedCall(_Call):
@@ -125,13 +135,10 @@ class PackedCall(_Call):
         if say_something([each.given(inputs) for each in self._of_others]):
             raise NotPacked(f"documents of another sequence: {self.padded_mixers[0]}")
         around = self.around()
-        if around is not None and len(self.streams) > 1:
-            raise NotPacked("packc.documents around several sequences: of which it speaks is not known")
+        if around and len(self.streams) > 1:
+            raise NotPacked(f"{around[0].name} around several sequences: of which it speaks is not known")
         given = [[each.given(inputs) for each in own] for own in self._of_stream]
-        return [
-            self._rows_of(number, inputs, [*([around] if around is not None else []), *of_stream])
-            for number, of_stream in enumerate(given)
-        ]
+        return [self._rows_of(number, inputs, [*around, *of_stream]) for number, of_stream in enumerate(given)]
 
     def _rows_of(self, number: int, inputs: Sequence[Any], given: list[Given]) -> Rows:
         wanted, rows = self.streams[number], inputs[self.streams[number].mask]
@@ -162,7 +169,7 @@ class PackedCall(_Call):
             compiled, streams = self.with_padding
         for packing, wanted, own in zip(packings, streams, self._of_stream, strict=True):
             if packing.several:
-                if self.padded_mixers and (self.around() is not None or any(each.is_of_all for each in own)):
+                if self.padded_mixers and (self.around() or any(each.is_of_all for each in own)):
                     raise NotPacked(
                         f"documents of several sequences, one of which runs padded: {self.padded_mixers[0]}"
                     )
@@ -212,19 +219,19 @@ class UnpackedCall(_Call):
         has_tokens: bool,
         has_mixers: bool,
     ) -> None:
-        super().__init__(boundaries)
+        super().__init__(boundaries, has_mixers=has_mixers)
         self.compiled, self.for_documents, self.reason = compiled, for_documents, reason
-        self.has_tokens, self.has_mixers = has_tokens, has_mixers
+        self.has_tokens = has_tokens
 
     def __call__(self, *inputs: Any) -> Any:
         around = self.around()
-        given = [*([around] if around is not None else []), *(each.given(inputs) for each in self.boundaries)]
+        given = [*around, *(each.given(inputs) for each in self.boundaries)]
         if given and self.has_tokens and say_something(given):
             if self.for_documents is not None:
                 return self.for_documents(*inputs)
             names = " and ".join(each.name for each in given)
             text = f"packc cannot keep the documents that {names} begin{'s' * (len(given) == 1)} apart: {self.reason}"
-            if around is not None or self.has_mixers:
+            if around or self.has_mixers:
                 raise NotPacked(text)
             say_once(f"{text}. Whether they are is up to the model's attention masks", self._warned)
         return self.compiled(*inputs)

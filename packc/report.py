@@ -15,7 +15,7 @@ from torch import fx
 
 from packc import config
 from packc.options import split_options, take_sequence
-from packc.passes import Boundary, Requirements, is_mixer, module_path
+from packc.passes import Boundary, Requirements, mixers_of, module_path
 from packc.totals import uncounted
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class GraphReport:
     @classmethod
     def unpacked(cls, gm: fx.GraphModule, reason: str, boundaries: Sequence[Boundary] = ()) -> GraphReport:
         """Of a graph from Dynamo that runs as it was."""
-        nodes = [node for node in gm.graph.nodes if is_mixer(node)]
+        nodes = mixers_of(gm)
         return cls([Mixer(str(node.target), module_path(node), False) for node in nodes], list(boundaries), reason)
 
 

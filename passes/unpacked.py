@@ -44,6 +44,12 @@ def is_mixer(node: fx.Node) -> bool:
     return namespace == "packc" and name in MIXERS
 
 
+def mixers_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """Those of a Dynamo graph, in checkpointed parts of it too."""
+    parts = [each for each in gm.modules() if isinstance(each, fx.GraphModule)]
+    return [node for part in parts for node in part.graph.nodes if is_mixer(node)]
+
+
 def knows_documents(node: fx.Node) -> bool:
     """Whether a mixer in Dynamo's graph is told by the model where documents begin."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]

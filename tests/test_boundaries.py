@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import RIGHT, batch_of, masks, tiny_mamba
+from rows import alone
 
 import packc
 from packc.boundaries import Given, starts
@@ -173,10 +174,88 @@ def test_a_batch_of_a_tokenizer_is_looked_into():
     torch.testing.assert_close(again[real], want[real], rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_model_of_our_ops_does_not_read_raises():
-    def model(x, seq_idx=None):
-        return packc.ops.linear_scan(torch.sigmoid(x), x)
+# ---- arguments that the graph is not given ---------------------------------------------------------------------------
 
-    fast = torch.compile(model, backend=packc.backend, options={"packc.inner": "aot_eager"})
-    with pytest.raises(Exception, match="does not read seq_idx: say so by packc.documents"):
-        fast(torch.randn(1, 4, 2), seq_idx=torch.tensor([[0, 0, 1, 1]]))
+
+def scan(x):
+    return packc.ops.linear_scan(torch.sigmoid(x), x)
+
+
+def reads_none(x, seq_idx=None):
+    return scan(x)
+
+
+def takes_any(x, **given):
+    return scan(x)
+
+
+def behind_a_break(x, seq_idx=None):
+    x = x * 1.0
+    torch._dynamo.graph_break()
+    return scan(x)
+
+
+@pytest.mark.parametrize("function", [reads_none, takes_any, behind_a_break])
+def test_documents_that_a_function_hands_on_to_nobody_are_kept_apart(function):
+    fast = torch.compile(function, backend=packc.backend, options=DEBUG)
+    x, seq_idx = torch.randn(1, 4, 2), torch.tensor([[0, 0, 1, 1]])
+    torch.testing.assert_close(fast(x), scan(x))
+    torch.testing.assert_close(fast(x, seq_idx=seq_idx), alone(scan, x, [[2, 2]]))
+    torch.testing.assert_close(fast(x), scan(x))
+
+
+def test_documents_in_a_batch_of_which_a_function_reads_the_tokens_alone_are_kept_apart():
+    fast = torch.compile(lambda batch: scan(batch["x"]), backend=packc.backend, options=DEBUG)
+    x, seq_idx = torch.randn(1, 4, 2), torch.tensor([[0, 0, 1, 1]])
+    torch.testing.assert_close(fast({"x": x}), scan(x))
+    torch.testing.assert_close(fast({"x": x, "seq_idx": seq_idx}), alone(scan, x, [[2, 2]]))
+
+
+@pytest.mark.parametrize("name", ["seq_idx", "position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("broken", [True, False])
+def test_blocks_that_get_no_boundaries_keep_the_documents_of_their_model_apart(name, broken):
+    model = tiny_mamba()
+    ids = torch.randint(1, 32, (1, 8))
+    plain, want = model(ids).logits, logits_alone(model, ids)
+    fast = model
+    if broken:  # as hooks of FSDP2 break it
+        for layer in model.backbone.layers:
+            layer.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        fast = torch.compile(model, backend=packc.backend, options=DEBUG)
+    else:
+        for layer in model.backbone.layers:
+            layer.compile(backend=packc.backend, options=DEBUG)
+    given = {"seq_idx": AGAIN[:1].eq(0).cumsum(1), "position_ids": AGAIN[:1], "cu_seq_lens_q": torch.tensor([0, 3, 8])}
+    torch.testing.assert_close(fast(ids).logits, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast(ids, **{name: given[name]}).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_recomputed_outside_of_its_model_does_not_forget_its_documents():
+    block = torch.compile(lambda x: scan(x), backend=packc.backend, options=DEBUG)
+
+    class Model(torch.nn.Module):
+        def forward(self, x, seq_idx):
+            return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+
+    x, seq_idx = torch.randn(1, 4, 2, requires_grad=True), torch.tensor([[0, 0, 1, 1]])
+    out = Model()(x, seq_idx)
+    torch.testing.assert_close(out, alone(scan, x, [[2, 2]]))
+    with pytest.raises(packc.NotPacked, match="recomputed in a backward"):
+        out.sum().backward()
+    with packc.documents(seq_idx=seq_idx):
+        Model()(x, seq_idx).sum().backward()
+    (want,) = torch.autograd.grad(alone(scan, x, [[2, 2]]).sum(), x)
+    torch.testing.assert_close(x.grad, want)
+
+
+def test_a_checkpoint_in_a_compiled_block_keeps_the_documents_of_its_model_apart():
+    model = tiny_mamba().train()
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(1, 32, (1, 8))
+    logits_alone(model, ids).square().sum().backward()
+    want = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    for layer in model.backbone.layers:
+        layer.compile(backend=packc.backend, options=DEBUG)
+    model(ids, position_ids=AGAIN[:1]).logits.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], want, rtol=1e-4, atol=1e-4)

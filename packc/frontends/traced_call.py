@@ -36,16 +36,6 @@ def is_called_with_boundaries() -> bool:
     return any(isinstance(holder.get(name), torch.Tensor) for holder in holders for name in BOUNDARIES[1:])
 
 
-def unheard_boundaries() -> list[str]:
-    """Those that the call being traced was given, where no frontend has made them inputs of the graph."""
-    trace = _trace()
-    if trace is None or _kept.get(id(trace)) is trace:
-        return []
-    with private_torch():
-        frame = trace.root_tx.f_locals
-    return [name for name in BOUNDARIES[1:] if isinstance(frame.get(name), torch.Tensor)]
-
-
 def keep_boundaries() -> None:
     """Make them inputs of the graph being traced, though nothing in the model may read them."""
     output = _trace()
