@@ -13,7 +13,7 @@ from packc.passes.axes import inputs_of, same_size
 from packc.passes.graph import Graph
 from packc.passes.sequences import read_by_mixers
 from packc.passes.sources import argument_path, is_argument, is_called
-from packc.passes.zeros import zero_at_tokens
+from packc.passes.zeros import keeps_zero, zero_at_tokens
 
 # In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else, and even of these
 # only the first always says which positions are tokens: see confirm_mask.
@@ -24,14 +24,6 @@ _OF_TOKENS = {"position_ids", "seq_idx", "labels", "token_type_ids"}
 _MOST_ROWS = 4
 """Inputs that are tried."""
 _ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
-_FORWARDS = {
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.view.default,
-    torch.ops.aten.expand.default,
-}
 
 
 class WrongMask(ValueError):
@@ -156,10 +148,11 @@ def _is_added(node: fx.Node) -> bool:
         return False
     seen, queue = set(), [node]
     while queue:
-        for user in queue.pop().users:
+        node = queue.pop()
+        for user in node.users:
             if user.target in _ADDS:
                 return True
-            if user.target in _FORWARDS and user not in seen:
+            if keeps_zero(user) and user.args[0] is node and user not in seen:
                 seen.add(user)
                 queue.append(user)
     return False

@@ -83,7 +83,7 @@ def _calls(graph: Graph) -> Iterator[fx.Node]:
     return (node for node in graph.gm.graph.nodes if node.op == "call_function" and graph.tokens.has_axes(node))
 
 
-def _keeps_zero(node: fx.Node) -> bool:
+def keeps_zero(node: fx.Node) -> bool:
     """Whether a value is zero where the first operand is, and made of nothing else."""
     return zero_rule_for(node.target) is first_is_zero
 
@@ -103,7 +103,7 @@ def _is_opposite(node: fx.Node, mask: fx.Node) -> bool:
 def _is_true_at_tokens(node: object, mask: fx.Node) -> bool:
     while isinstance(node, fx.Node) and node is not mask:
         compared = (node.target, node.args[1]) if len(node.args) > 1 else None
-        if not _keeps_zero(node) and compared not in _TRUE_AT_ONE:
+        if not keeps_zero(node) and compared not in _TRUE_AT_ONE:
             return False
         node = cast("Any", node.args[0])
     return node is mask
@@ -127,7 +127,7 @@ def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
 
 def _is_constant_zero(node: object) -> bool:
     """Made as zeros, and since then only rearranged."""
-    while isinstance(node, fx.Node) and _keeps_zero(node):
+    while isinstance(node, fx.Node) and keeps_zero(node):
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return False
@@ -149,7 +149,7 @@ def is_masked(value: fx.Node) -> fx.Node | None:
             truth = next((arg for arg in args[:2] if isinstance(arg, fx.Node) and _is_truth(arg)), None)
             if truth is not None:
                 return truth
-        elif not _keeps_zero(node):
+        elif not keeps_zero(node):
             return None
         node = args[0]
     return None
@@ -160,7 +160,7 @@ def _is_truth(node: Any) -> bool:
     while isinstance(node, fx.Node):
         if getattr(value_of(node), "dtype", None) == torch.bool:  # several results have none
             return True
-        if node.op != "call_function" or not _keeps_zero(node):
+        if node.op != "call_function" or not keeps_zero(node):
             return False
         node = node.args[0]
     return False
@@ -172,11 +172,11 @@ def _is_negation(node: fx.Node, one: set[fx.Node], mask: fx.Node) -> bool:
         return args[1] == 0 and _is_mask_itself(args[0], mask)
     if node.target in _NOT:
         return _is_mask_itself(args[0], mask) and value_of(args[0]).dtype == torch.bool
-    return _keeps_zero(node) and bool(args) and args[0] in one and value_of(node).dtype == torch.bool
+    return keeps_zero(node) and bool(args) and args[0] in one and value_of(node).dtype == torch.bool
 
 
 def _is_mask_itself(node: object, mask: fx.Node) -> bool:
     """The mask or a rearrangement of it: zero there means padding, and only there."""
-    while isinstance(node, fx.Node) and node is not mask and _keeps_zero(node):
+    while isinstance(node, fx.Node) and node is not mask and keeps_zero(node):
         node = node.args[0]
     return node is mask
