@@ -24,7 +24,14 @@ def experts_forward(
 
 def get_interface(self: Any, experts_implementation: str, default: Any) -> Any:
     """Experts that loop over those which are hit leave Dynamo with as many graphs; these compute the same in one."""
-    return self["grouped_mm"] if experts_implementation == "eager" else NotImplemented
+    return self["grouped_mm"] if experts_implementation == "eager" and _can_be_grouped() else NotImplemented
+
+
+def _can_be_grouped() -> bool:
+    """On CPU, releases before 5.23 ask for the sizes of groups inside of the backward, which cannot be traced."""
+    from transformers.integrations import moe
+
+    return torch.cuda.is_available() or hasattr(moe, "_grouped_mm_fallback_backward_fake")
 
 
 def load_balancing_loss_func(

@@ -1,9 +1,8 @@
 """Each form of the gated delta rule gives what transformers' torch code gives, or goes to it."""
 
-import importlib
-
 import pytest
 import torch
+from functions import GROUPS_HEADS, transformers_function
 from torch.nn import functional as F
 
 import packc.frontends
@@ -19,13 +18,9 @@ FUNCTIONS = [(family, name) for family, names in (PER_HEAD, PER_CHANNEL) for nam
 each_function = pytest.mark.parametrize(("family", "name"), FUNCTIONS, ids=[name for _, name in FUNCTIONS])
 
 
-def function_of(family, name):
-    return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
-
-
 def arguments(family, dtype=torch.float32):
     torch.manual_seed(0)
-    groups = H if family == PER_CHANNEL[0] else G
+    groups = G if family == PER_HEAD[0] and GROUPS_HEADS else H
     gates = (B, L, H, K) if family == PER_CHANNEL[0] else (B, L, H)
     return {
         "query": torch.randn(B, L, groups, K, dtype=dtype),
@@ -50,8 +45,8 @@ def assert_close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_function_is_the_op(family, name, normalised, packc_backend):
     given = arguments(family) | {"use_qk_l2norm_in_kernel": normalised}
-    out, state = compiled(function_of(family, name), packc_backend, **given)
-    expected, none = function_of(family, name)(**given)
+    out, state = compiled(transformers_function(family, name), packc_backend, **given)
+    expected, none = transformers_function(family, name)(**given)
     assert_close(out, expected)
     assert state is none is None
     assert packc_backend.calls(RULE) == 1
@@ -60,8 +55,8 @@ def test_the_function_is_the_op(family, name, normalised, packc_backend):
 @each_function
 def test_states_go_in_and_out(family, name, packc_backend):
     given = arguments(family) | {"initial_state": torch.randn(B, H, K, V), "output_final_state": True}
-    out, state = compiled(function_of(family, name), packc_backend, **given)
-    expected, expected_state = function_of(family, name)(**given)
+    out, state = compiled(transformers_function(family, name), packc_backend, **given)
+    expected, expected_state = transformers_function(family, name)(**given)
     assert_close(out, expected)
     assert_close(state, expected_state)
     assert packc_backend.calls(RULE) == 1
@@ -70,8 +65,8 @@ def test_states_go_in_and_out(family, name, packc_backend):
 @each_function
 def test_the_result_has_the_dtype_of_the_queries_and_states_are_fp32(family, name, packc_backend):
     given = arguments(family, torch.bfloat16) | {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    out, state = compiled(function_of(family, name), packc_backend, **given)
-    expected, expected_state = function_of(family, name)(**given)
+    out, state = compiled(transformers_function(family, name), packc_backend, **given)
+    expected, expected_state = transformers_function(family, name)(**given)
     assert (out.dtype, state.dtype) == (expected.dtype, expected_state.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01)
     assert packc_backend.calls(RULE) == 1
@@ -81,7 +76,7 @@ def test_the_result_has_the_dtype_of_the_queries_and_states_are_fp32(family, nam
 def test_gradients(family, name, packc_backend):
     given = arguments(family) | {"use_qk_l2norm_in_kernel": True}
     leaves = {name: x.requires_grad_() for name, x in given.items() if isinstance(x, torch.Tensor)}
-    function = function_of(family, name)
+    function = transformers_function(family, name)
     gradients = []
     for call in (function, torch.compile(function, backend=packc_backend)):
         out, _ = call(**given)
@@ -92,7 +87,7 @@ def test_gradients(family, name, packc_backend):
 @each_function
 def test_boundaries_that_the_call_does_not_have_go_to_the_original(family, name, packc_backend):
     given, offsets = arguments(family), torch.tensor([0, 4, L], dtype=torch.int32)
-    original = function_of(family, name)
+    original = transformers_function(family, name)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
         original(**given, cu_seqlens=offsets)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from functions import transformers_function
 from torch.nn import functional as F
-from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba import modeling_mamba as mamba
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
-from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 import packc.frontends
 
@@ -148,6 +147,9 @@ def test_mamba_split_conv1d_scan(norm_before_gate, package, packc_backend):
     assert_close(actual, gated @ project.T)
 
 
+GATED = "qwen3_next", "torch_chunk_gated_delta_rule"
+
+
 def delta_rule_arguments(per_channel):
     gates = (B, L, H, N) if per_channel else (B, L, H)
     values = {"q": randn(B, L, H, N), "k": randn(B, L, H, N), "v": randn(B, L, H, P)}
@@ -157,12 +159,17 @@ def delta_rule_arguments(per_channel):
 @pytest.mark.parametrize(
     ("module", "name", "original"),
     [
-        ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", qwen.torch_chunk_gated_delta_rule),
-        ("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule", qwen.torch_chunk_gated_delta_rule),
-        ("fla.ops.kda", "chunk_kda", kimi.chunk_kimi_delta_attention),
+        ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", ("qwen3_next", "torch_chunk_gated_delta_rule")),
+        (
+            "fla.ops.gated_delta_rule",
+            "fused_recurrent_gated_delta_rule",
+            ("qwen3_next", "torch_chunk_gated_delta_rule"),
+        ),
+        ("fla.ops.kda", "chunk_kda", ("kimi_linear", "chunk_kimi_delta_attention")),
     ],
 )
 def test_delta_rules(module, name, original, package, packc_backend):
+    original = transformers_function(*original)
     given = delta_rule_arguments(per_channel=name == "chunk_kda")
     options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True, "initial_state": randn(B, H, N, P)}
     actual = compiled(getattr(package(module), name), packc_backend, **given, **options)
