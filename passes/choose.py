@@ -147,8 +147,10 @@ def arguments_of(node: fx.Node, reading: Reading) -> list[fx.Node]:
 
 
 def is_computed_packed(operand: fx.Node, tokens: Tokens) -> bool:
-    """Whether the operand's packed form comes from an op; otherwise it is gathered from the padded one."""
-    return operand in tokens.readings or (is_item(operand) and isinstance(tokens.kinds.get(operand.args[0]), list))  # type: ignore[arg-type]
+    """Whether the operand's packed form comes from an op; otherwise it is gathered from the padded one, as a sum or a
+    state is that happens to lie along the tokens."""
+    from_op = operand in tokens.readings or is_item(operand)
+    return from_op and not reads_as_is(operand, tokens)
 
 
 def is_random(node: fx.Node) -> bool:

@@ -72,6 +72,8 @@ def _parted(w: Writer, value: Value, at: int) -> list[Axis]:
 def _joined(a: Axis, b: Axis) -> Axis:
     if (a.kind, b.kind) == ("B", "L"):
         return TOKENS
+    if "1" in (a.size, b.size):
+        return a if b.size == "1" else b
     size = f"{a.size} * {b.size}"
     if a.kind in "TF" and b.kind == "." and b.size.isdigit():
         return Axis("F", size)
