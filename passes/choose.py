@@ -37,6 +37,8 @@ class Forms:
     """What heads make of tokens, each entry of one of them."""
     picked: set[fx.Node] = field(default_factory=set)
     """What is of one token a row."""
+    returned: set[fx.Node] = field(default_factory=set)
+    """Outputs of a part of the positions, zero at padding."""
 
 
 def choose(graph: Graph) -> Graph:
@@ -91,6 +93,7 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
             raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
     heads = follow_heads(graph, forms.packed_only)
     forms.live, forms.apart, forms.picked = heads.live, {*heads.places, *heads.masked}, heads.picked
+    forms.returned = heads.returned
 
 
 def _describe(node: fx.Node, reason: str) -> str:

@@ -100,7 +100,7 @@ def requirements(graph: Graph) -> Graph:
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
         live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
         returns_tokens=any(
-            each in packed and not reads_as_is(each, graph.tokens)
+            each in graph.forms.returned or (each in packed and not reads_as_is(each, graph.tokens))
             for each in graph.gm.graph.output_node().all_input_nodes
         ),
         mixers=[
