@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from packc import config, totals
 from packc.batches import Packing, Rows, pack_batches, unread_batch
-from packc.boundaries import BoundaryInput, Given, handed_over, say_something
+from packc.boundaries import BoundaryInput, Given, handed_over, of_streams, say_something
 from packc.compilation import in_backward
 from packc.fake_tensors import has_values
 from packc.passes import Requirements
@@ -34,6 +34,10 @@ _ACROSS = (
     "a label counts at the last token of a document, of which the next token is another document's: set the labels of"
     " every document's first token to the loss's ignore_index"
 )
+_OF_WHICH = (
+    "packc.documents around several sequences: of which it speaks is not known. Name them: "
+    'cu_seqlens={"chosen.attention_mask": ..., "rejected.attention_mask": ...}'
+)
 _RECOMPUTED = (
     "recomputed in a backward outside of the packc.documents block that its forward was in: run the backward in a block"
     " of the same documents"
@@ -48,16 +52,16 @@ class _Call:
         self._was_in_block = False
         self._warned: set[str] = set()
 
-    def around(self) -> Given | None:
+    def around(self) -> tuple[Given, ...]:
         """What :func:`packc.documents` says of this call.
 
         Raises:
             NotPacked: what it said in the forward is not known any more.
         """
         around = handed_over()
-        if around is None and self._was_in_block and in_backward():
+        if not around and self._was_in_block and in_backward():
             raise NotPacked(_RECOMPUTED)
-        self._was_in_block |= around is not None
+        self._was_in_block |= bool(around)
         return around
 
 
@@ -125,13 +129,12 @@ class PackedCall(_Call):
         if say_something([each.given(inputs) for each in self._of_others]):
             raise NotPacked(f"documents of another sequence: {self.padded_mixers[0]}")
         around = self.around()
-        if around is not None and len(self.streams) > 1:
-            raise NotPacked("packc.documents around several sequences: of which it speaks is not known")
-        given = [[each.given(inputs) for each in own] for own in self._of_stream]
-        return [
-            self._rows_of(number, inputs, [*([around] if around is not None else []), *of_stream])
-            for number, of_stream in enumerate(given)
-        ]
+        if len(self.streams) > 1 and any(each.of is None for each in around):
+            raise NotPacked(_OF_WHICH)
+        of_stream = of_streams(around, [stream.paths for stream in self.streams])
+        for own, more in zip(of_stream, self._of_stream, strict=True):
+            own += [each.given(inputs) for each in more]
+        return [self._rows_of(number, inputs, given) for number, given in enumerate(of_stream)]
 
     def _rows_of(self, number: int, inputs: Sequence[Any], given: list[Given]) -> Rows:
         wanted, rows = self.streams[number], inputs[self.streams[number].mask]
@@ -162,7 +165,8 @@ class PackedCall(_Call):
             compiled, streams = self.with_padding
         for packing, wanted, own in zip(packings, streams, self._of_stream, strict=True):
             if packing.several:
-                if self.padded_mixers and (self.around() is not None or any(each.is_of_all for each in own)):
+                of_all = any(each.of is None for each in self.around()) or any(each.is_of_all for each in own)
+                if self.padded_mixers and of_all:
                     raise NotPacked(
                         f"documents of several sequences, one of which runs padded: {self.padded_mixers[0]}"
                     )
@@ -218,13 +222,13 @@ class UnpackedCall(_Call):
 
     def __call__(self, *inputs: Any) -> Any:
         around = self.around()
-        given = [*([around] if around is not None else []), *(each.given(inputs) for each in self.boundaries)]
+        given = [*around, *(each.given(inputs) for each in self.boundaries)]
         if given and self.has_tokens and say_something(given):
             if self.for_documents is not None:
                 return self.for_documents(*inputs)
             names = " and ".join(each.name for each in given)
             text = f"packc cannot keep the documents that {names} begin{'s' * (len(given) == 1)} apart: {self.reason}"
-            if around is not None or self.has_mixers:
+            if around or self.has_mixers:
                 raise NotPacked(text)
             say_once(f"{text}. Whether they are is up to the model's attention masks", self._warned)
         return self.compiled(*inputs)
