@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -42,23 +42,33 @@ class Given(NamedTuple):
     values: Tensor
     around: bool = False
     """By :func:`documents`; otherwise among the model's arguments."""
+    of: str | None = None
+    """The path of an input, or the end of one: of which rows they are, where there are several sequences."""
 
     @property
     def kind(self) -> Kind:
         return KINDS[self.name]
 
 
-_active: contextvars.ContextVar[Given | None] = contextvars.ContextVar("packc_documents", default=None)
+_active: contextvars.ContextVar[tuple[Given, ...]] = contextvars.ContextVar("packc_documents", default=())
+
+Boundaries = Tensor | Mapping[str, Tensor]
+"""Of the only sequence of a model; or of several, each by the path of an input of it."""
 
 
 @contextlib.contextmanager
 def documents(
-    *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None, seq_idx: Tensor | None = None
+    *,
+    cu_seqlens: Boundaries | None = None,
+    position_ids: Boundaries | None = None,
+    seq_idx: Boundaries | None = None,
 ) -> Iterator[None]:
     """Say where documents begin in rows that hold several, for every compiled model that is called in this block.
 
     Nothing flows from one document to another, in the forward, the backward and what the graph recomputes; positions
-    that the model counts by itself start again with each. Exactly one is given:
+    that the model counts by itself start again with each. Exactly one is given. Where a model reads several sequences,
+    each in rows of its own, it is a mapping from an input of each, by its path in the call as ``packc.mask`` has it
+    (``chosen.attention_mask``, or the end of it), to a tensor; rows that are not named are a document each.
 
     Args:
         cu_seqlens: integer ``(N + 1,)``, rising from 0 to ``B * L``: document n is the positions
@@ -69,31 +79,52 @@ def documents(
     Raises:
         TypeError: none or several are given, or one that is no integer tensor.
         NotPacked: when a model is called whose graph cannot keep documents of one row apart; the message says why.
-        ValueError: when a model is called whose rows are of another size, or with offsets that do not rise to B * L.
+        ValueError: when a model is called whose rows are of another size, or with offsets that do not rise to B * L, or
+            that has no input of a name, or several.
     """
     given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids, "seq_idx": seq_idx}
-    named = [Given(name, values, around=True) for name, values in given.items() if values is not None]
+    named = [(name, values) for name, values in given.items() if values is not None]
     if len(named) != 1:
         raise TypeError(f"packc.documents takes one of {', '.join(given)}; {len(named)} are given")
-    (only,) = named
-    if not isinstance(only.values, Tensor) or only.values.is_floating_point() or only.values.dtype == torch.bool:
-        raise TypeError(f"packc.documents: {only.name} must be a tensor of integers")
-    with _handed_over(only):
-        yield
-
-
-@contextlib.contextmanager
-def _handed_over(given: Given) -> Iterator[None]:
-    token = _active.set(given)
+    ((name, values),) = named
+    by_path: Mapping[str | None, Tensor] = values if isinstance(values, Mapping) else {None: values}  # type: ignore[assignment]
+    for each in by_path.values():
+        if not isinstance(each, Tensor) or each.is_floating_point() or each.dtype == torch.bool:
+            raise TypeError(f"packc.documents: {name} must be a tensor of integers")
+    token = _active.set(tuple(Given(name, each, around=True, of=path) for path, each in by_path.items()))
     try:
         yield
     finally:
         _active.reset(token)
 
 
-def handed_over() -> Given | None:
+def handed_over() -> tuple[Given, ...]:
     """What :func:`documents` says of the call that is being made."""
     return _active.get()
+
+
+def of_streams(around: Sequence[Given], streams: Sequence[Sequence[str]]) -> list[list[Given]]:
+    """What was handed over around a call, for each of several sequences.
+
+    Args:
+        streams: the paths of the inputs of each.
+
+    Raises:
+        ValueError: one is of no sequence, or may be of several.
+    """
+    found: list[list[Given]] = [[] for _ in streams]
+    for each in around:
+        if each.of is None:
+            found[0].append(each)
+            continue
+        wanted = each.of.split(".")
+        meant = [n for n, paths in enumerate(streams) if any(p.split(".")[-len(wanted) :] == wanted for p in paths)]
+        if len(meant) != 1:
+            known = sorted(path for paths in streams for path in paths)
+            said = "no packed sequence" if not meant else "several sequences"
+            raise ValueError(f"packc.documents: {each.of!r} is of {said}; inputs of sequences are {known}")
+        found[meant[0]].append(each)
+    return found
 
 
 class BoundaryInput(NamedTuple):

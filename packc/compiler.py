@@ -141,7 +141,7 @@ class _Compiling:
     def with_documents(self) -> bool:
         """Whether the call that is being compiled comes with boundaries."""
         given = [each.given(self.inputs) for each in self.boundaries]
-        return handed_over() is not None or any(each.name != POSITIONS for each in given) or say_something(given)
+        return bool(handed_over()) or any(each.name != POSITIONS for each in given) or say_something(given)
 
     def packed(self, packed: Graph) -> tuple[Callable[..., Any], GraphReport]:
         if config.strict and packed.requirements.padded_mixers:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from packc import config, totals
 from packc.batches import Packing, Rows, pack_batches, unread_batch
-from packc.boundaries import BoundaryInput, Given, handed_over, say_something
+from packc.boundaries import BoundaryInput, Given, handed_over, of_streams, say_something
 from packc.compilation import in_backward
 from packc.enclosing_calls import boundaries_around
 from packc.fake_tensors import has_values
@@ -35,6 +35,10 @@ _ACROSS = (
     "a label counts at the last token of a document, of which the next token is another document's: set the labels of"
     " every document's first token to the loss's ignore_index"
 )
+_OF_WHICH = (
+    "boundaries around several sequences: of which they speak is not known. Name them: "
+    'packc.documents(cu_seqlens={"chosen.attention_mask": ..., "rejected.attention_mask": ...})'
+)
 _RECOMPUTED = (
     "recomputed in a backward, in which the documents of its forward are not known any more: put forward and backward"
     " into a packc.documents block"
@@ -50,25 +54,24 @@ class _Call:
         self._was_in_block = False
         self._warned: set[str] = set()
 
-    def around(self) -> list[Given]:
+    def around(self) -> tuple[Given, ...]:
         """What :func:`packc.documents` says of this call, or where that says nothing, the calls around it.
 
         Raises:
             NotPacked: what was said in the forward is not known any more.
         """
-        block = handed_over()
-        around = [block] if block is not None else self._given_to_calls_around()
+        around = handed_over() or self._given_to_calls_around()
         if not around and self._was_in_block and in_backward():
             raise NotPacked(_RECOMPUTED)
         self._was_in_block |= bool(around)
         return around
 
-    def _given_to_calls_around(self) -> list[Given]:
+    def _given_to_calls_around(self) -> tuple[Given, ...]:
         if not self.has_mixers:
-            return []
+            return ()
         own = {each.name for each in self.boundaries}
         found = [Given(name, value, around=True) for name, value in boundaries_around().items() if name not in own]
-        return [each for each in found if say_something([each])]
+        return tuple(each for each in found if say_something([each]))
 
 
 class PackedCall(_Call):
@@ -135,10 +138,13 @@ class PackedCall(_Call):
         if say_something([each.given(inputs) for each in self._of_others]):
             raise NotPacked(f"documents of another sequence: {self.padded_mixers[0]}")
         around = self.around()
-        if around and len(self.streams) > 1:
-            raise NotPacked(f"{around[0].name} around several sequences: of which it speaks is not known")
-        given = [[each.given(inputs) for each in own] for own in self._of_stream]
-        return [self._rows_of(number, inputs, [*around, *of_stream]) for number, of_stream in enumerate(given)]
+        around = self.around()
+        if len(self.streams) > 1 and any(each.of is None for each in around):
+            raise NotPacked(_OF_WHICH)
+        of_stream = of_streams(around, [stream.paths for stream in self.streams])
+        for own, more in zip(of_stream, self._of_stream, strict=True):
+            own += [each.given(inputs) for each in more]
+        return [self._rows_of(number, inputs, given) for number, given in enumerate(of_stream)]
 
     def _rows_of(self, number: int, inputs: Sequence[Any], given: list[Given]) -> Rows:
         wanted, rows = self.streams[number], inputs[self.streams[number].mask]
@@ -169,7 +175,8 @@ class PackedCall(_Call):
             compiled, streams = self.with_padding
         for packing, wanted, own in zip(packings, streams, self._of_stream, strict=True):
             if packing.several:
-                if self.padded_mixers and (self.around() or any(each.is_of_all for each in own)):
+                of_all = any(each.of is None for each in self.around()) or any(each.is_of_all for each in own)
+                if self.padded_mixers and of_all:
                     raise NotPacked(
                         f"documents of several sequences, one of which runs padded: {self.padded_mixers[0]}"
                     )

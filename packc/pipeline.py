@@ -32,6 +32,7 @@ READ: tuple[Pass, ...] = (
     passes.constants,  # no tensors of numbers
     passes.functional,  # no writes in place, where nobody holds a view
     passes.causal_convs,  # convolutions that are causal -> packc's
+    passes.cut_late,  # logits cut along the sequence after what is computed of them
     passes.widen_losses,  # next-token losses over whole rows
     passes.written_out_attention,  # softmax(q @ k) @ v as one op
     passes.find_masks,  # the inputs that may be the padding mask; for documents alone find_rows, of tokens
@@ -49,7 +50,13 @@ PACK: tuple[Pass, ...] = (
     passes.write,  # the packed graph
 )
 # Without one of these less packs; the others are what packing is.
-_MAY_BE_SKIPPED = (passes.functional, passes.widen_losses, passes.written_out_attention, passes.pack_attention)
+_MAY_BE_SKIPPED = (
+    passes.functional,
+    passes.cut_late,
+    passes.widen_losses,
+    passes.written_out_attention,
+    passes.pack_attention,
+)
 
 
 def packed_graph(graph: Graph, *, for_documents: bool = False) -> Graph:

@@ -7,6 +7,7 @@ from packc.passes.attention_masks import attention_masks
 from packc.passes.causal_convs import causal_convs
 from packc.passes.choose import choose
 from packc.passes.constants import constants
+from packc.passes.cut_late import cut_late
 from packc.passes.forms.sharded import Inputs as ShardedInputs
 from packc.passes.functional import functional
 from packc.passes.graph import Graph, Ranks
@@ -42,6 +43,7 @@ __all__ = [
     "choose",
     "confirm_mask",
     "constants",
+    "cut_late",
     "fakify",
     "find_masks",
     "find_rows",

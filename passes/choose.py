@@ -37,6 +37,8 @@ class Forms:
     """What heads make of tokens, each entry of one of them."""
     picked: set[fx.Node] = field(default_factory=set)
     """What is of one token a row."""
+    returned: set[fx.Node] = field(default_factory=set)
+    """Outputs of a part of the positions, zero at padding."""
 
 
 def choose(graph: Graph) -> Graph:
@@ -91,6 +93,7 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
             raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
     heads = follow_heads(graph, forms.packed_only)
     forms.live, forms.apart, forms.picked = heads.live, {*heads.places, *heads.masked}, heads.picked
+    forms.returned = heads.returned
 
 
 def _describe(node: fx.Node, reason: str) -> str:
@@ -147,8 +150,10 @@ def arguments_of(node: fx.Node, reading: Reading) -> list[fx.Node]:
 
 
 def is_computed_packed(operand: fx.Node, tokens: Tokens) -> bool:
-    """Whether the operand's packed form comes from an op; otherwise it is gathered from the padded one."""
-    return operand in tokens.readings or (is_item(operand) and isinstance(tokens.kinds.get(operand.args[0]), list))  # type: ignore[arg-type]
+    """Whether the operand's packed form comes from an op; otherwise it is gathered from the padded one, as a sum or a
+    state is that happens to lie along the tokens."""
+    from_op = operand in tokens.readings or is_item(operand)
+    return from_op and not reads_as_is(operand, tokens)
 
 
 def is_random(node: fx.Node) -> bool:

@@ -5,12 +5,13 @@ Of tensors that a graph holds, AOTAutograd takes only those that Dynamo told it 
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
 
 import torch
 from torch import Tensor, fx
 
-from packc.passes.graph import Graph
+from packc.fake_tensors import detect_fake_mode
+from packc.passes.graph import Graph, call_like
 from packc.passes.reasons import NotPackable
 
 aten = torch.ops.aten
@@ -18,6 +19,8 @@ aten = torch.ops.aten
 # What tracing writes around such a tensor, so that nobody writes to the one that the graph holds.
 _COPIES = {aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default}
 
+
+_MOST_NUMBERS = 64
 
 # ``x.new_zeros(sizes)`` asks x for nothing but its dtype and device.
 _OF_ANOTHER = {
@@ -32,7 +35,7 @@ def constants(graph: Graph) -> Graph:
     """Replace every tensor that the graph holds, together with its copies, and those made like another of its dtype.
 
     Raises:
-        NotPackable: one has several numbers.
+        NotPackable: one has too many numbers to be written out.
     """
     gm = graph.gm
     for node in gm.graph.find_nodes(op="get_attr"):
@@ -40,7 +43,7 @@ def constants(graph: Graph) -> Graph:
         if not isinstance(value, Tensor):
             continue
         with gm.graph.inserting_before(node):
-            made = _made(gm, value)
+            made = _made(graph, node, value)
         made.meta = dict(node.meta)
         for copy in _copies(node):
             copy.replace_all_uses_with(made)
@@ -53,13 +56,26 @@ def constants(graph: Graph) -> Graph:
     return graph
 
 
-def _made(gm: fx.GraphModule, value: Tensor) -> fx.Node:
-    like: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+def _made(graph: Graph, like: fx.Node, value: Tensor) -> fx.Node:
+    make, of = graph.gm.graph.call_function, {"dtype": value.dtype, "device": value.device}
     if value.ndim == 0:
-        return gm.graph.call_function(aten.scalar_tensor.default, (value.item(),), like)
+        return make(aten.scalar_tensor.default, (value.item(),), of)
     if value.numel() == 0:
-        return gm.graph.call_function(aten.zeros.default, (list(value.shape),), like)
-    raise NotPackable(f"the model makes a tensor of numbers, of shape {tuple(value.shape)}")
+        return make(aten.zeros.default, (list(value.shape),), of)
+    flat = _numbers(value) if value.numel() <= _MOST_NUMBERS else None
+    if flat is None:
+        raise NotPackable(f"the model makes a tensor of numbers, of shape {tuple(value.shape)}")
+    with detect_fake_mode(graph.inputs) or contextlib.nullcontext():
+        numbers = [call_like(graph.gm.graph, like, aten.scalar_tensor.default, (each,), of) for each in flat]
+        row = call_like(graph.gm.graph, like, aten.stack.default, (numbers,))
+        return call_like(graph.gm.graph, like, aten.reshape.default, (row, list(value.shape)))
+
+
+def _numbers(value: Tensor) -> list[float] | None:
+    try:
+        return value.flatten().tolist()
+    except RuntimeError:  # of each sample of a batch, in what vmap calls
+        return None
 
 
 def _copies(node: fx.Node) -> list[fx.Node]:

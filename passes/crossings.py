@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 
+import torch
 from torch import Tensor, fx
 
 from packc.passes.asks import HidesPadding, IgnoredLabels, OneDocument
@@ -21,6 +22,8 @@ from packc.passes.module_names import module_path
 from packc.passes.reading import Reading
 from packc.passes.unpacked import is_mixer
 from packc.passes.visible import Band
+
+_GATHER = torch.ops.aten.gather.default
 
 
 class Along(enum.Enum):
@@ -66,6 +69,8 @@ def _carried_across(graph: Graph) -> str | None:
             continue
         may = [ask.labels for ask in reading.asks if isinstance(ask, IgnoredLabels)]
         may += [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]  # judged by what it shows
+        if node.target is _GATHER and not any(user in graph.tokens.readings for user in node.users):
+            may += filter(is_made_of_integers, node.all_input_nodes)  # a head's: of the next tokens' logits
         for value in arguments_of(node, reading):
             if value in along and value not in may and reading.results is not Whole.SUM:
                 return _describe(node, f"reads {value.name}, {along[value].value} along the rows")

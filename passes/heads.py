@@ -28,21 +28,14 @@ from packc.passes.axes import (
 )
 from packc.passes.graph import Graph
 from packc.passes.module_names import module_path
+from packc.passes.place_wise import dims_of, is_entrywise, works_behind
 from packc.passes.reasons import NotPackable
 from packc.passes.rules import zero_rule_for
 from packc.passes.sources import is_parameter
 
 aten = torch.ops.aten
 
-_ENTRYWISE = {
-    *(aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default),
-    *(aten.detach.default, aten.dropout.default),
-}
 _OF_SIZE_ALONE = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.sym_size.int}
-_ALONG_AN_AXIS = {
-    *(aten.softmax.int, aten.log_softmax.int, aten.gather.default, aten.slice.Tensor, aten.select.int),
-    *(aten.squeeze.dim, aten.unsqueeze.default, aten.logsumexp.default, aten.sum.dim_IntList, aten.mean.dim),
-}
 _RESHAPES = {aten.view.default, aten.reshape.default}
 
 
@@ -69,6 +62,8 @@ class Heads:
         """What is zero where a mask is, and of one place an entry elsewhere."""
         self.picked: set[fx.Node] = set()
         """Of one place a row."""
+        self.returned: set[fx.Node] = set()
+        """Outputs of places, zero at padding."""
         self.live: list[fx.Node] = []
         """Nodes ``(B * L,)`` of what is made from inputs, nonzero at places that count in what heads make of tokens."""
         self._made: dict[Any, fx.Node] = {}
@@ -81,6 +76,7 @@ class Heads:
             for value in read:
                 if self.graph.padding and value not in self.zero:
                     raise self._refusal(node, value)
+            self.returned.update(read)
             return
         if node in self.graph.tokens.readings or not isinstance(node.target, OpOverload):
             raise self._refusal(node, read[0])
@@ -96,6 +92,10 @@ class Heads:
             self._hide(node, read[0], mask)
             self._ask(places, mask)
             self.masked.add(node)
+            return
+        labels = _labels(node, read)
+        if labels is not None and self._is_input(labels) and value_of(places).ndim == 1:
+            self._ask(places, self._make(aten.ne.Scalar, (labels, _ignored(node))))
             return
         moved = places if self._keeps_places(node, read, places) else self._moved(node, read[0], places)
         if moved is not None:
@@ -161,20 +161,22 @@ class Heads:
         shape = value_of(node).shape if is_tensor(node) else ()
         if len(shape) < rank or not all(map(same_size, shape[:rank], value_of(places).shape)):
             return False
-        if node.target in _ALONG_AN_AXIS:
-            return read == [node.args[0]] and all(dim >= rank for dim in _dims(node))
+        if works_behind(node, rank):
+            return read == [node.args[0]]
         if node.target is aten.linear.default:
             return read == [node.args[0]] and value_of(value).ndim > rank
         if node.target is aten.cross_entropy_loss.default:
             return read == [node.args[0]] and rank == 1 and value_of(node).ndim == 1
-        entrywise = torch.Tag.pointwise in node.target.tags or node.target in _ENTRYWISE  # type: ignore[union-attr]
-        return entrywise and len(shape) == value_of(value).ndim
+        return is_entrywise(node) and len(shape) == value_of(value).ndim
 
     def _moved(self, node: fx.Node, value: fx.Node, places: fx.Node) -> fx.Node | None:
         """The places of the entries where an op takes some, or counts them another way."""
         rank, shape = value_of(places).ndim, value_of(value).shape
-        if node.target is aten.slice.Tensor and _dims(node)[0] < rank:
+        if node.target is aten.slice.Tensor and dims_of(node)[0] < rank:
             return self._make(aten.slice.Tensor, (places, *node.args[1:]))
+        if node.target is aten.flatten.using_ints:
+            first, last = (dim % len(shape) for dim in (*node.args[1:], *(0, -1)[len(node.args) - 1 :]))  # type: ignore[operator]
+            return self._make(aten.flatten.using_ints, (places, first, last)) if last < rank else None
         if node.target in _RESHAPES:
             features, sizes = len(shape) - rank, value_of(node).shape
             kept = len(sizes) - features
@@ -185,13 +187,13 @@ class Heads:
     def _picked(self, node: fx.Node, value: fx.Node, places: fx.Node) -> fx.Node | None:
         """The places that one index a row takes."""
         rank = value_of(places).ndim
-        if node.target is aten.select.int and _dims(node)[0] < rank:
+        if node.target is aten.select.int and dims_of(node)[0] < rank:
             return self._make(aten.select.int, (places, *node.args[1:]))
         if node.target is aten.index.Tensor and node.args[0] is value:
             indices: list[Any] = node.args[1]  # type: ignore[assignment]
             if len(indices) <= rank and all(is_tensor(each) and self._is_input(each) for each in indices):
                 return self._make(aten.index.Tensor, (places, indices))
-        if node.target is aten.gather.default and node.args[0] is value and _dims(node)[0] == rank - 1:
+        if node.target is aten.gather.default and node.args[0] is value and dims_of(node)[0] == rank - 1:
             index = node.args[2]
             spread = value_of(index).stride()[rank:]
             if self._is_input(index) and all(
@@ -233,10 +235,12 @@ class Heads:
         return self._made[key]
 
 
-def _dims(node: fx.Node) -> list[int]:
-    """The axes along which an op works, counted from the front."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    at = names.index("dim")
-    given: Any = node.args[at] if at < len(node.args) else node.kwargs.get("dim", 0)
-    rank = value_of(node.args[0]).ndim + (node.target is aten.unsqueeze.default)
-    return [dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])]
+def _labels(node: fx.Node, read: list[fx.Node]) -> Any:
+    """Those of a loss of all rows together, which reads no value but logits."""
+    if node.target is not aten.cross_entropy_loss.default or read != [node.args[0]] or value_of(node).ndim:
+        return None
+    return node.args[1] if not value_of(node.args[1]).is_floating_point() else None
+
+
+def _ignored(node: fx.Node) -> Any:
+    return node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)

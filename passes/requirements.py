@@ -40,6 +40,8 @@ class Requirements:
     mask: int
     """Position of the mask among the inputs. ``index`` and ``cu_seqlens`` follow after the last of them."""
     mask_path: str = ""
+    paths: list[str] = field(default_factory=list)
+    """Of all inputs of the sequence."""
     padding: bool = True
     """Whether it is a mask; otherwise an input (B, L, ...) of tokens, and nothing is left out."""
     other_masks: list[int] = field(default_factory=list)
@@ -86,6 +88,7 @@ def requirements(graph: Graph) -> Graph:
     result = Requirements(
         mask=inputs.index(graph.mask),
         mask_path=argument_path(graph.mask),
+        paths=[argument_path(node) for node in inputs if node in graph.tokens.kinds],
         padding=graph.padding,
         one_document=one_document(graph),
         one_document_of_positions=one_document(graph, of_positions=True),
@@ -100,7 +103,7 @@ def requirements(graph: Graph) -> Graph:
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
         live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
         returns_tokens=any(
-            each in packed and not reads_as_is(each, graph.tokens)
+            each in graph.forms.returned or (each in packed and not reads_as_is(each, graph.tokens))
             for each in graph.gm.graph.output_node().all_input_nodes
         ),
         mixers=[

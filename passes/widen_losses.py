@@ -5,7 +5,7 @@ rows no longer line up with the pack; the same loss over whole rows does:
 
     cross_entropy(logits[:, :-1], labels[:, 1:])  ->  cross_entropy(logits, cat([labels[:, 1:], ignore_index], 1))
 
-Equal for reductions that skip ignored labels (mean and sum), in value and in gradient.
+Equal for reductions that skip ignored labels (mean and sum), in value and in gradient; losses of every token are cut.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ def widen_losses(graph: Graph) -> Graph:
         if node.target not in _LOSSES:
             continue
         chain = _chain_to_slice(node.args[0])
-        if chain is None or _argument(node, _LOSSES[node.target][0], 1) == 0:
+        if chain is None:
             continue
         sliced, steps = chain
         with gm.graph.inserting_before(node):
             logits = _replay(gm, sliced.args[0], steps)
-            labels = _padded_labels(gm, node, sliced, flat=value_of(logits).ndim == 2)
-            node.update_arg(0, logits)
-            node.update_arg(1, labels)
+            flat = value_of(logits).ndim == 2
+            labels = _padded_labels(gm, node, sliced, flat=flat)
+            loss = call_like(gm.graph, node, node.target, (logits, labels, *node.args[2:]), node.kwargs)
+            if _argument(node, _LOSSES[node.target][0], 1) == 0:
+                loss = _cut(gm, loss, sliced, flat=flat)
+        node.replace_all_uses_with(loss)
         changed = True
     if changed:
         gm.graph.eliminate_dead_code()
@@ -114,6 +117,15 @@ def _replay(gm: fx.GraphModule, x: Any, steps: list[fx.Node]) -> fx.Node:
         else:
             x = call_like(gm.graph, step, step.target, (x, *step.args[1:]), step.kwargs)
     return x
+
+
+def _cut(gm: fx.GraphModule, losses: fx.Node, sliced: fx.Node, *, flat: bool) -> fx.Node:
+    """Of the losses of all positions, those that there were."""
+    if flat:
+        batch = _size(gm, value_of(sliced).shape[0], like=losses)
+        losses = call_like(gm.graph, losses, aten.reshape.default, (losses, [batch, -1]))
+    losses = call_like(gm.graph, losses, aten.slice.Tensor, (losses, 1, *sliced.args[2:]))
+    return call_like(gm.graph, losses, aten.reshape.default, (losses, [-1])) if flat else losses
 
 
 def _padded_labels(gm: fx.GraphModule, loss: fx.Node, sliced: fx.Node, *, flat: bool) -> fx.Node:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, hint_of, value_of
+from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, hint_of, is_tensor, value_of
 from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed, Sharded
 from packc.passes.forms import packed as of_packed
@@ -179,17 +179,28 @@ class _Writer:
     def _as_output(self, node: fx.Node) -> fx.Node:
         """Size and dtype of the padded graph's output, and the order of its axes in memory."""
         result = self._padded(node)
+        axes = list(range(value_of(node).ndim if is_tensor(node) else 0))
         if self.tokens.layout(node) is None or node not in self.forms.packed:
-            return result
-        axes = list(range(value_of(node).ndim))
+            return self._laid_out(result, node) if len(axes) > 1 and node.op != "placeholder" else result
         written = _inverse(result.args[1]) if result.target is aten.permute.default else axes  # type: ignore[arg-type]
         wanted = _order_in_memory(value_of(node))
-        if written == wanted:
+        return result if written == wanted else self._in_order(result, wanted)
+
+    def _laid_out(self, result: fx.Node, node: fx.Node) -> fx.Node:
+        """A value that no form changes, of ops that passes before put in the place of the model's: they may have laid
+        it out in another way. Nothing is copied if not."""
+        value = value_of(node)
+        if None in map(hint_of, value.shape):
             return result
-        if wanted == axes:
-            return self._write(aten.contiguous.default, result)
-        dense = self._write(aten.contiguous.default, self._write(aten.permute.default, result, wanted))
-        return self._write(aten.permute.default, dense, _inverse(wanted))
+        wanted = _order_in_memory(value)
+        return self._in_order(result, wanted) if value.permute(wanted).is_contiguous() else result
+
+    def _in_order(self, value: fx.Node, order: list[int]) -> fx.Node:
+        """Dense, with axes in this order in memory."""
+        if order == sorted(order):
+            return self._write(aten.contiguous.default, value)
+        dense = self._write(aten.contiguous.default, self._write(aten.permute.default, value, order))
+        return self._write(aten.permute.default, dense, _inverse(order))
 
     def _padded_size(self, node: fx.Node, axis: int) -> Any:
         layout, size = self.tokens.layout(node), value_of(node).shape[axis]

@@ -92,6 +92,13 @@ VIEWS = {
     "joined by other names": lambda x, m: aten.concat([x, x], -1) + aten.concatenate([x, x], -1),
     "parts": lambda x, m: torch.cat([*x.split(3, -1), *x.tensor_split(2, -1), *aten.split.sizes(x, [1, 3], 2)], -1),
     "expanded as another": lambda x, m: x[..., :1].expand_as(x[..., :1]) * x,
+    "axes moved": lambda x, m: (
+        (x.swapaxes(1, 2) * 2).swapdims(-1, 1) + x.movedim(2, 0).exp().movedim((0, 2), (2, 1)).movedim(1, -2)
+    ),
+    "broadcast": lambda x, m: (
+        torch.broadcast_tensors(x, x[..., :1], W)[1] + W[None].broadcast_to(H, -1, H) * x[..., :1].broadcast_to(x.shape)
+    ),
+    "repeated": lambda x, m: x.repeat(1, 1, 2) + x.tile(2) + x.repeat(2, 1, 1, 2).sum(0) + x.repeat_interleave(2, -1),
     "repeat interleave by view": lambda x, m: x[..., None].expand(H, H, H, 2).reshape(H, H, 2 * H),
 }
 
@@ -113,6 +120,16 @@ def written_to_a_part(x):
     return y * first[..., None]
 
 
+INDEXED = {
+    "gather": lambda x, m: x.gather(-1, x.argsort(-1)) + x.take_along_dim(x.argsort(-1), 2),
+    "features by an index": lambda x, m: x[:, :, [2, 0]] + x.index_select(2, torch.tensor([1, 1])),
+    "features by indices": lambda x, m: x.unflatten(-1, (2, 2))[:, :, [[0], [1]], [0, 1]],
+    "features of heads by indices apart": lambda x, m: x.view(H, H, 2, 2, 1)[..., [0, 1], :, [0, 0]].movedim(0, 2),
+    "a table by an index": lambda x, m: W[x.argmax(-1)] + W[:, m + 1].permute(1, 2, 0),
+    "a table by indices": lambda x, m: W[x.argmax(-1), m] + W[m.flatten(), [1]].view(H, H),
+    "a table by a token's index and a position's": lambda x, m: W[x.argmax(-1), torch.arange(H)] * x[..., 0],
+    "a table by flat tokens": lambda x, m: W.index_select(0, m.flatten()).view(H, H, H) * x,
+}
 WRITES = {
     "filled by parts": lambda x, m: filled_by_parts(x),
     "written to a part": lambda x, m: written_to_a_part(x),
@@ -138,6 +155,16 @@ PRODUCTS = {
         torch.bmm(x.unsqueeze(-1).flatten(0, 1), x.unsqueeze(-2).flatten(0, 1)).view(H, H, H, H).sum(-1)
     ),
     "einsum with a weight": lambda x, m: torch.einsum("bld,de->ble", x, W),
+    "einsum with an ellipsis": lambda x, m: (
+        torch.einsum("...d,de->...e", x, W)
+        + torch.einsum("b...d,...d->b...d", x, W[0])
+        + torch.einsum("bld,de", x, W).mT
+        + torch.einsum("i...ld,d->i...l", x, W[0])[..., None]
+        + torch.einsum("...d, d", x, W[0])[..., None]
+    ),
+    "tensordot": lambda x, m: (
+        torch.tensordot(x, W, 1) + torch.tensordot(W, x, ([1], [2])).permute(1, 2, 0) + torch.inner(x, W)
+    ),
     "einsum of tokens": lambda x, m: torch.einsum("bld,ble->blde", x, x).sum(-1),
 }
 REDUCTIONS = {
@@ -151,7 +178,6 @@ REDUCTIONS = {
     "argmax": lambda x, m: x.argmax(-1).float(),
     "cumulative sum of features": lambda x, m: x.cumsum(-1),
     "norm": lambda x, m: F.normalize(x, dim=-1),
-    "gather": lambda x, m: x.gather(-1, x.argsort(-1)),
     "one hot": lambda x, m: F.one_hot(x.argmax(-1), H).float(),
     "embedding": lambda x, m: F.embedding(x.argmax(-1), W),
     "logsumexp": lambda x, m: x.logsumexp(-1),
@@ -177,4 +203,4 @@ REDUCTIONS = {
         + aten.nll_loss(x.view(-1, H), m.flatten(), None, 0, -100).view(H, H)
     ),
 }
-SNIPPETS = {**POINTWISE, **VIEWS, **WRITES, **PRODUCTS, **REDUCTIONS}
+SNIPPETS = {**POINTWISE, **VIEWS, **INDEXED, **WRITES, **PRODUCTS, **REDUCTIONS}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import BOTH, HOLE, LEFT, RIGHT, batch_of, tiny_mamba
+from harness import BOTH, HOLE, LEFT, RIGHT, PlainLM, batch_of, tiny_mamba
 from torch import nn
 from torch.nn import functional as F
 
@@ -152,11 +152,7 @@ def masked_by_the_model(model, ids, mask):
     return (logits.sum(-1) * (logits.amax(-1) > 0)).sum(-1)
 
 
-def unmasked_places(model, ids, mask):
-    return log_probs(model(input_ids=ids, attention_mask=mask).logits[:, :-1], ids[:, 1:])
-
-
-@pytest.mark.parametrize("head", [misaligned, unmasked, masked_by_the_model, unmasked_places])
+@pytest.mark.parametrize("head", [misaligned, unmasked, masked_by_the_model])
 def test_a_head_that_reads_padding_is_not_packed(head):
     model, batch = Headed(head), batch_of(RIGHT)
     report = packc.explain(model)(batch["input_ids"], batch["attention_mask"])
@@ -171,6 +167,53 @@ def test_positions_that_are_left_out_of_the_result_are_zero_at_padding():
         actual = torch.compile(model, backend="packc", options=DEBUG)(**batch, logits_to_keep=5).logits
         expected = model(**batch, logits_to_keep=5).logits
     torch.testing.assert_close(actual, expected * batch["attention_mask"][:, -5:, None], rtol=1e-4, atol=1e-4)
+
+
+def unmasked_places(model, ids, mask):
+    return log_probs(model(input_ids=ids, attention_mask=mask).logits[:, :-1], ids[:, 1:])
+
+
+def test_log_probabilities_are_computed_of_tokens_alone_and_cut_afterwards():
+    model, batch = Headed(unmasked_places), batch_of(RIGHT)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    report = packc.explain(model)(ids, mask)
+    assert (report.tokens, [boundary.node for boundary in report.boundaries]) == (15, ["aten.slice.Tensor"])
+    actual = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})(ids, mask)
+    torch.testing.assert_close(actual, model(ids, mask) * mask[:, :-1], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_returned_of_cut_places_warns_of_left_padding():
+    """A loss outside may count the first token's label, which lies on padding."""
+    model, batch = Headed(unmasked_places), batch_of(LEFT)
+    with pytest.warns(UserWarning, match="zero before a left-padded row's first token"):
+        torch.compile(model, backend="packc", options=DEBUG)(batch["input_ids"], batch["attention_mask"])
+
+
+HIDDEN = {
+    "heads for tokens further on": lambda head, h, y: sum(
+        F.cross_entropy(head(h[:, :-n] / n).flatten(0, 1), y[:, n:].flatten()) for n in (1, 2, 3)
+    ),
+    "the last tokens": lambda head, h, y: F.cross_entropy(head(h)[:, -3:].flatten(0, 1), y[:, -3:].flatten()),
+    "the last tokens' hidden values": lambda head, h, y: F.cross_entropy(
+        head(h[:, -4:])[:, :-1].flatten(0, 1), y[:, -3:].flatten(), reduction="sum"
+    ),
+    "all but the first tokens": lambda head, h, y: F.nll_loss(head(h[:, 2:]).log_softmax(-1).transpose(1, 2), y[:, 2:]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_losses_of_cut_hidden_values_pack(name):
+    class Model(PlainLM):
+        def forward(self, ids, mask, labels):
+            return HIDDEN[name](self.head, self.hidden(ids, mask), labels)
+
+    model = Model()
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True}, dynamic=True)
+    for rows in (RIGHT, [*RIGHT, "11"], ["11111"] * 2):
+        batch = batch_of([row.ljust(len(rows[0]), "0") for row in rows])
+        given = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        got, want = (torch.autograd.grad(f(*given), list(model.parameters())) for f in (compiled, model))
+        torch.testing.assert_close(got, want)
 
 
 def test_other_shapes_compile_nothing_new():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from harness import BOTH, FULL, HOLE, LEFT, RIGHT, PlainLM, masks
-from rows import Mixed, alone, positions
+from rows import Mixed, alone, numbers, positions
 from torch.nn import functional as F
 
 import packc
@@ -168,4 +168,34 @@ def test_each_may_have_documents_in_its_rows():
             )
             torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
     with packc.documents(seq_idx=torch.zeros(2, 8, dtype=torch.int32)), pytest.raises(packc.NotPacked, match="several"):
+        fast(*batch)
+
+
+def test_documents_around_a_call_are_said_of_each():
+    fast, ones = torch.compile(towers, backend="packc", options=DEBUG), [[8], [8]]
+    x, mask, y, other = torch.randn(2, 8, 4), torch.ones(2, 8), torch.randn(2, 10, 4), torch.ones(2, 10)
+    for rows, others in ((ones, [[10], [10]]), ([[3, 5], [8]], [[10], [2, 7, 1]]), (ones, [[4, 6], [10]])):
+        said = {"x_attention_mask": numbers(rows), "y": numbers(others)}
+        with packc.documents(seq_idx={name: each for name, each in said.items() if each.any()} or said):
+            got = fast(x, mask, y, other)
+        for result, given, each in zip(got, (x, y), (rows, others), strict=True):
+            torch.testing.assert_close(result, alone(mix, given, each))
+    for name, reason in (("labels", "no packed sequence"), ("attention_mask", "no packed sequence")):
+        with (
+            packc.documents(seq_idx={name: numbers(rows)}),
+            pytest.raises(ValueError, match=f"'{name}' is of {reason}"),
+        ):
+            fast(x, mask, y, other)
+
+
+def test_one_name_may_not_be_of_several_sequences():
+    def function(chosen, rejected):
+        return mix(chosen["x"] * chosen["mask"][..., None]), mix(rejected["x"] * rejected["mask"][..., None])
+
+    batch = [{"x": torch.randn(2, 8, 4), "mask": torch.ones(2, 8)} for _ in range(2)]
+    fast = torch.compile(function, backend="packc", options={**DEBUG, "packc.mask": ["chosen.mask", "rejected.mask"]})
+    with (
+        packc.documents(cu_seqlens={"mask": torch.tensor([0, 3, 16])}),
+        pytest.raises(ValueError, match="several sequ"),
+    ):
         fast(*batch)

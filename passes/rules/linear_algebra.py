@@ -106,15 +106,32 @@ def addmm(op: Op) -> Reading:
     return Reading(layout, {x: layout})
 
 
+@register_rule(aten.tensordot.default, aten.inner.default, zero=either_is_zero)
+def tensordot(op: Op) -> Reading:
+    """Axes of the one summed against axes of the other, what is left of both side by side: one is a weight."""
+    a, b = op.args[:2]
+    la, lb = _layout_or_other(op, a), _layout_or_other(op, b)
+    dims = [[-1], [-1]] if op.target is aten.inner.default else op.args[2:4]
+    summed = [[op.dim(dim, len(layout)) for dim in each] for each, layout in zip(dims, (la, lb), strict=True)]
+    if covers_tokens(la) and covers_tokens(lb):
+        raise NotTokenwise(f"multiplies tokens with tokens: {show(la)} @ {show(lb)}")
+    if any(layout[dim] is not OTHER for layout, each in zip((la, lb), summed, strict=True) for dim in each):
+        raise NotTokenwise(f"contracts a token axis: {show(la)} @ {show(lb)}")
+    left = [
+        kind for layout, each in zip((la, lb), summed, strict=True) for n, kind in enumerate(layout) if n not in each
+    ]
+    return Reading(tuple(left), {a: la} if covers_tokens(la) else {b: lb})
+
+
 @register_rule(aten.einsum.default, zero=lambda args, is_zero: any(map(is_zero, args[1])))
 def einsum(op: Op) -> Reading:
     """Every letter that names a token axis must survive, and name the same axis in all operands."""
     equation, operands = op.args[:2]
-    if op.args[2] is not None or "..." in equation or "->" not in equation:
-        raise NotTokenwise(f"einsum {equation!r} is not written out")
-    inputs, output = equation.replace(" ", "").split("->")
+    if op.args[2] is not None:
+        raise NotTokenwise(f"einsum {equation!r} in an order of its own")
+    inputs, output = _written_out(equation, [value_of(operand).ndim for operand in operands])
     kinds: dict[str, Axis] = {}
-    for letters, operand in zip(inputs.split(","), operands, strict=True):
+    for letters, operand in zip(inputs, operands, strict=True):
         for letter, kind in zip(letters, op.layout(operand) or (), strict=False):
             if kind is not OTHER and kinds.setdefault(letter, kind) is not kind:
                 raise NotTokenwise(f"einsum {equation!r}: axis {letter} is both {kinds[letter].value} and {kind.value}")
@@ -123,10 +140,25 @@ def einsum(op: Op) -> Reading:
     if not set(kinds) <= set(output):
         raise NotTokenwise(f"einsum {equation!r} sums over a token axis")
     needs = {}
-    for letters, operand in zip(inputs.split(","), operands, strict=True):
+    for letters, operand in zip(inputs, operands, strict=True):
         spans = tuple(kinds.get(letter, OTHER) for letter in letters)
         if covers_tokens(op.layout(operand)) and spans == op.layout(operand):
             needs[operand] = spans
         elif any(kind is not OTHER for kind in spans):
             raise NotTokenwise(f"einsum {equation!r}: operand {operand.name} {show(op.layout(operand))}")
     return Reading(tuple(kinds.get(letter, OTHER) for letter in output), needs)
+
+
+def _written_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """A letter for every axis: of each operand, and of the result. Those of an ellipsis are digits, from the last."""
+    given, arrow, output = equation.replace(" ", "").partition("->")
+    inputs = given.split(",")
+    hidden = [
+        rank - len(each.replace("...", "")) if "..." in each else 0 for each, rank in zip(inputs, ranks, strict=True)
+    ]
+    digits = "9876543210"
+    if not arrow:
+        letters = given.replace("...", "").replace(",", "")
+        output = "..." + "".join(sorted(each for each in set(letters) if letters.count(each) == 1))
+    inputs = [each.replace("...", digits[len(digits) - n :]) for each, n in zip(inputs, hidden, strict=True)]
+    return inputs, output.replace("...", digits[len(digits) - max(hidden) :])

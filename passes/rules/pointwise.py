@@ -42,6 +42,7 @@ register_zero(
 )
 register_zero(either_is_zero, aten.mul.Tensor, aten.mul.Scalar)
 register_zero(both_are_zero, aten.add.Tensor, aten.sub.Tensor, aten.maximum.default, aten.minimum.default)
+register_zero(lambda args, is_zero: all(map(is_zero, args[0])), aten.broadcast_tensors.default)
 register_zero(lambda args, is_zero: is_zero(args[0]) and args[1] in (2, 3), aten.pow.Tensor_Scalar)
 register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), aten.div.Tensor)
 
@@ -85,6 +86,7 @@ register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), a
     aten.log_sigmoid.default,
     aten.__and__.Tensor,
     aten.__or__.Tensor,
+    aten.broadcast_tensors.default,
 )
 def pointwise(op: Op) -> Reading:
     """Elementwise with broadcasting; draws of random ops are made for real tokens only."""

@@ -136,17 +136,6 @@ def along_features(op: Op) -> Reading:
     return _results(op, layout, x, layout)
 
 
-@register_rule(aten.gather.default, zero=first_is_zero)
-def gather(op: Op) -> Reading:
-    """x.gather(dim, index) along features, x and index with the same tokens."""
-    x, dim, index = op.args[:3]
-    layout = op.layout(x)
-    if not covers_tokens(layout) or layout is None or op.layout(index) != layout:
-        raise NotTokenwise(f"gathers from {show(layout)} by {show(op.layout(index))}")
-    op.refuse_token_axes([op.dim(dim, len(layout))], layout)
-    return Reading(layout, {x: layout, index: layout})
-
-
 @register_rule(
     aten.layer_norm.default,
     aten.native_layer_norm.default,

@@ -129,7 +129,7 @@ def _regroup(kinds: Layout, sizes: Any, out_sizes: Any, batch: Any, length: Any)
     raise NotTokenwise(f"axes {show(kinds)} of {tuple(sizes)} are regrouped as {tuple(out_sizes)}")
 
 
-@register_rule(aten.transpose.int, zero=first_is_zero)
+@register_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, zero=first_is_zero)
 def transpose(op: Op) -> Reading:
     x, layout, _ = _input(op)
     a, b = (op.dim(d, len(layout)) for d in op.args[1:3])
@@ -150,6 +150,17 @@ def permute(op: Op) -> Reading:
     return Reading(tuple(layout[d] for d in op.args[1]), {x: layout})
 
 
+@register_rule(aten.movedim.int, aten.movedim.intlist, zero=first_is_zero)
+def movedim(op: Op) -> Reading:
+    x, layout, _ = _input(op)
+    given = [dims if isinstance(dims, (list, tuple)) else [dims] for dims in op.args[1:3]]
+    source, target = ([op.dim(dim, len(layout)) for dim in dims] for dims in given)
+    out = [kind for axis, kind in enumerate(layout) if axis not in source]
+    for to, kind in sorted((to, layout[axis]) for axis, to in zip(source, target, strict=True)):
+        out.insert(to, kind)
+    return Reading(tuple(out), {x: layout})
+
+
 @register_rule(aten.unsqueeze.default, zero=first_is_zero)
 def unsqueeze(op: Op) -> Reading:
     x, layout, _ = _input(op)
@@ -157,7 +168,7 @@ def unsqueeze(op: Op) -> Reading:
     return Reading((*layout[:dim], OTHER, *layout[dim:]), {x: layout})
 
 
-@register_rule(aten.expand.default, zero=first_is_zero)
+@register_rule(aten.expand.default, aten.broadcast_to.default, zero=first_is_zero)
 def expand(op: Op) -> Reading:
     x, layout, shape = _input(op)
     out_shape, sizes = value_of(op.node).shape, op.args[1]

@@ -8,7 +8,7 @@ from fuzz.writer import Writer
 _MOVED = Axis(".", "L")
 _KEEP_LENGTH = (
     *("{}.flip(1)", "{}.roll(1, 1)", "{}.cumsum(1)", "{}.softmax(1)", "{}.roll(1, 0)", "{}.cummax(1).values"),
-    *("F.pad({}, (0, 0, 1, 0))[:, :-1]", "torch.cat([{}[:, 1:], {}[:, :1]], 1)", "{} - {}.roll(1, 1)"),
+    *("F.pad({}, (0, 0, 1, 0))[:, :-1]", "torch.cat([{}[:, 1:], {}[:, :1]], 1)"),
     *("torch.cat([torch.zeros_like({}[:, :1]), {}[:, :-1]], 1)", "F.pad({}[:, 1:], (0, 0, 0, 1))", "{}.sort(1).values"),
     *("{}[:, torch.arange(L).flip(0)]", "{} @ ({}.mT @ {}) / L", "({} @ {}.mT).tril() @ {} / L", "{}.flip(0)"),
     *(
@@ -33,6 +33,7 @@ _MIXED_IN = (
         "{} + {}.mean()",
     ),
     *("{} + {}.flip(1)", "{} * {}.roll(1, 1)", "{} + {}[:1]", "{} - {}.mean((0, 1))", "{} + {}.amax(0, keepdim=True)"),
+    "{} - {}.roll(1, 1)",
     *("{} + {}[0]", "{} * {}.max().sigmoid()", "{} - {}.std() / 2", "{} + {}.sum((1, 2), keepdim=True) / 9"),
     *("{} - ({}.sum(1) / L)[:, None]", "{} + {}.sum() / 20", "{} + {}.view(-1).mean()", "{} + {}[:, L // 2][:, None]"),
 )

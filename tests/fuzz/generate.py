@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from fuzz import along, heads, mixers, pointwise, products, views
+from fuzz import along, heads, indexing, mixers, pointwise, products, views
 from fuzz.program import Program, features
 from fuzz.writer import BATCH_SEQ, Writer
 
@@ -31,6 +31,8 @@ TOKENWISE = {
     products.of_tokens: 2,
     products.of_features: 6,
     products.of_other_axes: 2,
+    indexing.features_taken: 2,
+    indexing.table: 1.5,
     products.lookup: 1,
     products.numbers: 1,
 }
@@ -50,6 +52,7 @@ ALONG = {
     along.cut: 1.5,
     along.joined_rows: 0.5,
     along.back_to_tokens: 2,
+    indexing.picked: 1.5,
 }
 
 

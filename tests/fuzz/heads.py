@@ -36,11 +36,18 @@ def loss(w: Writer) -> Value | None:
         f"F.cross_entropy({x}[:, :-1].reshape(-1, {CLASSES}), {y}[:, 1:].reshape(-1), reduction='none').view(B, L - 1)"
     )
     chosen = f"{x}[:, :-1].log_softmax(-1).gather(-1, {y}[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)"
+    k = w.random.randint(2, max(2, w.sizes[1] - 1))
+    ahead = f"F.linear({x}[:, :-{k}], {w.parameter(CLASSES, CLASSES)})"
     text = w.choose(
         f"F.cross_entropy({x}.view(-1, {CLASSES}), {y}.view(-1))",
         f"F.cross_entropy({x}.reshape(B * L, {CLASSES}), {y}.flatten(), reduction='sum') / 9",
         f"F.cross_entropy({x}[:, :-1].reshape(-1, {CLASSES}), {y}[:, 1:].reshape(-1))",
         f"F.cross_entropy({continued}, ignore_index=-100)",
+        f"F.cross_entropy({x}[:, :-{k}].reshape(-1, {CLASSES}), {y}[:, {k}:].reshape(-1))",
+        f"F.cross_entropy({x}[:, :L - {k}].transpose(1, 2), {y}[:, {k}:], reduction='sum') / 9",
+        f"F.cross_entropy({x}[:, -{k}:].reshape(-1, {CLASSES}), {y}[:, -{k}:].reshape(-1), reduction='sum')",
+        f"F.cross_entropy({ahead}.reshape(-1, {CLASSES}), {y}[:, {k}:].reshape(-1))",
+        f"sum(F.cross_entropy({x}[:, :-n].reshape(-1, {CLASSES}), {y}[:, n:].reshape(-1)) for n in range(1, {k}))",
         f"F.cross_entropy({x}[:, :-1].transpose(1, 2), {y}[:, 1:])",
         f"F.nll_loss({x}[:, :-1].log_softmax(1).reshape(-1, {CLASSES}), {y}[:, 1:].reshape(-1))",
         f"F.nll_loss({x}[:, 1:].log_softmax(-1).flatten(0, 1), {y}[:, :-1].flatten())",

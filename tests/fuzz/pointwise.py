@@ -22,7 +22,10 @@ UNARY = (
     *("torch.clamp({}, min=0.1)", "{}.round()", "{} if {}.shape[0] > 2 else -{}", "torch.lerp({}, {} * 2, 0.3)"),
     *("{}.add_(0) if False else {} * 1", "{}.to(torch.float64)", "torch.maximum({}, -{})", "torch.atan2({}, {} + 9)"),
 )
-BINARY = ("{} + {}", "{} - {}", "{} * {}", "{} / ({}.abs() + 1)", "torch.maximum({}, {})", "torch.minimum({}, {})")
+BINARY = (
+    *("{} + {}", "{} - {}", "{} * {}", "{} / ({}.abs() + 1)", "torch.maximum({}, {})", "torch.minimum({}, {})"),
+    "torch.mul(*torch.broadcast_tensors({}, {}))",
+)
 TERNARY = ("torch.where({} > 0, {}, {})", "torch.addcmul({}, {}, {})", "torch.lerp({}, {}, {}.sigmoid())")
 
 

@@ -22,11 +22,15 @@ def linear(w: Writer) -> None:
         *("F.linear({v}, {w}.T)", "{v} @ {w}", "{v} @ {w}", "torch.matmul({v}, {w})", "F.linear({v}, {w}.T, {b})"),
         *("torch.addmm({b}, {v}, {w})", "torch.mm({v}, {w})", "torch.einsum('...d,de->...e', {v}, {w})"),
         *("torch.einsum('bld,de->ble', {v}, {w})", "torch.einsum('bld,de->bel', {v}, {w}).mT", "({w}.T @ {v}.mT).mT"),
-        "torch.tensordot({v}, {w}, dims=1)",
+        *("torch.tensordot({v}, {w}, dims=1)", "torch.tensordot({w}, {v}, ([0], [-1]))", "torch.inner({v}, {w}.T)"),
+        *("torch.einsum('...d,de', {v}, {w})", "torch.einsum('...cd,de->...ce', {v}, {w})"),
     )
     weight = w.parameter(size, out)
     bias = w.parameter(out) if "{b}" in text else ""
-    w.add(text.format(v=value.name, w=weight, b=bias) + " * 0.7", (*value.axes[:-1], features(out)), value)
+    axes = (*value.axes[:-1], features(out))
+    if text.startswith("torch.tensordot({w}"):
+        axes = (features(out), *value.axes[:-1])
+    w.add(text.format(v=value.name, w=weight, b=bias) + " * 0.7", axes, value)
 
 
 def of_tokens(w: Writer) -> None:

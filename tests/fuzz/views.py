@@ -11,13 +11,20 @@ def permuted(w: Writer) -> None:
     if value is None:
         return
     rank = len(value.axes)
-    if w.chance(0.6):
+    if w.chance(0.15):
+        a, b = w.random.randrange(rank), w.random.randrange(rank)
+        axes = list(value.axes)
+        axes.insert(b, axes.pop(a))
+        text = f"{value.name}.movedim({w.choose(a, a - rank)}, {b})"
+    elif w.chance(0.6):
         a, b = w.random.sample(range(rank), 2)
         axes = list(value.axes)
         axes[a], axes[b] = axes[b], axes[a]
         text = f"{value.name}.transpose({w.choose(a, a - rank)}, {b})"
         if {a, b} == {rank - 1, rank - 2} and w.chance(0.3):
             text = f"{value.name}.mT"
+        elif w.chance(0.2):
+            text = f"{value.name}.swapaxes({a}, {b})"
     else:
         order = w.random.sample(range(rank), rank)
         axes, text = [value.axes[axis] for axis in order], f"{value.name}.permute({', '.join(map(str, order))})"
@@ -72,7 +79,9 @@ def _parted(w: Writer, value: Value, at: int) -> list[Axis]:
 def _joined(a: Axis, b: Axis) -> Axis:
     if (a.kind, b.kind) == ("B", "L"):
         return TOKENS
-    size = f"{a.size} * {b.size}"
+    if "1" in (a.size, b.size):
+        return a if b.size == "1" else b
+    size = " * ".join(each if each.isalnum() else f"({each})" for each in (a.size, b.size))
     if a.kind in "TF" and b.kind == "." and b.size.isdigit():
         return Axis("F", size)
     if a.size.isdigit() and b.size.isdigit():
@@ -117,7 +126,12 @@ def repeated(w: Writer) -> None:
         size, times = w.size(value, 2), w.choose(2, 3)
         text = w.choose(
             "{0}.repeat_interleave({1}, -1)",
+            "{0}.repeat_interleave({1}, dim=2)",
             "{0}.repeat(1, 1, {1})",
+            "{0}.tile({1})",
+            "{0}.repeat(2, 1, 1, {1})[1]",
+            "{0}.unsqueeze(2).tile({1}, 1).flatten(2)",
+            "{0}.unsqueeze(2).broadcast_to(-1, -1, {1}, -1).flatten(2)",
             "{0}[..., None].expand(B, L, {2}, {1}).reshape(B, L, -1)",
         )
         w.add(text.format(value.name, times, size), (*value.axes[:2], features(size * times)), value)

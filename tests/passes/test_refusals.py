@@ -41,7 +41,7 @@ ACROSS_TOKENS = {
     "associative scan": (lambda x, m: _associative_scan(x.sigmoid(), x), "a tensor of numbers"),
     "gradient by torch.func": (lambda x, m: torch.func.grad(lambda y: y.cumsum(1).sum())(x), "a derivative"),
     "tangent by torch.func": (lambda x, m: torch.func.jvp(torch.sin, (x,), (x,))[1], "a derivative"),
-    "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "broadcast_tensors"),
+    "mse over everything": (lambda x, m: F.mse_loss(x, torch.zeros_like(x)), "mse_loss"),
 }
 
 

@@ -159,8 +159,8 @@ reshape_default_1 = aten.reshape.default(reshape_1, (sym_size_int_3, -1))
 new_full_default = aten.new_full.default(reshape_default_1, (sym_size_int_3, 1), -100)
 cat_default = aten.cat.default((reshape_default_1, new_full_default), 1)
 reshape_default_2 = aten.reshape.default(cat_default, (-1))
-cross_entropy_loss = aten.cross_entropy_loss.default(reshape_default, reshape_default_2)
-return (cross_entropy_loss)""",
+cross_entropy_loss_default = aten.cross_entropy_loss.default(reshape_default, reshape_default_2)
+return (cross_entropy_loss_default)""",
         )
         self.assertExpectedInline(
             graphs["pack"],

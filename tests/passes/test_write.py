@@ -9,6 +9,7 @@ import packc
 
 H = 4
 TAPS = torch.randn(H, 3, generator=torch.Generator().manual_seed(1))
+STRICT = {"packc.inner": "aot_eager", "packc.strict": True}
 OUTPUTS = {
     "as it is": lambda x: x * 2,
     "channels first": lambda x: F.conv1d(x.mT, TAPS[:, None], padding=2, groups=H)[..., : x.shape[1]].mT * 2,
@@ -27,8 +28,38 @@ def test_outputs_keep_size_and_strides(name, rows):
 
     mask = masks(rows)
     x = torch.randn(*mask.shape, H)
-    options = {"packc.inner": "aot_eager", "packc.strict": True}
-    got, want = torch.compile(model, backend="packc", options=options)(x, mask), model(x, mask)
+    got, want = torch.compile(model, backend="packc", options=STRICT)(x, mask), model(x, mask)
     strides = zip(got.stride(), want.stride(), want.shape, strict=True)
     assert got.shape == want.shape
     assert all(a == b for a, b, size in strides if size > 1), (got.stride(), want.stride())
+
+
+def test_an_output_that_stays_padded_keeps_its_strides_too():
+    def model(x, attention_mask, other):
+        # Of the other rows no mask speaks: their convolution becomes packc's, whose result lies otherwise in memory.
+        convolved = F.conv1d(F.pad(other.mT, (2, 0)), TAPS[:, None], groups=H)
+        return packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS), convolved.mT, convolved.cos()
+
+    mask = masks(BOTH)
+    given = torch.randn(*mask.shape, H), mask, torch.randn(2, 5, H)
+    options = {**STRICT, "packc.strict": False}
+    got, want = torch.compile(model, backend="packc", options=options)(*given), model(*given)
+    assert [each.stride() for each in got] == [each.stride() for each in want]
+
+
+WHOLES = {
+    "a state": lambda x: packc.ops.causal_conv1d(x, TAPS[:, :2], output_final_state=True)[1] * x,
+    "a sum": lambda x: x.mT + x.sum((0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_what_has_no_token_axes_may_lie_along_tokens(name):
+    def model(x, attention_mask):
+        return WHOLES[name](packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS) * attention_mask[..., None])
+
+    mask = masks(["1111", "0111", "0011"])
+    x = torch.randn(3, H, H)
+    got, want = (f(x, mask) for f in (torch.compile(model, backend="packc", options=STRICT), model))
+    real = mask.bool()[..., None] if name == "a state" else mask.bool()[:, None]
+    torch.testing.assert_close(got.where(real, 0), want.where(real, 0))
