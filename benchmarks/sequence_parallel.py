@@ -25,13 +25,13 @@ import slow_link
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from live_memory import peak_bytes
 from torch import Tensor
 
 import packc
 from packc.distributed.cost import Network, Traffic, quickest, traffic
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from live_memory import peak_bytes
 from wire import received_bytes
 
 D, STATES, HEADS, HEAD = 512, 16, 8, 64
@@ -219,7 +219,7 @@ def _overlap(rank: int, size: int, rounds: int) -> dict[str, tuple[float, dict[f
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def memory(tokens: int = 16384, size: int = 4) -> None:
+def memory(tokens: int = 8192, size: int = 4) -> None:
     print(f"bytes alive at most in a step of {tokens} tokens, beside its inputs; of a rank of {size}, of all")
     streams = {"one document": [0, tokens], "64 documents": [*range(0, tokens + 1, tokens // 64)]}
     alone = run(1, _memory, tokens, streams)[0]
@@ -236,7 +236,9 @@ def _memory(rank: int, size: int, tokens: int, streams: dict[str, list[int]]) ->
         for name, make in OPS.items():
             function, inputs = make(tokens // size)
             step(function, inputs, plan=plan)
-            found[name, of] = peak_bytes(lambda function=function, inputs=inputs, plan=plan: step(function, inputs, plan=plan))
+            found[name, of] = peak_bytes(
+                lambda function=function, inputs=inputs, plan=plan: step(function, inputs, plan=plan)
+            )
     return found
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from packc.ops import summary
 from packc.ops.common.chunks import CHUNK, chunk_states_shape
 
-BLOCK = 16 * CHUNK
+BLOCK = 8 * CHUNK
 """Tokens at a time, so that what is made on the way stays in a cache."""
 
 

@@ -124,12 +124,13 @@ class _Sharded(torch.autograd.Function):
             changed = [found[name] for name in late.leave_changes]
             last = before.index_select(0, call.place(Place.LEAVES))
             call.op("_leave")(*changed, leaving, last, *call.taken(late.leave_takes), call.place(Place.BEGIN))
-            of_begun = torch.where(call.place(Place.BEGINS) > 0, line.through(given["transition"], leaving), 0)
-            dinitial = found["initial_state"]
-            found["initial_state"] = torch.where(call.row(Document.LEAVES, dinitial), dinitial + of_begun, dinitial)
+            if initial is not None:
+                of_begun = torch.where(call.place(Place.BEGINS) > 0, line.through(given["transition"], leaving), 0)
+                dinitial = found["initial_state"]
+                found["initial_state"] = torch.where(call.row(Document.LEAVES, dinitial), dinitial + of_begun, dinitial)
         else:
-            dstates = torch.zeros_like(before) if dfinal is None else dfinal
-            found = call.gradients(dout, torch.where(call.row(Document.LEAVES, dstates), leaving, dstates), before)
+            leaves = call.row(Document.LEAVES, leaving)
+            found = call.gradients(dout, torch.where(leaves, leaving, 0 if dfinal is None else dfinal), before)
         if initial is not None:
             dinitial = found["initial_state"].to(initial.dtype)
             found["initial_state"] = torch.where(call.row(Document.ENTERS, dinitial), 0, dinitial)
@@ -171,13 +172,12 @@ class _Call:
         return Line(ranks, size, group, lambda t, state: through(t, state, weights), self.summary.compose, to_right)
 
     def initial(self, entering: Tensor | None) -> Tensor | None:
-        """Of all documents, as the local op gets them, where ``entering`` enters; or zeros do."""
+        """Of this rank's documents, as the local op gets them, where ``entering`` enters; or zeros do."""
         initial = self.given["initial_state"]
         if entering is None:
             return initial if initial is None else torch.where(self.row(Document.ENTERS, initial), 0, initial)
-        if initial is None:
-            initial = entering.new_zeros((self.given["documents"].shape[1], *entering.shape[1:]))
-        return torch.where(self.row(Document.ENTERS, initial), entering, initial.to(entering.dtype))
+        others = 0 if initial is None else initial.to(entering.dtype)
+        return torch.where(self.row(Document.ENTERS, entering), entering, others)
 
     def forward(self, initial: Tensor | None) -> Sequence[Tensor]:
         """Of the local op."""

@@ -34,7 +34,9 @@ class Case:
         self.offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
         self.given = {**tensors, **recurrence.options, "cu_seqlens": self.offsets, "output_final_state": True}
         sizes = self.mixer.shapes.sizes({name: None if x is None else x.shape for name, x in tensors.items()})
-        self.states, self.dfinal = torch.randn(2, *self.mixer.state_shape(sizes, 3), dtype=state_dtype(*tensors.values()))
+        self.states, self.dfinal = torch.randn(
+            2, *self.mixer.state_shape(sizes, 3), dtype=state_dtype(*tensors.values())
+        )
         # A document without tokens here neither enters nor leaves.
         self.states, self.dfinal = (self.without(x, torch.tensor(lengths) == 0) for x in (self.states, self.dfinal))
         self.dout = torch.randn_like(tensors[self.mixer.like])
