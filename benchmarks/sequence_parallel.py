@@ -1,4 +1,4 @@
-"""What sequence parallelism costs: ``python benchmarks/sequence_parallel.py [bytes] [time] [overlap] [memory] [simulate]``.
+"""What sequence parallelism costs: ``python benchmarks/sequence_parallel.py``, or parts of it by name.
 
 - bytes: received per rank and layer, counted by Linux on the sockets of gloo processes, beside the formulas, and beside
   those of Ring Attention, DeepSpeed-Ulysses and Megatron-SP for activations of the same width
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -236,9 +237,7 @@ def _memory(rank: int, size: int, tokens: int, streams: dict[str, list[int]]) ->
         for name, make in OPS.items():
             function, inputs = make(tokens // size)
             step(function, inputs, plan=plan)
-            found[name, of] = peak_bytes(
-                lambda function=function, inputs=inputs, plan=plan: step(function, inputs, plan=plan)
-            )
+            found[name, of] = peak_bytes(functools.partial(step, function, inputs, plan=plan))
     return found
 
 

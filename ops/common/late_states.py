@@ -115,7 +115,7 @@ def leave(
         products[part.start - first : part.stop - first] = product
         grads.v[0, part] += rest[..., None] * of_keys
         grads.k[0, part] += _sums(rest[..., None] * values, dstate, keys.shape[1])
-    if grads.g is not None and L > first:
+    if grads.g is not None and first < L:
         passed = behind.exp() * (dstate * before[0]).sum((1, 2))
         added = passed + torch.cat([torch.zeros_like(products[:1]), products[:-1]]).cumsum(0)
         inside = torch.arange(first, L, device=begin.device) >= begin

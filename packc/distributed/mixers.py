@@ -6,8 +6,8 @@ the gradient of the final state of the last segment's document. With these two, 
 the shard of what they give for the whole stream. (LASP, https://arxiv.org/abs/2404.02882, section 3, for any recurrence
 that is affine in its state, and for documents.)
 
-Where the mixer says what a state that comes late adds (``packc.ops.summary.Late``), neither op waits: they run while the
-first collective is on its way, and ``_enter`` and ``_leave`` do the rest.
+Where the mixer says what a state that comes late adds (``packc.ops.summary.Late``), neither op waits: they run while
+the first collective is on its way, and ``_enter`` and ``_leave`` do the rest.
 
 The op is one node to passes; autograd, and AOTAutograd with it, sees what it is made of: local ops, and collectives in
 both directions.

@@ -63,11 +63,12 @@ class Plan:
     """Made by :func:`plan`. What differs from rank to rank is in tensors, of shapes that are equal on all."""
 
     cu_seqlens: Tensor
-    """Offsets in this rank's shard of its documents, ``(M + 1,)`` int32: of those that it has tokens of, and of empty ones
-    that end here. M is one number on all ranks; what is left over is empty."""
+    """Offsets in this rank's shard of its documents, ``(M + 1,)`` int32: of those that it has tokens of, and of empty
+    ones that end here. M is one number on all ranks; what is left over is empty."""
     places: Tensor
     """``(5,)`` int64, see :class:`Place`: where the segment begins that goes on to the right, where the one ends that
-    comes from the left, these two of this rank's documents (0 if there are none), and whether the former begins here."""
+    comes from the left, which of this rank's documents the latter and the former are (0 if there are none), and whether
+    the former begins here."""
     documents: Tensor
     """``(3, M)`` bool, see :class:`Document`: that comes from the left, that goes on to the right, whose final state is
     this rank's."""
@@ -264,9 +265,9 @@ def _plan(
 ) -> Plan:
     mine, size = routing.route(stream, cuts, rank), len(cuts) - 1
     of_ranks = [routing.held(stream, cuts, other) for other in range(size)]
-    of_mine = of_ranks[rank]
+    of_all, of_mine = range(len(stream) - 1), of_ranks[rank]
     # To compilers, one is special.
-    count = len(stream) - 1 if size == 1 else max(2, *map(len, of_ranks))
+    count = len(of_all) if size == 1 else max(2, *map(len, of_ranks))
     padding = count - len(of_mine)
     starts = [mine.cu_seqlens[n] for n in of_mine] + [cuts[rank + 1] - cuts[rank]] * (padding + 1)
     held = [*of_mine, *[0] * padding]
@@ -301,9 +302,7 @@ def _plan(
         ),
         offsets=torch.tensor(mine.cu_seqlens, dtype=torch.int32, device=device),
         held=torch.tensor(held, dtype=torch.int64, device=device),
-        found=torch.tensor(
-            [n - of_mine.start if n in of_mine else count for n in range(len(stream) - 1)], device=device
-        ),
+        found=torch.tensor([n - of_mine.start if n in of_mine else count for n in of_all], device=device),
         ranks=torch.tensor([row + [False] * (size - len(row)) for row in rows], device=device),
         tokens=torch.arange(cuts[rank], cuts[rank + 1], device=device),
         shards=torch.cat(shards).to(device),

@@ -1,4 +1,4 @@
-"""What a state that comes late adds to an op, and a gradient of one to its backward, makes them those of a state in time."""
+"""A state that comes late, or the gradient of one, makes of an op's results what they are with one in time."""
 
 import pytest
 import torch
