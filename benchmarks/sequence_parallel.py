@@ -1,15 +1,18 @@
-"""What sequence parallelism costs: ``python benchmarks/sequence_parallel.py [bytes] [time] [simulate]``.
+"""What sequence parallelism costs: ``python benchmarks/sequence_parallel.py``, or parts of it by name.
 
 - bytes: received per rank and layer, counted by Linux on the sockets of gloo processes, beside the formulas, and beside
   those of Ring Attention, DeepSpeed-Ulysses and Megatron-SP for activations of the same width
 - time: an op with a plan of one rank against the plain op, in interleaved pairs; CPU time of two ranks together against
   one process, where a document spans both and where none does. A thread each, and a core each if there are two
+- overlap: how much longer a step takes, one document on two ranks, if each of its two collectives takes 100 ms longer
+- memory: bytes of tensors alive at most during a step, of a rank of four as a part of one process's
 - simulate: time and memory of a 1B model of linear attention to 4096K tokens on 128 ranks, by a model of the network.
   *Simulated*: nothing of it was measured; its assumptions are the constants below
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -19,6 +22,7 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
+import slow_link
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +32,7 @@ import packc
 from packc.distributed.cost import Network, Traffic, quickest, traffic
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from live_memory import peak_bytes
 from wire import received_bytes
 
 D, STATES, HEADS, HEAD = 512, 16, 8, 64
@@ -50,22 +55,30 @@ def attention(tokens: int) -> tuple[Callable[..., Any], list[Tensor]]:
     return packc.ops.linear_attention, [q, k, v, -torch.rand(1, tokens, HEADS) / 10]
 
 
+def ssd(tokens: int) -> tuple[Callable[..., Any], list[Tensor]]:
+    """Mamba-2's, of one group of keys."""
+    x, z = torch.randn(2, 1, tokens, HEADS, HEAD).unbind()
+    B, C = torch.randn(2, 1, tokens, 1, HEAD).unbind()
+    return packc.ops.ssd, [x, torch.rand(1, tokens, HEADS) / 10, -torch.rand(HEADS) - 0.1, B, C, torch.randn(HEADS), z]
+
+
 def convolution(tokens: int) -> tuple[Callable[..., Any], list[Tensor]]:
     return packc.ops.causal_conv1d, [torch.randn(1, tokens, D), torch.randn(D, 4), torch.randn(D)]
 
 
-OPS = {"selective_scan": scan, "linear_attention": attention, "causal_conv1d": convolution}
+OPS = {"selective_scan": scan, "linear_attention": attention, "ssd": ssd, "causal_conv1d": convolution}
 SIZES = {  # bytes of a transition, of a state
     "selective_scan": (4 * D, 4 * D * STATES),
     "linear_attention": (4 * HEADS, 4 * HEADS * HEAD**2),
+    "ssd": (4 * HEADS, 4 * HEADS * HEAD**2),
     "causal_conv1d": (4, 4 * D * 3),
 }
 
 
 def main() -> None:
-    parts = sys.argv[1:] or ["bytes", "time", "simulate"]
-    for part in parts:
-        {"bytes": count_bytes, "time": measure, "simulate": simulate}[part]()
+    parts = {"bytes": count_bytes, "time": measure, "overlap": overlap, "memory": memory, "simulate": simulate}
+    for part in sys.argv[1:] or parts:
+        parts[part]()
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -140,7 +153,7 @@ def _time_alone(rank: int, size: int, tokens: int) -> dict[str, tuple[float, flo
 
 def _time_together(rank: int, size: int, tokens: int) -> dict[str, tuple[float, float]]:
     """CPU seconds of this rank, with a document on both ranks and with one on each."""
-    os.sched_setaffinity(0, [sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]])
+    _pin(rank)
     streams = [0, tokens], [0, tokens // 2, tokens]
     plans = [packc.distributed.plan(stream, dist.group.WORLD, exchange="all_gather") for stream in streams]
     found = {}
@@ -157,6 +170,83 @@ def _time_together(rank: int, size: int, tokens: int) -> dict[str, tuple[float, 
     return found
 
 
+# ---- overlap ---------------------------------------------------------------------------------------------------------
+
+LATENCY = 0.1
+OF_RANK = {"selective_scan": 4096, "linear_attention": 16384, "ssd": 16384, "causal_conv1d": 131072}  # tokens
+COMPILED = ("linear_attention",)
+
+
+def overlap(rounds: int = 5) -> None:
+    print(f"a step of an op on two ranks, one document, all_gather; medians of {rounds} interleaved steps")
+    ranks = run(2, _overlap, rounds, backend="slow")
+    for name, (seconds, *_) in ranks[0].items():
+        # Of the rank that waits the longer: with a document on both, one each way.
+        waited = [sum(of_rank[name][1][latency] for of_rank in ranks) for latency in (0.0, LATENCY)]
+        exposed = (waited[1] - waited[0]) / (2 * LATENCY * len(ranks))
+        print(
+            f"  {name:26} {1e3 * seconds:6.0f} ms of CPU a step; all ranks wait {1e3 * waited[0]:4.0f} ms, "
+            f"with {1e3 * LATENCY:.0f} ms more a collective {1e3 * waited[1]:4.0f} ms: {exposed:4.0%} of it exposed"
+        )
+
+
+def _overlap(rank: int, size: int, rounds: int) -> dict[str, tuple[float, dict[float, float]]]:
+    """CPU seconds of a step, and seconds that this rank stood waiting, by latency."""
+    _pin(rank)
+    group: Any = dist.group.WORLD
+    found = {}
+    for name, make in OPS.items():
+        tokens = OF_RANK[name]
+        plan = packc.distributed.plan([0, size * tokens], group, exchange="all_gather")
+        plain, inputs = make(tokens)
+        ways = {name: plain}
+        if name in COMPILED:
+            ways[f"{name}, compiled"] = torch.compile(plain, backend=packc.backend)
+        for way, function in ways.items():
+            waited: dict[float, list[float]] = {0.0: [], LATENCY: []}
+            used = []
+            for _ in range(rounds + 1):
+                for latency, of_latency in waited.items():
+                    group.latency = latency
+                    dist.barrier()
+                    group.waited, before = 0.0, process_time()
+                    step(function, inputs, plan=plan)
+                    of_latency.append(group.waited)
+                    used.append(process_time() - before)
+            found[way] = median(used[2:]), {latency: median(each[1:]) for latency, each in waited.items()}
+    return found
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(tokens: int = 8192, size: int = 4) -> None:
+    print(f"bytes alive at most in a step of {tokens} tokens, beside its inputs; of a rank of {size}, of all")
+    streams = {"one document": [0, tokens], "64 documents": [*range(0, tokens + 1, tokens // 64)]}
+    alone = run(1, _memory, tokens, streams)[0]
+    together = run(size, _memory, tokens, streams)
+    for (name, of), whole in alone.items():
+        most = max(of_rank[name, of] for of_rank in together)
+        print(f"  {name:17} {of:13} {whole / 1e6:6.1f} MB, a rank at most {most / 1e6:6.1f} MB: {most / whole:5.1%}")
+
+
+def _memory(rank: int, size: int, tokens: int, streams: dict[str, list[int]]) -> dict[tuple[str, str], int]:
+    found = {}
+    for of, stream in streams.items():
+        plan = packc.distributed.plan(stream, dist.group.WORLD, exchange="all_gather")
+        for name, make in OPS.items():
+            function, inputs = make(tokens // size)
+            step(function, inputs, plan=plan)
+            found[name, of] = peak_bytes(functools.partial(step, function, inputs, plan=plan))
+    return found
+
+
+def _pin(rank: int) -> None:
+    """To a core of its own, if there are as many."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, [cores[rank % len(cores)]])
+
+
 def step(function: Callable[..., Any], inputs: list[Tensor], **how: Any) -> None:
     leaves = [x.requires_grad_() for x in inputs]
     out = function(*leaves, **how)
@@ -166,18 +256,19 @@ def step(function: Callable[..., Any], inputs: list[Tensor], **how: Any) -> None
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def run(size: int, work: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
     """What ``work(rank, size, *args)`` returned on each rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (size, work, folder, args), nprocs=size)
+        mp.spawn(_enter, (size, work, folder, backend, args), nprocs=size)
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
 
 
-def _enter(rank: int, size: int, work: Callable[..., Any], folder: str, args: tuple[Any, ...]) -> None:
+def _enter(rank: int, size: int, work: Callable[..., Any], folder: str, backend: str, args: tuple[Any, ...]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    slow_link.register(LATENCY)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
     torch.save(work(rank, size, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -16,9 +16,10 @@ _Work: Any = dist._Work
 class _Later(_Work):
     """A collective of another group, begun at once and done ``latency`` seconds after its end."""
 
-    def __init__(self, begin: Callable[[], Any], latency: float) -> None:
+    def __init__(self, begin: Callable[[], Any], latency: float, waited: Callable[[float], None]) -> None:
         super().__init__()
         self._error: Exception | None = None
+        self._waited = waited
 
         def run() -> None:
             try:
@@ -31,7 +32,9 @@ class _Later(_Work):
         self._thread.start()
 
     def wait(self, timeout: Any = None) -> bool:
+        began = time.perf_counter()
         self._thread.join()
+        self._waited(time.perf_counter() - began)
         if self._error is not None:
             raise self._error
         return True
@@ -41,6 +44,8 @@ class SlowGroup(dist.ProcessGroup):
     def __init__(self, inner: Any, latency: float) -> None:
         super().__init__(inner.rank(), inner.size())
         self.inner, self.latency = inner, latency
+        self.waited = 0.0
+        """Seconds that this rank has stood waiting for collectives."""
         self._name = ""
 
     @property
@@ -51,7 +56,10 @@ class SlowGroup(dist.ProcessGroup):
         self._name = name
 
     def _later(self, name: str, *args: Any) -> _Later:
-        return _Later(lambda: getattr(self.inner, name)(*args), self.latency)
+        return _Later(lambda: getattr(self.inner, name)(*args), self.latency, self._add)
+
+    def _add(self, seconds: float) -> None:
+        self.waited += seconds
 
     def allgather(self, *args: Any) -> _Later:
         return self._later("allgather", *args)

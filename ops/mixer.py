@@ -150,6 +150,25 @@ class Mixer:
         return {"dout": "Tensor", **self._taken(self.summary.adjoint_takes), "end": "Tensor"}
 
     @cached_property
+    def enter_arguments(self) -> dict[str, str]:
+        """Of the ``_enter`` op."""
+        assert self.summary is not None
+        assert self.summary.late is not None
+        results = {name: f"Tensor({name}!)" for name in self.results}
+        taken = self._taken(self.summary.late.enter_takes)
+        return {**results, "entering": "Tensor", **taken, "end": "Tensor", "document": "Tensor"}
+
+    @cached_property
+    def leave_arguments(self) -> dict[str, str]:
+        """Of the ``_leave`` op."""
+        assert self.summary is not None
+        late = self.summary.late
+        assert late is not None
+        gradients = {f"d{name}": f"Tensor(d{name}!)" for name in late.leave_changes}
+        taken = self._taken(late.leave_takes)
+        return {**gradients, "leaving": "Tensor", "before": "Tensor", **taken, "begin": "Tensor"}
+
+    @cached_property
     def results(self) -> tuple[str, ...]:
         states = ("final_state",) if self.state is not None else ()
         return ("out", *states, *(name for name in self.keeps if name != "out"))

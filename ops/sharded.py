@@ -20,8 +20,8 @@ class Plan(Protocol):
     """
 
     @property
-    def cu_seqlens(self) -> Tensor:
-        """Of the documents in the shard."""
+    def offsets(self) -> Tensor:
+        """Of all documents of the stream, in this shard: ``(N + 1,)``."""
 
     def run(
         self, mixer: Mixer, arguments: Sequence[Any], initial_state: Tensor | None, output_final_state: bool
@@ -38,4 +38,4 @@ def offsets_of(plan: Plan | None, cu_seqlens: Tensor | None) -> Tensor | None:
         return cu_seqlens
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens and plan: a plan has the documents, pass one of the two")
-    return plan.cu_seqlens
+    return plan.offsets

@@ -29,6 +29,38 @@ Through = Callable[[Tensor, Tensor, Arguments], Tensor]
 """``(transition, state, arguments) -> state``."""
 
 
+def on_host(place: Tensor) -> bool:
+    """Whether a place among tokens can be read without waiting for a device: then no others need be looked at."""
+    return place.is_cpu
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """What is left to do when a state, or the gradient of one, comes after the op that wants it: in place.
+
+    Worth it where it costs less than the exchange that it lets the op hide. Of a decay per head that is one product of
+    states beside four in the op, backwards two beside eight. A scan with a decay of its own for every entry of the
+    state, and the delta rule, would walk their tokens once more.
+    """
+
+    enter_takes: tuple[str, ...]
+    """Arguments of the mixer that ``enter`` reads."""
+    enter: Callable[..., None]
+    """``(kernels, results, entering, *arguments, end, document)``: changes what the op, to which no state came, has
+    made of the tokens ``0 .. end`` of ``document`` to what it would have made with ``entering (1, *state)``. All
+    ``results`` of the op; final states are of no document unless they were asked for."""
+    leave_takes: tuple[str, ...]
+    leave_changes: tuple[str, ...]
+    """Arguments of which ``leave`` changes the gradients."""
+    leave: Callable[..., None]
+    """``(gradients, leaving, before, *arguments, begin)``: adds to ``gradients``, in the order of ``leave_changes``,
+    what a gradient ``leaving (1, *state)`` of the state that leaves is to the tokens ``begin ..``. ``before``: the
+    state in front of them."""
+    flops: Callable[..., int]
+    """Of ``enter``, of the sizes and options by name; as if all tokens were the segment's."""
+    leave_flops: Callable[..., int]
+
+
 @dataclass(frozen=True, eq=False)
 class Summary:
     """Of a recurrence. A transition is ``(1, *transition)`` and a state ``(1, *state)``, or any number of either, one
@@ -52,9 +84,8 @@ class Summary:
     """``(kernels, *arguments of the op) -> (transition, state)``, where kernels want their arguments in another way."""
     adjoint: Callable[..., Tensor] | None = None
     """``(kernels, *arguments of the op) -> dstate``, likewise."""
-    leave: Callable[[dict[str, Tensor], Tensor, Tensor], None] | None = None
-    """``(gradients by name, dstate, begin)``: adds, in place, what a gradient of the state that leaves is to the tokens
-    ``begin ..``, where that is little beside the ``_bwd`` op."""
+    late: Late | None = None
+    """How the op and its ``_bwd`` may run before a state, or its gradient, has come, if what comes is little work."""
     flops: Callable[..., int] = field(kw_only=True)
     """Of the sizes and options, by name; as if all tokens were the segment's."""
     adjoint_flops: Callable[..., int] | None = None

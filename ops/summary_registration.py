@@ -14,7 +14,7 @@ identity, and the states are zero. Tokens outside of the segment have no say, an
 summary or an adjoint, its segment should have none.
 
 They run by the implementations of the mixer, or by its reference where one of them has no ``summary`` or ``adjoint`` of
-its own, and have the reference's derivatives.
+its own, and the declaration none; and have the reference's derivatives.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _define(
     tensors_of = itemgetter(*map(places.index, shapes.shapes))
     like = places.index(shapes.like)
     in_state_dtype = [n for n, argument in enumerate(places) if argument in mixer.in_state_dtype]
-    implementation = _implementations(mixer, what)
+    implementation = implementations(mixer) if run is not None else _implementations(mixer, what)
 
     def kernel(*args: Any) -> Any:
         tensors = tensors_of(args)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import packc
 from packc import distributed
@@ -69,12 +70,16 @@ def model_and_labels(data: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tens
 def whole_step(data: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one process, each document's tokens predicting its next ones."""
     model, ids, labels = model_and_labels(data)
+    loss = loss_of(model, ids, labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = model(ids, cu_seqlens=torch.tensor(STREAM))
     pairs = [(t, t + 1) for start, end in pairwise(STREAM) for t in range(start, end - 1)]
     before, after = (list(x) for x in zip(*pairs, strict=True))
-    loss = F.cross_entropy(logits[0, before], labels[0, after], ignore_index=-100)
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+    return F.cross_entropy(logits[0, before], labels[0, after], ignore_index=-100)
 
 
 def step(group: Any, through_mesh: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -102,6 +107,60 @@ def step_on_both_axes(group: Any, exchange: str) -> tuple[torch.Tensor, dict[str
         dist.all_reduce(p.grad, group=group)
         p.grad /= group.size()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, plan.group
+
+
+Trained = tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def whole_training(steps: int) -> Trained:
+    """Of one process on both streams: the last loss, its gradients, and the parameters after it."""
+    model, *_ = model_and_labels()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses = []
+        for data in range(2):
+            _, ids, labels = model_and_labels(data)
+            losses.append(loss_of(model, ids, labels))
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        optimizer.step()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return loss.detach(), grads, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def training_on_both_axes(group: Any, how: str, steps: int) -> Trained:
+    """The same on a mesh, each stream on two ranks, by what torch has for the axis of data."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    model, ids, labels = model_and_labels(mesh.get_local_rank("data"))
+    if how == "FSDP2":
+        from torch.distributed.fsdp import fully_shard  # slow to import, as what follows is
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        run: nn.Module = model
+    else:
+        run = DistributedDataParallel(model, process_group=group)
+    if how == "ZeRO-1":
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, process_group=group, lr=0.1)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        plan = distributed.plan(STREAM, mesh["sequence"], [0, 5, 14])
+        logits = run(distributed.shard(ids, plan), plan=plan)
+        loss = distributed.cross_entropy(logits, distributed.next_tokens(labels, plan), plan)
+        loss.backward()
+        optimizer.step()
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=group)
+    grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+    return total / 4, grads, {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # FSDP2's
 
 
 def mismatches(group: Any) -> dict[str, str]:

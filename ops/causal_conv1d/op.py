@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from packc.ops import documents
+from packc.ops import documents, summary
 from packc.ops.mixer import Example, Mixer, state_dtype
 from packc.ops.registration import declare
 from packc.ops.shapes import FLOATING
-from packc.ops.summary import Summary, add
+from packc.ops.summary import Late, Summary, add
 
 
 def _check(op: str, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None) -> None:
@@ -92,13 +91,67 @@ def _shifted(state: Tensor, by: Tensor) -> Tensor:
     return torch.where((places >= 0) & (places < size), found, 0)
 
 
-def _leave(gradients: dict[str, Tensor], dstate: Tensor, begin: Tensor) -> None:
-    dx, size = gradients["x"], dstate.shape[-1]
-    if guard_or_false(dx.shape[1] == 0):
+# A state is seen by the first W - 1 tokens alone, which are computed once more where one comes late.
+
+
+def _enter(
+    kernels: Any,
+    results: tuple[Tensor, ...],
+    entering: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    end: Tensor,
+    document: Tensor,
+) -> None:
+    out, final_state = results
+    if summary.on_host(end) and not int(end):
         return
-    places = torch.arange(size, device=dx.device) + (dx.shape[1] - size)
-    added = torch.where(places >= begin, dstate, 0).mT.to(dx.dtype)
-    dx.index_add_(1, places.clamp(min=0), added)
+    seeing = min(x.shape[1], weight.shape[1] - 1)
+    inside = torch.arange(seeing, device=x.device) < end
+    offsets, states = _first_tokens(entering, end, seeing)
+    # What is not this document's has no say in what is kept of it.
+    seen, (left, _) = kernels.forward(x[:, :seeing], weight, bias, activation is not None, offsets, states, True)
+    out[:, :seeing] = torch.where(inside[:, None], seen, out[:, :seeing])
+    if final_state.shape[0]:
+        short = (end > 0) & (end <= seeing)  # else it has been shifted out
+        kept = final_state.index_select(0, document)
+        final_state.index_copy_(0, document, torch.where(short.view(1, 1, 1), left, kept))
+
+
+def _adjoint(
+    kernels: Any,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    entering: Tensor,
+    end: Tensor,
+) -> Tensor:
+    if summary.on_host(end) and not int(end):
+        return torch.zeros_like(entering)
+    seeing = min(x.shape[1], weight.shape[1] - 1)
+    offsets, states = _first_tokens(entering, end, seeing)
+    first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation is not None
+    dstates = kernels.backward(*first, offsets, states)[-1]
+    return dstates[:1]
+
+
+def _first_tokens(entering: Tensor, end: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Offsets and initial states of the document that ends at ``end``, and of what is behind it."""
+    offsets = torch.cat([torch.zeros_like(end), end.clamp(max=count), torch.full_like(end, count)])
+    return offsets, torch.cat([entering, torch.zeros_like(entering)])
+
+
+def _leave(gradients: tuple[Tensor, ...], leaving: Tensor, _: Tensor, begin: Tensor) -> None:
+    (dx,), size = gradients, leaving.shape[-1]
+    if summary.on_host(begin) and int(begin) == dx.shape[1]:
+        return
+    last = min(dx.shape[1], size)
+    inside = torch.arange(dx.shape[1] - last, dx.shape[1], device=dx.device) >= begin
+    dx[:, dx.shape[1] - last :] += torch.where(inside, leaving[..., size - last :], 0).mT
 
 
 def _flops(B: int, L: int, D: int, W: int, **_: Any) -> int:
@@ -124,14 +177,24 @@ MIXER = declare(
         backward_flops=lambda **sizes: 3 * _flops(**sizes),
         summary=Summary(
             takes=("x", "weight"),
-            adjoint_takes=None,
+            adjoint_takes=("x", "weight", "bias", "activation", "initial_state"),
             transition="",
             through=_through,
             transposed=_back_through,
             compose=add,
             summary=_summary,
-            leave=_leave,
+            adjoint=_adjoint,
             flops=lambda **_: 0,
+            adjoint_flops=lambda **_: 0,
+            late=Late(
+                enter_takes=("x", "weight", "bias", "activation"),
+                enter=_enter,
+                leave_takes=(),
+                leave_changes=("x",),
+                leave=_leave,
+                flops=lambda **_: 0,
+                leave_flops=lambda **_: 0,
+            ),
         ),
         # Any strides are read in place, and those of the results do not depend on them: Inductor need not copy.
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),

@@ -10,11 +10,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from packc.ops.common import late_states
 from packc.ops.common.chunks import CHUNK, check_heads, chunk_states_length
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
-from packc.ops.summary import Summary, add, decay_heads
+from packc.ops.summary import Late, Summary, add, decay_heads
 
 
 def _forward(kernels: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -56,6 +57,34 @@ def _adjoint(kernels: Any, dout: Tensor, q: Tensor, g: Tensor | None, scale: flo
     return kernels.adjoint(dout, q, _per_token(g, dout), scale, False, end)
 
 
+def _enter(
+    _: Any,
+    results: tuple[Tensor, ...],
+    entering: Tensor,
+    q: Tensor,
+    g: Tensor | None,
+    scale: float,
+    end: Tensor,
+    document: Tensor,
+) -> None:
+    made = late_states.Made(*results)
+    late_states.enter(made, entering, q, _per_token(g, made.out), scale, None, end, document)
+
+
+def _leave(
+    gradients: tuple[Tensor, ...],
+    leaving: Tensor,
+    before: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    begin: Tensor,
+) -> None:
+    dk, dv, dg = gradients
+    grads = late_states.Gradients(dk, dv, None if g is None else dg, None)
+    late_states.leave(grads, leaving, before, k, v, _per_token(g, v), None, begin)
+
+
 def _per_token(g: Tensor | None, v: Tensor) -> Tensor | None:
     return None if g is None else g.expand(v.shape[:3])
 
@@ -63,6 +92,11 @@ def _per_token(g: Tensor | None, v: Tensor) -> Tensor | None:
 def state_flops(B: int, L: int, H: int, K: int, V: int, **_: Any) -> int:
     """k^T v of every head, forward; q^T do, backward."""
     return 2 * B * L * H * K * V
+
+
+def leave_flops(**sizes: Any) -> int:
+    """dS v and dS^T k of every head."""
+    return 2 * state_flops(**sizes)
 
 
 MIXER = declare(
@@ -93,6 +127,15 @@ MIXER = declare(
             adjoint=_adjoint,
             flops=state_flops,
             adjoint_flops=state_flops,
+            late=Late(
+                enter_takes=("q", "g", "scale"),
+                enter=_enter,
+                leave_takes=("k", "v", "g"),
+                leave_changes=("k", "v", "g"),
+                leave=_leave,
+                flops=state_flops,
+                leave_flops=leave_flops,
+            ),
         ),
     )
 )

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packc.ops import dispatch
+from packc.ops import dispatch, summary
+from packc.ops.common import late_states
 from packc.ops.common.chunks import chunk_states_length
 from packc.ops.common.silu import silu_slope
 from packc.ops.linear_attention import op as linear_attention
 from packc.ops.mixer import Example, Mixer
 from packc.ops.registration import declare
 from packc.ops.shapes import Groups
-from packc.ops.summary import Summary, add, decay_heads
+from packc.ops.summary import Late, Summary, add, decay_heads
 
 
 def _as_attention(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[Any, ...]:
@@ -95,6 +96,43 @@ def _adjoint(kernels: Any, dout: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Te
     return kernels.adjoint(dout, C, dt * A, 1.0, True, end)
 
 
+def _enter(
+    _: Any,
+    results: tuple[Tensor, ...],
+    entering: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    end: Tensor,
+    document: Tensor,
+) -> None:
+    out, final_state, chunk_states = results
+    made = late_states.Made(out, final_state.mT, chunk_states)
+    if summary.on_host(end):
+        dt = dt[:, : int(end)]
+        z = None if z is None else z[:, : int(end)]
+    gate = None if z is None else _gate("silu", F.silu, z.to(entering.dtype))
+    late_states.enter(made, entering.mT, C, dt * A, 1.0, gate, end, document)
+
+
+def _leave(
+    gradients: tuple[Tensor, ...],
+    leaving: Tensor,
+    before: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    begin: Tensor,
+) -> None:
+    dx, ddt, dA, dB = gradients
+    dg, dstep = torch.zeros_like(dt), torch.zeros_like(dt)
+    late_states.leave(late_states.Gradients(dB, dx, dg, dstep), leaving.mT, before.mT, B, x, dt * A, dt, begin)
+    ddt += dg * A + dstep
+    dA += (dg * dt).sum((0, 1))
+
+
 # As attention has it, groups and heads are those of q and v, keys are N and values P.
 def _chunk_states(B: int, L: int, H: int, P: int, N: int, **_: Any) -> int:
     return chunk_states_length(B, L, H, K=N, V=P)
@@ -154,6 +192,15 @@ MIXER = declare(
             adjoint=_adjoint,
             flops=_state_flops,
             adjoint_flops=_state_flops,
+            late=Late(
+                enter_takes=("dt", "A", "C", "z"),
+                enter=_enter,
+                leave_takes=("x", "dt", "A", "B"),
+                leave_changes=("x", "dt", "A", "B"),
+                leave=_leave,
+                flops=_state_flops,
+                leave_flops=lambda **sizes: 2 * _state_flops(**sizes),
+            ),
         ),
     )
 )

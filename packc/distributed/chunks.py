@@ -79,8 +79,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 class _Chunk:
     """A plan whose ranks come one after the other; a :class:`packc.ops.sharded.Plan`."""
 
-    def __init__(self, routing: Routing, entering: Sequence[Tensor | None], cu_seqlens: Tensor) -> None:
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, routing: Routing, entering: Sequence[Tensor | None], offsets: Tensor) -> None:
+        self.offsets = offsets
         self.leaving: list[Tensor | None] = []
         self._routing, self._entering = routing, entering
 
@@ -97,7 +97,7 @@ class _Chunk:
             row = torch.tensor([mine.enters], device=entering.device)
             initial_state = initial_state.to(entering.dtype).index_copy(0, row, entering)
         wanted = output_final_state or mine.leaves is not None
-        out, final_state, *_ = op(*arguments, self.cu_seqlens, initial_state, wanted)
+        out, final_state, *_ = op(*arguments, self.offsets, initial_state, wanted)
         self.leaving.append(None if mine.leaves is None else final_state[mine.leaves : mine.leaves + 1])
         if not output_final_state:
             return out

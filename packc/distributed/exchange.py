@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Line:
     compose: Callable[[Tensor, Tensor], Tensor]
     """Of the transitions of two neighbouring segments, the left one first."""
     to_right: bool
+    meanwhile: Callable[[], Any] = lambda: None
+    """Called before anything is waited for, after the first collective has begun. More than once."""
 
     def send(self, exchange: str, transition: Tensor, state: Tensor, transitions: Tensor | None = None) -> Sent:
         """By the exchange of a name. ``transitions``: those that the same exchange gave in the other direction."""
@@ -135,20 +137,24 @@ class Line:
         """What the rank ``distance`` upstream has; anything where there is none."""
         colours = groups.colours(self.size, distance)
         came = [self._start(x, f"{self._direction()}/{distance}/{colour}") for colour in colours]
-        waited = [_collectives.wait_tensor.default(each) for each in came]
+        waited = [self._wait(each) for each in came]
         if len(waited) == 1:
             return waited[0]
         return torch.where(self._row(Rank.COLOUR_RIGHT, Rank.COLOUR_LEFT)[step], waited[1], waited[0])
 
     def _broadcast(self, x: Tensor, name: str) -> Tensor:
-        return _collectives.wait_tensor.default(self._start(x, name))
+        return self._wait(self._start(x, name))
 
     def _start(self, x: Tensor, name: str) -> Tensor:
         return _collectives.broadcast.default(x.contiguous(), 0, f"{self.group}/{name}")
 
     def _gathered(self, x: Tensor) -> Tensor:
         found = _collectives.all_gather_into_tensor.default(x, self.size, self.group)
-        return _collectives.wait_tensor.default(found).unflatten(0, (self.size, -1))
+        return self._wait(found).unflatten(0, (self.size, -1))
+
+    def _wait(self, started: Tensor) -> Tensor:
+        self.meanwhile()
+        return _collectives.wait_tensor.default(started)
 
     def _row(self, to_right: Rank, to_left: Rank) -> Tensor:
         return self.ranks[to_right if self.to_right else to_left]

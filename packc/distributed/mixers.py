@@ -6,13 +6,19 @@ the gradient of the final state of the last segment's document. With these two, 
 the shard of what they give for the whole stream. (LASP, https://arxiv.org/abs/2404.02882, section 3, for any recurrence
 that is affine in its state, and for documents.)
 
+Where the mixer says what a state that comes late adds (``packc.ops.summary.Late``), neither op waits: they run while
+the first collective is on its way, and ``_enter`` and ``_leave`` do the rest.
+
 The op is one node to passes; autograd, and AOTAutograd with it, sees what it is made of: local ops, and collectives in
 both directions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,9 +73,16 @@ class _Sharded(torch.autograd.Function):
         if exchange == "auto":
             of_transition, of_state = (x.numel() * x.element_size() for x in (transition, state))
             exchange = cost.quickest(given["size"], of_transition, of_state, given["near"])
-        found = line.send(exchange, transition, state)
-        local = {**given, "initial_state": call.initial(found.entering)}
-        out, final, *kept = call.op("")(*[local[name] for name in mixer.arguments])
+        late = call.summary.late
+        if late is None:
+            found = line.send(exchange, transition, state)
+            out, final, *kept = call.forward(call.initial(found.entering))
+        else:
+            local = functools.cache(lambda: call.forward(call.initial(None)))
+            found = replace(line, meanwhile=local).send(exchange, transition, state)
+            out, final, *kept = results = local()
+            taken = call.taken(late.enter_takes)
+            call.op("_enter")(*results, found.entering, *taken, call.place(Place.END), call.place(Place.ENTERS))
         if given["output_final_state"]:
             final = torch.where(call.row(Document.ENDS, final), final, 0)
         ctx.mixer, ctx.exchange, ctx.arguments = mixer, exchange, names
@@ -93,25 +106,31 @@ class _Sharded(torch.autograd.Function):
             dout = given[mixer.like].new_zeros(mixer.out_shape(sizes))
         if dfinal is not None:
             dfinal = torch.where(call.row(Document.ENDS, dfinal), dfinal, 0)
-        line, entering = call.line(to_right=False), given["entering"]
-        found: dict[str, Tensor] = {}
-        if summary.adjoint_takes is not None and dfinal is None:
-            takes = [*call.wide([dout]), *call.taken(summary.adjoint_takes)]
+        entering, late = given["entering"], summary.late
+        before = call.initial(entering)
+        local = functools.cache(lambda: call.gradients(dout, dfinal, before))
+        if dfinal is None:
+            state = {"initial_state": entering}
+            takes = [*call.wide([dout]), *call.taken(summary.adjoint_takes, state)]
             dentering = call.op("_adjoint")(*takes, call.place(Place.END))
         else:
             # Gradients of final states, too, go through the first segment, of which there is no transition.
-            found = call.gradients(dout, dfinal)
-            dentering = found["initial_state"].index_select(0, call.place(Place.ENTERS))
-        dentering = dentering.to(entering.dtype)
-        leaving = line.send(ctx.exchange, given["transition"], dentering, given["transitions"]).entering
-        if summary.leave is not None:
-            summary.leave(found, leaving, call.place(Place.BEGIN))
-            of_begun = torch.where(call.place(Place.BEGINS) > 0, line.through(given["transition"], leaving), 0)
-            dinitial = found["initial_state"]
-            found["initial_state"] = torch.where(call.row(Document.LEAVES, dinitial), dinitial + of_begun, dinitial)
+            dentering = local()["initial_state"].index_select(0, call.place(Place.ENTERS))
+        line = replace(call.line(to_right=False), meanwhile=local if late is not None else lambda: None)
+        sent = line.send(ctx.exchange, given["transition"], dentering.to(entering.dtype), given["transitions"])
+        leaving = sent.entering
+        if late is not None:
+            found = local()
+            changed = [found[name] for name in late.leave_changes]
+            last = before.index_select(0, call.place(Place.LEAVES))
+            call.op("_leave")(*changed, leaving, last, *call.taken(late.leave_takes), call.place(Place.BEGIN))
+            if initial is not None:
+                of_begun = torch.where(call.place(Place.BEGINS) > 0, line.through(given["transition"], leaving), 0)
+                dinitial = found["initial_state"]
+                found["initial_state"] = torch.where(call.row(Document.LEAVES, dinitial), dinitial + of_begun, dinitial)
         else:
-            dstates = entering.new_zeros(call.states_shape()) if dfinal is None else dfinal
-            found = call.gradients(dout, torch.where(call.row(Document.LEAVES, dstates), leaving, dstates))
+            leaves = call.row(Document.LEAVES, leaving)
+            found = call.gradients(dout, torch.where(leaves, leaving, 0 if dfinal is None else dfinal), before)
         if initial is not None:
             dinitial = found["initial_state"].to(initial.dtype)
             found["initial_state"] = torch.where(call.row(Document.ENTERS, dinitial), 0, dinitial)
@@ -136,8 +155,9 @@ class _Call:
         """Which of ``states (N, ...)`` are meant."""
         return self.given["documents"][which].view(-1, *[1] * (states.ndim - 1))
 
-    def taken(self, names: Sequence[str]) -> list[Any]:
-        return self.wide([self.given[name] for name in names])
+    def taken(self, names: Sequence[str], others: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        given = {**self.given, **others}
+        return self.wide([given[name] for name in names])
 
     def wide(self, arguments: Sequence[Any]) -> list[Any]:
         """In fp64 if states are, of which not all arguments need tell."""
@@ -151,19 +171,21 @@ class _Call:
         ranks, size, group = (self.given[name] for name in ("ranks", "size", "group"))
         return Line(ranks, size, group, lambda t, state: through(t, state, weights), self.summary.compose, to_right)
 
-    def states_shape(self) -> tuple[int, ...]:
-        return (self.given["documents"].shape[1], *self.given["entering"].shape[1:])
-
-    def initial(self, entering: Tensor) -> Tensor:
-        """Of all documents, as the local op gets them."""
+    def initial(self, entering: Tensor | None) -> Tensor | None:
+        """Of this rank's documents, as the local op gets them, where ``entering`` enters; or zeros do."""
         initial = self.given["initial_state"]
-        if initial is None:
-            initial = entering.new_zeros((self.given["documents"].shape[1], *entering.shape[1:]))
-        return torch.where(self.row(Document.ENTERS, initial), entering, initial.to(entering.dtype))
+        if entering is None:
+            return initial if initial is None else torch.where(self.row(Document.ENTERS, initial), 0, initial)
+        others = 0 if initial is None else initial.to(entering.dtype)
+        return torch.where(self.row(Document.ENTERS, entering), entering, others)
 
-    def gradients(self, dout: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, initial: Tensor | None) -> Sequence[Tensor]:
+        """Of the local op."""
+        local = {**self.given, "initial_state": initial}
+        return self.op("")(*[local[name] for name in self.mixer.arguments])
+
+    def gradients(self, dout: Tensor, dfinal: Tensor | None, initial: Tensor | None) -> dict[str, Tensor]:
         """Of the local op, by name."""
-        initial = self.initial(self.given["entering"])
         given = {**self.given, "initial_state": initial, "dout": dout, "dfinal_state": dfinal}
         given |= {f"channel_first_d{name}": is_channel_first(given[name]) for name in self.mixer.own_layout}
         found = self.op("_bwd")(*[given[name] for name in self.mixer.backward_arguments])

@@ -63,13 +63,21 @@ class Plan:
     """Made by :func:`plan`. What differs from rank to rank is in tensors, of shapes that are equal on all."""
 
     cu_seqlens: Tensor
-    """Offsets of all documents in this rank's shard, ``(N + 1,)`` int32: those of other ranks are empty here."""
+    """Offsets in this rank's shard of its documents, ``(M + 1,)`` int32: of those that it has tokens of, and of empty
+    ones that end here. M is one number on all ranks; what is left over is empty."""
     places: Tensor
     """``(5,)`` int64, see :class:`Place`: where the segment begins that goes on to the right, where the one ends that
-    comes from the left, these two documents (0 if there are none), and whether the former begins here."""
+    comes from the left, which of this rank's documents the latter and the former are (0 if there are none), and whether
+    the former begins here."""
     documents: Tensor
-    """``(3, N)`` bool, see :class:`Document`: that comes from the left, that goes on to the right, whose final state is
+    """``(3, M)`` bool, see :class:`Document`: that comes from the left, that goes on to the right, whose final state is
     this rank's."""
+    offsets: Tensor
+    """The same of all documents of the stream, ``(N + 1,)``: those of other ranks are empty here."""
+    held: Tensor
+    """Which of the stream's documents this rank's are: int64 ``(M,)``; 0 where none is."""
+    found: Tensor
+    """Where among them each document of the stream is: int64 ``(N,)``; M if elsewhere."""
     ranks: Tensor
     """``(9, W)`` bool, see :class:`Rank`."""
     tokens: Tensor
@@ -137,8 +145,15 @@ class Plan:
             self._check_call(mixer, fits, arguments, initial_state)
         if not fits:
             raise ValueError(f"{mixer.name}: {mixer.like} has {like.shape[1]} tokens, which are not those of {self}")
+        if initial_state is not None and self.size > 1:
+            initial_state = initial_state.index_select(0, self.held)
         out, final_state = self._run(mixer, arguments, initial_state, output_final_state)
-        return (out, final_state) if output_final_state else out
+        if not output_final_state:
+            return out
+        if self.size > 1:
+            elsewhere = final_state.new_zeros((1, *final_state.shape[1:]))
+            final_state = torch.cat([final_state, elsewhere]).index_select(0, self.found)
+        return out, final_state
 
     def _run(
         self, mixer: Mixer, arguments: Sequence[Any], initial_state: Tensor | None, output_final_state: bool
@@ -249,7 +264,14 @@ def _plan(
     device: torch.device,
 ) -> Plan:
     mine, size = routing.route(stream, cuts, rank), len(cuts) - 1
-    every = range(len(stream) - 1)
+    of_ranks = [routing.held(stream, cuts, other) for other in range(size)]
+    of_all, of_mine = range(len(stream) - 1), of_ranks[rank]
+    # To compilers, one is special.
+    count = len(of_all) if size == 1 else max(2, *map(len, of_ranks))
+    padding = count - len(of_mine)
+    starts = [mine.cu_seqlens[n] for n in of_mine] + [cuts[rank + 1] - cuts[rank]] * (padding + 1)
+    held = [*of_mine, *[0] * padding]
+    every = [*of_mine, *[-1] * padding]
     ranks, longest = range(size), max(high - low for low, high in pairwise(cuts))
     distances, mirrored = routing.steps(size), size - 1 - rank
     rows = [
@@ -264,14 +286,23 @@ def _plan(
         [(rank - distance) // distance % 2 == 1 for distance in distances],
         [rank // distance % 2 == 1 for distance in distances],
     ]
-    places = [mine.begin, mine.end, mine.enters or 0, mine.leaves or 0, mine.begins]
+    passing = [0 if document is None else document - of_mine.start for document in (mine.enters, mine.leaves)]
+    places = [mine.begin, mine.end, *passing, mine.begins]
     shards = [torch.arange(high - low) + other * longest for other, (low, high) in enumerate(pairwise(cuts))]
     made = Plan(
-        cu_seqlens=torch.tensor(mine.cu_seqlens, dtype=torch.int32, device=device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
         places=torch.tensor(places, dtype=torch.int64, device=device),
         documents=torch.tensor(
-            [[n == mine.enters for n in every], [n == mine.leaves for n in every], mine.ends], device=device
+            [
+                [n == mine.enters for n in every],
+                [n == mine.leaves for n in every],
+                [n >= 0 and mine.ends[n] for n in every],
+            ],
+            device=device,
         ),
+        offsets=torch.tensor(mine.cu_seqlens, dtype=torch.int32, device=device),
+        held=torch.tensor(held, dtype=torch.int64, device=device),
+        found=torch.tensor([n - of_mine.start if n in of_mine else count for n in of_all], device=device),
         ranks=torch.tensor([row + [False] * (size - len(row)) for row in rows], device=device),
         tokens=torch.arange(cuts[rank], cuts[rank + 1], device=device),
         shards=torch.cat(shards).to(device),

@@ -60,6 +60,16 @@ def route(cu_seqlens: Sequence[int], cuts: Sequence[int], rank: int) -> Routing:
     )
 
 
+def held(cu_seqlens: Sequence[int], cuts: Sequence[int], rank: int) -> range:
+    """The documents of which ``rank`` has tokens, or whose final states are its to give: they are consecutive."""
+    low, high = cuts[rank : rank + 2]
+    ends = cu_seqlens[1:]
+    first = bisect_right(ends, low) if rank else 0
+    behind = bisect_right(ends, high)
+    goes_on = low < high and behind < len(ends) and cu_seqlens[behind] < high
+    return range(first, max(first, behind + goes_on))
+
+
 def document_of(cu_seqlens: Sequence[int], token: int) -> int:
     return bisect_right(cu_seqlens, token) - 1
 

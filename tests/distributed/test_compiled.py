@@ -8,7 +8,7 @@ from sharded_work import Cut, graphs, opcheck, worst_errors
 # No two sizes of the first are equal, which a compiler would take for more than chance, and no shard has less than 16
 # tokens, for which linear_scan has a graph of its own, plan or not.
 CUTS = [
-    Cut([0, 2, 5, 5, 41, 41, 55, 60], [0, 17, 36, 60]),
+    Cut([0, 2, 5, 5, 9, 12, 41, 41, 55, 60], [0, 17, 36, 60]),
     Cut([0, 60, 61, 80, 90], [0, 16, 42, 90]),
     Cut([0, 16, 50, 64], [0, 16, 40, 64]),
 ]

@@ -96,6 +96,8 @@ def test_every_document_ends_on_one_rank_and_its_tokens_are_where_they_were(case
         mine = routing.route(stream, cuts, rank)
         assert document_of_tokens(mine.cu_seqlens) == document_of_tokens(stream)[low:high]
         assert len(mine.cu_seqlens) == len(stream)
+        here = {*document_of_tokens(stream)[low:high], *(n for n, end in enumerate(mine.ends) if end)}
+        assert [*routing.held(stream, cuts, rank)] == sorted(here)
         ends.append(mine.ends)
         for n, (start, end) in enumerate(pairwise(stream)):
             if start < end and mine.ends[n]:

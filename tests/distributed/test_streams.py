@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from stream_work import lightning, lightning_refusals, step, step_on_both_axes, there_and_back, whole_step
+from stream_work import (
+    lightning,
+    lightning_refusals,
+    step,
+    step_on_both_axes,
+    there_and_back,
+    training_on_both_axes,
+    whole_step,
+    whole_training,
+)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -39,6 +48,17 @@ def test_data_and_sequence_parallel_at_once(ranks, exchange):
         torch.testing.assert_close(loss, second if rank >= 2 else first)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, (of_first[name] + of_second[name]) / 2)
+
+
+# ZeRO-1 has DDP around the model, too.
+@pytest.mark.parametrize("how", [pytest.param("DDP", marks=pytest.mark.slow), "ZeRO-1", "FSDP2"])
+def test_training_on_both_axes_is_that_of_one_process(ranks, how):
+    loss, *whole = whole_training(3)
+    for total, *found in ranks.run(training_on_both_axes, 4, how, 3):
+        torch.testing.assert_close(total, loss)
+        for got, want in zip(found, whole, strict=True):
+            assert got.keys() == want.keys()
+            torch.testing.assert_close(list(got.values()), list(want.values()))
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

@@ -1,0 +1,149 @@
+"""Linear attention and SSD with states that come late: what they add to results and gradients of before.
+
+A state ``S`` that enters a segment adds to the output of its token t::
+
+    decay[t] scale S^T q[t]                  decay[t] = exp(g[0] + ... + g[t])
+
+and to the state behind it ``decay[t] S``. A gradient ``dS`` of the state that leaves adds, with the decay of all that
+lies behind, ``rest[t] = exp(g[t+1] + ... + g[T-1])``, and the state ``before`` the segment::
+
+    dk[t]    += rest[t] step[t] dS v[t]
+    dv[t]    += rest[t] step[t] dS^T k[t]
+    dstep[t] += rest[t] k[t]^T dS v[t]
+    dg[t]    += decay[T-1] <dS, before> + sum_{s < t} rest[s] step[s] k[s]^T dS v[s]
+
+Logarithms are summed from the end that counts, so that no two large ones are subtracted. States are ``(1, H, K, V)``
+here, keys and queries those of groups of heads. Where places are on the host, no other token is looked at; elsewhere
+all are, and count as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from packc.ops import summary
+from packc.ops.common.chunks import CHUNK, chunk_states_shape
+
+BLOCK = 8 * CHUNK
+"""Tokens at a time, so that what is made on the way stays in a cache."""
+
+
+class Made(NamedTuple):
+    """By an op to which no state came."""
+
+    out: Tensor
+    final_state: Tensor
+    """``(documents, H, K, V)``; of no document unless it was asked for."""
+    chunk_states: Tensor
+
+
+def enter(
+    made: Made,
+    entering: Tensor,
+    q: Tensor,
+    g: Tensor | None,
+    scale: float,
+    gate: Tensor | None,
+    end: Tensor,
+    document: Tensor,
+) -> None:
+    """``g (1, L, H)``; ``gate (1, L, H, V)`` is a factor of the output."""
+    state, V = entering[0], entering.shape[3]
+    chunk_states = made.chunk_states.view(chunk_states_shape(q, made.out))[0, ..., :V]
+    before = state.new_zeros(state.shape[0])
+    for part in _blocks(0, int(end) if summary.on_host(end) else q.shape[1]):
+        tokens = torch.arange(part.start, part.stop, device=end.device)
+        logs = before + _logs(g, part, state, tokens < end).cumsum(0)
+        before, decay = logs[-1], logs.exp()
+        if summary.on_host(end) and not decay.any():
+            return  # nothing of the state is left
+        added = _products(_read(q, part, state, tokens < end), state) * (scale * decay)[..., None]
+        if gate is not None:
+            added *= _read(gate, part, state, tokens < end)
+        made.out[0, part] += added
+        # Of the chunks that begin behind a token of this block.
+        passing = torch.where((tokens + 1 < end)[:, None], decay, 0)[CHUNK - 1 :: CHUNK]
+        kept = chunk_states[part.start // CHUNK :][: len(passing)]
+        kept.addcmul_(passing[..., None, None], state)
+        if made.final_state.shape[0]:
+            left = torch.where((tokens + 1 == end)[:, None], decay, 0).sum(0)
+            ends = ((end > part.start) & (end <= part.stop)).view(1, 1, 1, 1)
+            made.final_state.index_add_(0, document, torch.where(ends, left[:, None, None] * entering, 0))
+
+
+class Gradients(NamedTuple):
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    step: Tensor | None
+
+
+def leave(
+    grads: Gradients,
+    leaving: Tensor,
+    before: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    step: Tensor | None,
+    begin: Tensor,
+) -> None:
+    """``g`` and ``step`` are ``(1, L, H)``."""
+    dstate, L = leaving[0], v.shape[1]
+    first = int(begin) if summary.on_host(begin) else 0
+    behind = dstate.new_zeros(dstate.shape[0])
+    products = dstate.new_zeros(L - first, dstate.shape[0])
+    for part in reversed([*_blocks(first, L)]):
+        tokens = torch.arange(part.start, part.stop, device=begin.device)
+        summed = behind + _logs(g, part, dstate, tokens >= begin).flip(0).cumsum(0).flip(0)
+        rest = torch.cat([summed[1:], behind[None]]).exp()
+        behind = summed[0]
+        if summary.on_host(begin) and not rest.any():
+            break  # nothing of the gradient comes as far
+        keys, values = (_read(x, part, dstate, tokens >= begin) for x in (k, v))
+        of_keys = _products(keys, dstate)
+        product = rest * (of_keys * values).sum(-1)
+        if step is not None:
+            steps = _read(step, part, dstate, tokens >= begin)
+            if grads.step is not None:
+                grads.step[0, part] += product
+            product, rest = steps * product, steps * rest
+        products[part.start - first : part.stop - first] = product
+        grads.v[0, part] += rest[..., None] * of_keys
+        grads.k[0, part] += _sums(rest[..., None] * values, dstate, keys.shape[1])
+    if grads.g is not None and first < L:
+        passed = behind.exp() * (dstate * before[0]).sum((1, 2))
+        added = passed + torch.cat([torch.zeros_like(products[:1]), products[:-1]]).cumsum(0)
+        inside = torch.arange(first, L, device=begin.device) >= begin
+        grads.g[0, first:] += torch.where(inside[:, None], added, 0)
+
+
+def _blocks(first: int, last: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, last)) for start in range(first, last, BLOCK))
+
+
+def _read(x: Tensor, part: slice, like: Tensor, inside: Tensor) -> Tensor:
+    read = x[0, part].to(like.dtype)
+    return read if summary.on_host(inside) else torch.where(inside.view(-1, *[1] * (read.ndim - 1)), read, 0)
+
+
+def _logs(g: Tensor | None, part: slice, state: Tensor, inside: Tensor) -> Tensor:
+    if g is None:
+        return state.new_zeros(part.stop - part.start, state.shape[0])
+    return _read(g, part, state, inside)
+
+
+def _products(x: Tensor, state: Tensor) -> Tensor:
+    """``x (L, G, K)`` times the states ``(H, K, V)`` of their heads: ``(L, H, V)``."""
+    grouped = state.unflatten(0, (x.shape[1], -1))
+    return torch.einsum("l g k, g r k v -> l g r v", x, grouped).flatten(1, 2)
+
+
+def _sums(x: Tensor, state: Tensor, groups: int) -> Tensor:
+    """``x (L, H, V)`` times the transposed states, summed over each group's heads: ``(L, G, K)``."""
+    grouped = state.unflatten(0, (groups, -1))
+    return torch.einsum("l g r v, g r k v -> l g k", x.unflatten(1, (groups, -1)), grouped)
