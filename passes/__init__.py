@@ -8,6 +8,7 @@ from packc.passes.causal_convs import causal_convs
 from packc.passes.choose import choose
 from packc.passes.constants import constants
 from packc.passes.forms.sharded import Inputs as ShardedInputs
+from packc.passes.forms.sharded import ReachInputs
 from packc.passes.functional import functional
 from packc.passes.graph import Graph, Ranks
 from packc.passes.layout import layout
@@ -33,6 +34,7 @@ __all__ = [
     "NotPackable",
     "Ranks",
     "Requirements",
+    "ReachInputs",
     "ShardedInputs",
     "WrongMask",
     "argument_path",

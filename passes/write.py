@@ -54,13 +54,22 @@ class _Writer:
         self.padded = self.packed.padded
 
     def _form(self, graph: Graph) -> Packed:
-        inputs = Packed.INPUTS if graph.ranks is None else Sharded.INPUTS
-        number = f"_{len(graph.streams)}" if graph.streams else ""
-        given = {name: self.graph.placeholder(f"packc_{name}{number}") for name in inputs}
         of = self.in_padded[graph.mask], graph.sizes
+        number = f"_{len(graph.streams)}" if graph.streams else ""
+
+        def given(name: str) -> fx.Node:
+            return self.graph.placeholder(f"packc_{name}{number}")
+
         if graph.ranks is None:
-            return Packed(self._write, of_packed.Inputs(**given), *of)
-        return Sharded(self._write, of_sharded.Inputs(**given), *of, graph.ranks)
+            return Packed(self._write, of_packed.Inputs(*map(given, Packed.INPUTS)), *of)
+        inputs = of_sharded.Inputs(*map(given, Sharded.INPUTS))
+        reaches = {
+            causal: of_sharded.ReachInputs.made_by(
+                lambda name, kind="before" if causal else "around": given(f"{name}_{kind}"), graph.ranks.size
+            )
+            for causal in graph.requirements.attention
+        }
+        return Sharded(self._write, inputs, reaches, *of, graph.ranks)
 
     def run(self) -> fx.GraphModule:
         for node in self.source.graph.nodes:
@@ -133,7 +142,14 @@ class _Writer:
         return self.packed.total(result) if reading.results is Whole.SUM else result
 
     def _write_call(self, call: Call, reading: Reading) -> fx.Node:
-        target, args, kwargs = self.packed.mixer(call) if call.is_mixer else call
+        if call.target is operator.getitem and isinstance(call.args[0], Call) and call.args[0].is_mixer:
+            mixer = self.packed.mixer(call.args[0])
+            if len(mixer.target._schema.returns) == 1:  # type: ignore[union-attr]
+                return self._write_told(mixer, reading)  # its form has no other result
+        return self._write_told(self.packed.mixer(call) if call.is_mixer else call, reading)
+
+    def _write_told(self, call: Call, reading: Reading) -> fx.Node:
+        target, args, kwargs = call
         args, kwargs = self._map((args, kwargs), reading)
         return self._write(target, *args, **kwargs)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import PlainLM, batch_of, masks, tiny_mamba, tiny_mamba2
+from harness import PlainLM, batch_of, masks, shaken, tiny_mamba, tiny_mamba2
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
@@ -94,11 +96,22 @@ def checkpointed() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": PlainLM,
     "unmasked": Unmasked,
+    "attends": Attends,
     "mixers": MixersLM,
     "mamba": tiny_mamba,
     "checkpointed": checkpointed,
     "mamba2": tiny_mamba2,
 }
+
+
+def model_named(name: str) -> nn.Module:
+    """One of MODELS, or a tiny model of a family."""
+    if name in MODELS:
+        return MODELS[name]()
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import families
+
+    return shaken(families.build(name, 32, 2))
 
 
 def step(call: Any, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,7 +148,7 @@ def worst_errors(
     """Of each batch, against eager on the whole of it: the largest error of each result, relative to its largest entry;
     how many graphs were compiled, and how many tokens this rank computed of each batch."""
     torch.manual_seed(3)
-    model = MODELS[name]().train()
+    model = model_named(name).train()
     eager = copy.deepcopy(model)
     of_ddp = DistributedDataParallel(model, process_group=group) if in_ddp else model
     compiled, calls = sharded(of_ddp, group, inner)
