@@ -106,7 +106,7 @@ def compile_graph(
         raise NotPacked(f"the model does not read {' and '.join(unheard)}: say so by packc.documents around the call")
     try:
         refuse_pieces()
-        packed = pack_graph(gm, example_inputs, for_documents=True, group=group)
+        packed = pack_graph(gm, example_inputs, for_documents=True, ranks=_ranks_of(group))
     except NoMask as reason:
         return compiling.unpacked(str(reason), for_documents=reason.for_documents)
     except NotPackable as reason:
@@ -203,23 +203,22 @@ class _Compiling:
 
 
 def pack_graph(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    *,
-    for_documents: bool = False,
-    group: dist.ProcessGroup | None = None,
+    gm: fx.GraphModule, example_inputs: list[Any], *, for_documents: bool = False, ranks: Ranks | None = None
 ) -> Graph:
-    """The packed form of a Dynamo graph; with a group, the sharded one.
+    """The packed form of a Dynamo graph; with ranks, the sharded one.
 
     Raises:
         NoMask, NotPackable: there is none; the message says why.
     """
-    ranks = None
-    if group is not None:
-        from packc.distributed.groups import join
-        from packc.distributed.plans import device_of
-
-        ranks = Ranks(join(group, device_of(group)), group.size())
     packed = packed_graph(Graph(gm, fakify(gm, example_inputs), ranks=ranks), for_documents=for_documents)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.gm.graph.nodes))
     return packed
+
+
+def _ranks_of(group: dist.ProcessGroup | None) -> Ranks | None:
+    if group is None:
+        return None
+    from packc.distributed.groups import join
+    from packc.distributed.plans import device_of
+
+    return Ranks(join(group, device_of(group)), group.size())

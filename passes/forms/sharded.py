@@ -94,9 +94,9 @@ class Sharded(Packed):
         if "causal" in given:
             told |= self.reaches[given["causal"]]._asdict()
         wanted = [argument.name for argument in target._schema.arguments]
-        missing = [each for each in wanted if each not in given and each not in told]
-        if missing:
-            raise NotPackable(f"{name} on a part of the tokens is not told {', '.join(missing)}")
+        lost = [each for each, value in given.items() if each not in wanted and value not in (None, False, 0)]
+        if lost:
+            raise NotPackable(f"{name} on a part of the tokens does not take {', '.join(lost)}")
         return Call(target, tuple({**given, **told}[each] for each in wanted), {})
 
     def total(self, value: fx.Node) -> fx.Node:
@@ -116,6 +116,8 @@ def refuse_what_looks_across_ranks(graph: Graph) -> None:
     Raises:
         NotPackable: an op would run on all tokens of all ranks, or draws random numbers, which ranks do not share.
     """
+    if graph.requirements.padded_mixers:
+        raise NotPackable(str(graph.requirements.padded_mixers[0]))
     for node in graph.gm.graph.nodes:
         if node not in graph.forms.packed and node not in graph.forms.padded:
             continue

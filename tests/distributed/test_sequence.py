@@ -1,5 +1,7 @@
 """A model compiled over the ranks of a group trains as one process does on the whole padded batch."""
 
+from pathlib import Path
+
 import pytest
 from sequence_work import documents_in_rows, leaks, refusals, worst_errors
 
@@ -9,6 +11,8 @@ BATCHES = [
     ["111111111111", "110000000000"],
     ["11011111", "11111100", "00000000"],
 ]
+TABLE = (Path(__file__).parents[2] / "docs" / "families.md").read_text().splitlines()
+FAMILIES = [row.split("|")[1].strip() for row in TABLE if row.split("|")[-2:-1] and "yes" in row.split("|")[-2]]
 QUICK = [("mixers", 3), ("mamba", 2)]
 ALL = [(name, size) for name in ("plain", "mixers", "mamba", "checkpointed", "mamba2") for size in (2, 3)]
 
@@ -26,6 +30,22 @@ def test_loss_logits_and_gradients_are_those_of_one_process(ranks, name, size):
         here = [of_rank[number] for _, _, of_rank in found]
         assert sum(here) == tokens
         assert max(here) - min(here) <= 1
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_attention_sees_what_it_sees_on_one_process(ranks, size):
+    batches = [["11111111111", "11111110000", "11000000000"], ["111111111111", "110000000000"]]
+    for errors, *_ in ranks.run(worst_errors, size, "attends", batches[: 4 - size], timeout=400):
+        for each in errors:
+            assert max(each.values()) < 1e-4, each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_the_table_says_can_be_cut(ranks, family, size):
+    for errors, *_ in ranks.run(worst_errors, size, family, [["1111111111", "1111111000", "1100000000"]], timeout=900):
+        assert max(errors[0].values()) < 1e-4, errors
 
 
 @pytest.mark.slow
@@ -59,8 +79,8 @@ def test_documents_within_rows(ranks):
 
 
 SAID = {
-    "attention": "NotPacked: packc cannot pack this graph: varlen_attention on a part of the tokens is not told sent, "
-    "sends, receives, left, spans, of_cut",
+    "attention": "NotPacked: packc cannot pack this graph: aten.scaled_dot_product_attention.default in the model: "
+    "looks along the sequence, and shows neither all tokens, nor those before, nor a window: runs padded",
     "dropout": "NotPacked: packc cannot pack this graph: aten.dropout.default in the model: draws random numbers",
     "states": "NotPacked: packc cannot pack this graph: causal_conv1d takes or returns states of documents, of which "
     "ranks have parts",
