@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc.batches import Packing, pack_batches
+from packc.distributed.cuts import equal_work
+from packc.distributed.outputs import Cut, note
 from packc.distributed.plans import Plan, Rank, check_that_all_agree, device_of, plan
 from packc.fake_tensors import has_values
 from packc.packed_call import NotPacked, PackedCall, keeps_padding
 from packc.passes import Graph, ReachInputs, ShardedInputs
+from packc.passes.work import Work
 
 
 class ShardedCall(PackedCall):
@@ -27,9 +30,15 @@ class ShardedCall(PackedCall):
     one of them might refuse, so that either all run or all raise.
     """
 
-    def __init__(self, *args: Any, group: dist.ProcessGroup, **how: Any) -> None:
+    def __init__(
+        self, *args: Any, group: dist.ProcessGroup, local: Sequence[int] = (), work: Work | None = None, **how: Any
+    ) -> None:
         super().__init__(*args, **how)
         self.group = group
+        self.local = local
+        """Outputs that are of this rank's tokens alone."""
+        self.work = work
+        """By which ranks have equally much to do; without it, they have equally many tokens."""
         (self.stream,) = self.streams
         self.least = 2 * group.size()
         """Tokens of a batch: two of each rank, as compilers take one for special."""
@@ -59,10 +68,16 @@ class ShardedCall(PackedCall):
         for reason in packing.reasons:
             self._say(reason, packing)
         self.last = [packing]
-        of_rank = plan(packing.offsets, self.group, exchange="all_gather")
+        cuts = None
+        if self.work is not None:
+            cuts = equal_work(packing.offsets.tolist(), self.group.size(), self.work, least=2)
+        of_rank = plan(packing.offsets, self.group, cuts, exchange="all_gather")
         self.tokens_here = of_rank.tokens.shape[0]
         routed = routing(packing, of_rank, int(mask.shape[1]), self.stream.attention)
-        return self._run(self.compiled, [*inputs, *routed])
+        outputs = self._run(self.compiled, [*inputs, *routed])
+        batch, length = map(int, mask.shape[:2])
+        note([outputs[each] for each in self.local], Cut(of_rank, packing.index, (batch, length)))
+        return outputs
 
     def _check(self, packing: Packing) -> None:
         self._compiled([packing])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import fx
 
@@ -13,7 +12,7 @@ from packc.passes.choose import reads_as_is
 from packc.passes.crossings import moved, one_document
 from packc.passes.graph import AnAsk, Graph
 from packc.passes.module_names import module_path
-from packc.passes.reading import Call
+from packc.passes.pack_attention import packed_attention
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.sequences import other_masks
 from packc.passes.sources import argument_path, is_parameter
@@ -102,7 +101,7 @@ def requirements(graph: Graph) -> Graph:
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
-        attention=sorted({causal for node in packed & readings.keys() for causal in _attention(readings[node].call)}),
+        attention=sorted({call.args[call.arguments.index("causal")] for _, call in packed_attention(graph)}),
         live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
         returns_tokens=any(
             each in packed and not reads_as_is(each, graph.tokens)
@@ -121,15 +120,6 @@ def requirements(graph: Graph) -> Graph:
         names = ", ".join(map(argument_path, others))
         result.outside = f"{names} marks tokens where {argument_path(graph.mask)} has padding"
     return replace(graph, requirements=result)
-
-
-def _attention(call: Any) -> Iterator[bool]:
-    """Of each call of attention in a reading: whether it is causal."""
-    if isinstance(call, Call):
-        if call.is_mixer and "causal" in call.arguments:
-            yield call.args[call.arguments.index("causal")]
-        for each in call.args:
-            yield from _attention(each)
 
 
 def _packed(graph: Graph, kind: type[AnAsk]) -> Iterator[tuple[fx.Node, AnAsk]]:

@@ -20,6 +20,7 @@ from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
 from packc.passes.row_wise import RowWise
+from packc.passes.work import work_of
 
 aten = torch.ops.aten
 
@@ -35,7 +36,9 @@ def write(graph: Graph) -> Graph:
     """
     if graph.ranks is not None:
         of_sharded.refuse_what_looks_across_ranks(graph)
-    return replace(graph, gm=_Writer(graph).run())
+        graph = replace(graph, work=work_of(graph))
+    writer = _Writer(graph)
+    return replace(graph, gm=writer.run(), local_outputs=writer.local_outputs)
 
 
 class _Writer:
@@ -50,6 +53,8 @@ class _Writer:
         # Keyed by region too: under no_grad a gather has no gradient, so it must not serve the code around.
         self.gathered: dict[tuple[fx.Node, Layout, int], fx.Node] = {}
         self.region = 0
+        self.local = graph.ranks is not None and graph.ranks.local_outputs
+        self.local_outputs: list[int] = []
         self.packed = self._form(graph)
         self.padded = self.packed.padded
 
@@ -75,7 +80,9 @@ class _Writer:
         for node in self.source.graph.nodes:
             self.origin = node
             if node.op == "output":
-                self.graph.output(fx.map_arg(node.args[0], self._as_output))
+                outputs = fx.map_arg(node.args[0], self._as_output)
+                self.local_outputs = [n for n, each in enumerate(node.args[0]) if self._stays_local(each)]
+                self.graph.output(outputs)
             elif node.op != "placeholder":
                 self.region += switches_mode(node)
                 if node in self.forms.padded and node not in self.forms.packed_only:
@@ -194,6 +201,8 @@ class _Writer:
 
     def _as_output(self, node: fx.Node) -> fx.Node:
         """Size and dtype of the padded graph's output, and the order of its axes in memory."""
+        if self._stays_local(node):
+            return self.in_packed[node]
         result = self._padded(node)
         if self.tokens.layout(node) is None or node not in self.forms.packed:
             return result
@@ -206,6 +215,9 @@ class _Writer:
             return self._write(aten.contiguous.default, result)
         dense = self._write(aten.contiguous.default, self._write(aten.permute.default, result, wanted))
         return self._write(aten.permute.default, dense, _inverse(wanted))
+
+    def _stays_local(self, value: Any) -> bool:
+        return self.local and value in self.in_packed and (self.tokens.layout(value) or ())[:2] == (BATCH, SEQ)
 
     def _padded_size(self, node: fx.Node, axis: int) -> Any:
         layout, size = self.tokens.layout(node), value_of(node).shape[axis]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,13 @@ class AttendsToEvery(PlainLM):
 class Drops(PlainLM):
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return F.dropout(super().hidden(ids, mask), 0.1)
+
+
+class Breaks(PlainLM):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = self.hidden(ids, mask)
+        torch._dynamo.graph_break()
+        return self.head(h)
 
 
 class ReturnsState(PlainLM):
@@ -214,6 +222,34 @@ def leaks(group: Any) -> tuple[bool, bool, bool]:
     return not torch.equal(before[[0, 2]], after[[0, 2]]), not own, bool(others.any())
 
 
+def of_its_own_tokens(group: Any) -> tuple[dict[str, float], list[int], str]:
+    """With local outputs and parts of equal work, in a block: errors against eager, of a loss that is taken of local
+    logits as well; how many tokens each rank has, and what a call outside of the block says."""
+    torch.manual_seed(3)
+    model = Attends()
+    eager = copy.deepcopy(model)
+    batch = batch_of(["1" * 40, "1" * 11 + "0" * 29])
+    ids, mask, labels = batch.values()
+    compiled = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager"})
+    with packc.distributed.sequence_parallel(group, outputs="local", cuts="work"):
+        loss, logits = compiled(ids, mask, labels)
+    cut = packc.distributed.cut_of(logits)
+    assert logits.shape == (1, len(cut.plan.tokens), 32)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    outside = packc.distributed.cross_entropy(logits, cut.local(shifted), cut.plan)
+    whole = packc.distributed.unshard(logits)
+    (loss + outside + (whole * whole).mean()).backward()
+    want_loss, want = eager(ids, mask, labels)
+    want = want * mask[..., None]
+    (2 * want_loss + (want * want).mean()).backward()
+    found = {"loss": _error(loss, want_loss), "outside": _error(outside, want_loss), "logits": _error(whole, want)}
+    for (name, mine), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        dist.all_reduce(mine.grad, group=group)
+        found[name] = _error(mine.grad / group.size(), theirs.grad)
+    tokens = [high - low for low, high in itertools.pairwise(cut.plan.cuts)]
+    return found, tokens, said(lambda: compiled(ids, mask, labels))
+
+
 def documents_in_rows(group: Any) -> float:
     """Against packc on one process: the largest error of logits, which positions counted anew enter, and gradients."""
     torch.manual_seed(3)
@@ -257,6 +293,8 @@ def refusals(group: Any) -> dict[str, str]:
         "batches": said(lambda: plain(other, mask, labels)),
         "masks": said(lambda: plain(ids, mask if group.rank() != 1 else torch.ones_like(mask), ids)),
         "option": said(lambda: sharded(PlainLM(), "sequence")[0](*batch.values())),
+        "outputs": said(lambda: sharded(PlainLM(), group, sequence_outputs="none")[0](*batch.values())),
+        "graph break": said(lambda: sharded(Breaks(), group, sequence_outputs="local")[0](*batch.values())),
         "another option": said(lambda: sharded(PlainLM(), group, sequence_length=3)[0](*batch.values())),
     }
     # Ranks that have refused go on together.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packc.distributed.outputs import cut_of
 from packc.distributed.plans import Plan
 from packc.ops.documents import differ
 
@@ -30,12 +31,15 @@ def shard(x: Tensor, plan: Plan) -> Tensor:
     return x.index_select(1, plan.tokens)
 
 
-def unshard(x: Tensor, plan: Plan) -> Tensor:
-    """The whole stream ``(1, T, ...)``, on all ranks, of their shards ``x (1, T_r, ...)``.
+def unshard(x: Tensor, plan: Plan | None = None) -> Tensor:
+    """The whole stream ``(1, T, ...)``, on all ranks, of their shards ``x (1, T_r, ...)``. Without a plan, of what a
+    compiled model returned of this rank's tokens: the padded ``(B, L, ...)``, zero at padding.
 
     Shards are gathered as if all were as long as the longest. The gradient of ``x`` is the sum over ranks of those that
     they have for these tokens: if all compute the same of the whole, W times its own.
     """
+    if plan is None:
+        return cut_of(x).padded(x)
     _check("unshard", x, plan.tokens, plan)
     if plan.size == 1:
         return x

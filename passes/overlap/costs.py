@@ -44,7 +44,7 @@ TOKENS = 4096
 def seconds_of(node: fx.Node, rates: Rates) -> float:
     """Of a compute node: its products or the bytes that it reads and writes, whichever takes longer."""
     moved = sum(map(bytes_of, {node, *node.all_input_nodes}))
-    return max(_flops(node) / rates.flops, moved / rates.bytes)
+    return max(flops_of(node) / rates.flops, moved / rates.bytes)
 
 
 def seconds_of_collective(node: fx.Node, rates: Rates) -> float:
@@ -70,7 +70,8 @@ def _number(size: int | torch.SymInt) -> int:
     return max(0, int(expression.subs(dict.fromkeys(expression.free_symbols, TOKENS))))
 
 
-def _flops(node: fx.Node) -> float:
+def flops_of(node: fx.Node) -> float:
+    """Of products; 0 for what torch's counter has no formula of."""
     count: Callable[..., int] | None = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if count is None:
         return 0.0

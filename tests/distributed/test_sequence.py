@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sequence_work import documents_in_rows, leaks, refusals, worst_errors
+from sequence_work import documents_in_rows, leaks, of_its_own_tokens, refusals, worst_errors
 
 # Over three ranks, the first document of the second batch is on all.
 BATCHES = [
@@ -78,6 +78,14 @@ def test_documents_within_rows(ranks):
         assert worst < 1e-5
 
 
+def test_outputs_of_a_ranks_own_tokens(ranks):
+    for errors, tokens, outside in ranks.run(of_its_own_tokens, 3):
+        assert max(errors.values()) < 1e-4, errors
+        assert sum(tokens) == 51
+        assert tokens[0] > tokens[1] > 2  # of the longest document, later tokens see more
+        assert outside.startswith("RuntimeError: a model that was compiled for one packc.distributed.sequence_parallel")
+
+
 SAID = {
     "attention": "NotPacked: packc cannot pack this graph: aten.scaled_dot_product_attention.default in the model: "
     "looks along the sequence, and shows neither all tokens, nor those before, nor a window: runs padded",
@@ -88,6 +96,8 @@ SAID = {
     "batches": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
     "masks": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
     "option": "TypeError: plan: neither a DeviceMesh nor a process group: 'sequence'",
+    "outputs": "ValueError: packc.sequence_outputs must be one of ('whole', 'local'), not 'none'",
+    "graph break": "NotPacked: packc.sequence_outputs: what follows a graph break wants outputs of all tokens",
     "next": "no error",
 }
 
