@@ -169,9 +169,7 @@ class _Compiling:
             from packc.sharded_call import ShardedCall, routing_fakes
 
             if packed.local_outputs and ends_in_a_graph_break(self.gm):
-                raise NotPacked(
-                    "packc.sequence_outputs: behind a graph break, outputs of a rank's tokens are not known"
-                )
+                raise NotPacked("packc.sequence_outputs: what follows a graph break wants outputs of all tokens")
             compiled = compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)])
             cut = {"local": packed.local_outputs, "work": packed.work if self.sequence.cuts == "work" else None}
             return ShardedCall(compiled, graph, packed.streams, group=self.sequence.group, **cut, **how)

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import PlainLM, batch_of, masks, shaken, tiny_mamba, tiny_mamba2
+from rank_work import LMOfBlocks
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import packc.sharded_call
 from packc.sharded_call import ShardedCall
@@ -110,6 +114,22 @@ class Breaks(PlainLM):
         return self.head(h)
 
 
+class Pools(Attends):
+    """A head for sequences, on the last token of each row."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.hidden(ids, mask)
+        logits = self.head(h)[torch.arange(len(ids)), mask.sum(1) - 1]
+        return F.cross_entropy(logits, labels[:, 0]), logits
+
+
+class Checkpoints(Attends):
+    """All of it is run again in the backward, with its collectives."""
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().hidden, ids, mask, use_reentrant=False)
+
+
 class ReturnsState(PlainLM):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids) * mask[..., None]
@@ -124,10 +144,28 @@ def checkpointed() -> nn.Module:
     return model
 
 
+def auxiliary() -> nn.Module:
+    """Experts, and a loss of how evenly tokens are dealt out to them."""
+    model = of_family("mixtral")
+    model.config.output_router_logits = True
+    model.router_aux_loss_coef = 1.0
+    return model
+
+
+def of_family(name: str) -> nn.Module:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import families
+
+    return shaken(families.build(name, 32, 2))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": PlainLM,
     "unmasked": Unmasked,
     "attends": Attends,
+    "pools": Pools,
+    "checkpoints": Checkpoints,
+    "auxiliary": auxiliary,
     "mixers": MixersLM,
     "mamba": tiny_mamba,
     "checkpointed": checkpointed,
@@ -137,12 +175,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def model_named(name: str) -> nn.Module:
     """One of MODELS, or a tiny model of a family."""
-    if name in MODELS:
-        return MODELS[name]()
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import families
-
-    return shaken(families.build(name, 32, 2))
+    return MODELS[name]() if name in MODELS else of_family(name)
 
 
 def step(call: Any, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -192,7 +225,8 @@ def worst_errors(
                 dist.all_reduce(value, group=group)
                 value /= group.size()
         for each in (want, got):
-            each["logits"] *= batch["attention_mask"][..., None]
+            if each["logits"].ndim == 3:
+                each["logits"] *= batch["attention_mask"][..., None]
         assert got.keys() == want.keys()
         found.append({key: _error(got[key], value) for key, value in want.items()})
         tokens.append(calls[-1].tokens_here)
@@ -248,6 +282,51 @@ def of_its_own_tokens(group: Any) -> tuple[dict[str, float], list[int], str]:
         found[name] = _error(mine.grad / group.size(), theirs.grad)
     tokens = [high - low for low, high in itertools.pairwise(cut.plan.cuts)]
     return found, tokens, said(lambda: compiled(ids, mask, labels))
+
+
+def uses(group: Any) -> dict[str, float]:
+    """Errors against eager: of an evaluation without gradients that returns hidden states, and of gradients that two
+    backwards add up."""
+    torch.manual_seed(3)
+    model = of_family("lfm2")
+    eager = copy.deepcopy(model)
+    compiled, _ = sharded(model, group)
+    batch = batch_of(["11111111", "11111000", "11000000"])
+    shown = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        got, want = (each.eval()(**batch, output_hidden_states=True) for each in (compiled, eager))
+    found = {"loss": _error(got.loss, want.loss), "logits": _error(got.logits * shown, want.logits * shown)}
+    found |= {
+        f"hidden {n}": _error(a * shown, b * shown)
+        for n, (a, b) in enumerate(zip(got.hidden_states, want.hidden_states, strict=True))
+    }
+    for each in (compiled, eager):
+        each.train()
+        for _ in range(2):
+            each(**batch).loss.backward()
+    for (name, mine), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        dist.all_reduce(mine.grad, group=group)
+        found[name] = _error(mine.grad / group.size(), theirs.grad)
+    return found
+
+
+def on_two_axes(_: Any, blocks: bool) -> float:
+    """Two batches, each cut over two of four ranks, over all of which FSDP2 shards weights: the worst error of
+    gradients against those of both batches in one process. With ``blocks``, each is a unit of FSDP2, and a graph."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    torch.manual_seed(3)
+    model = LMOfBlocks()
+    eager = copy.deepcopy(model)
+    batches = [batch_of(rows) for rows in (["1111111", "1110000"], ["1111111", "1111110"])]
+    for batch in batches:
+        (eager(*batch.values())[0] / 2).backward()
+    for each in [*(model.blocks if blocks else ()), model]:
+        fully_shard(each, mesh=init_device_mesh("cpu", (4,)))
+    compiled, _ = sharded(model, mesh["sequence"])
+    loss, _ = compiled(*batches[mesh.get_local_rank("data")].values())
+    loss.backward()
+    pairs = zip(model.parameters(), eager.parameters(), strict=True)
+    return max(_error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs)
 
 
 def documents_in_rows(group: Any) -> float:

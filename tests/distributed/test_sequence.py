@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sequence_work import documents_in_rows, leaks, of_its_own_tokens, refusals, worst_errors
+from sequence_work import documents_in_rows, leaks, of_its_own_tokens, on_two_axes, refusals, uses, worst_errors
 
 # Over three ranks, the first document of the second batch is on all.
 BATCHES = [
@@ -46,6 +46,26 @@ def test_attention_sees_what_it_sees_on_one_process(ranks, size):
 def test_families_that_the_table_says_can_be_cut(ranks, family, size):
     for errors, *_ in ranks.run(worst_errors, size, family, [["1111111111", "1111111000", "1100000000"]], timeout=900):
         assert max(errors[0].values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pools", "checkpoints", "auxiliary"])
+def test_heads_of_one_token_a_row_checkpoints_and_losses_of_experts(ranks, name):
+    for errors, *_ in ranks.run(worst_errors, 3, name, [["1111111111", "1111111000", "1100000000"]], timeout=400):
+        assert max(errors[0].values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+def test_evaluation_hidden_states_and_accumulated_gradients(ranks):
+    for errors in ranks.run(uses, 2, timeout=400):
+        assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [False, True])
+def test_data_and_sequence_parallel_with_fsdp(ranks, blocks):
+    for worst in ranks.run(on_two_axes, 4, blocks, timeout=400):
+        assert worst < 1e-4
 
 
 @pytest.mark.slow
