@@ -1,8 +1,10 @@
-"""A stock hybrid on documents that are cut over processes: ``torchrun --nproc-per-node 4 examples/sequence_parallel.py``.
+"""A stock hybrid whose documents are cut over processes.
+
+    torchrun --nproc-per-node 4 examples/sequence_parallel.py
 
 Trains a Bamba of transformers (Mamba-2 layers and attention), unmodified, twice: by the first process alone on whole
-batches, and by all, of which each has a part of the tokens. Both losses are printed, and must be equal; in the end, what
-the tensors of a step take at most, on each rank and on one process. With ``--data 2``, half of the processes have one
+batches, and by all, of which each has a part of the tokens. Both losses are printed, and must be equal; in the end, how
+much a step's tensors take at most, on each rank and on one process. With ``--data 2``, half of the processes have one
 batch and half another, as in a job of many nodes. On CPUs the processes talk by gloo.
 """
 
@@ -15,8 +17,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BambaConfig, BambaForCausalLM
-
-import packc
 
 VOCABULARY = 64
 
@@ -78,13 +78,14 @@ def main() -> None:
     alone = bamba(options.hidden_size, options.layers)
     # DDP averages gradients over all processes, whether they have other batches or other tokens of one.
     together = DistributedDataParallel(copy.deepcopy(alone))
-    compiled, compiled_alone = (torch.compile(model, backend="packc") for model in (together, alone))
+    over_ranks = {"packc.sequence": mesh["sequence"], "packc.sequence_cuts": options.cuts}
+    compiled = torch.compile(together, backend="packc", options=over_ranks)
+    compiled_alone = torch.compile(alone, backend="packc")
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (together, alone)]
 
     def step_together(batches: list[dict[str, Tensor]]) -> Tensor:
-        with packc.distributed.sequence_parallel(mesh["sequence"], cuts=options.cuts):
-            loss = compiled(**batches[mesh.get_local_rank("data")]).loss
-            loss.backward()
+        loss = compiled(**batches[mesh.get_local_rank("data")]).loss
+        loss.backward()
         return loss.detach()
 
     def step_alone(batches: list[dict[str, Tensor]]) -> Tensor:
@@ -107,9 +108,8 @@ def main() -> None:
     dist.all_gather(peaks, torch.tensor([peak_bytes(lambda: step_together(batches)) / 2**20]))
     if rank == 0:
         of_ranks = ", ".join(f"{float(each):.0f}" for each in peaks)
-        print(
-            f"MiB of a step's tensors, at most: {of_ranks}  on one {peak_bytes(lambda: step_alone(batches)) / 2**20:.0f}"
-        )
+        whole = peak_bytes(lambda: step_alone(batches)) / 2**20
+        print(f"MiB of a step's tensors, at most: {of_ranks}  on one {whole:.0f}")
     dist.destroy_process_group()
 
 

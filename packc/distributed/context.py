@@ -19,8 +19,9 @@ def sequence_parallel(mesh_or_group: Any, *, outputs: str = "whole", cuts: str =
     """Cut the tokens of every batch over the ranks of a group, in models with ``backend="packc"`` called in this block.
 
     As the options ``packc.sequence``, ``packc.sequence_outputs`` and ``packc.sequence_cuts`` do for one model, which
-    have precedence over it. A model belongs to the block that it was first called in: it is not called in another, nor
-    outside of any; nor in one, if it was called outside before.
+    have precedence over it. This is for whole scripts: what is compiled belongs to the block that it was first called
+    in, and torch may use it for every model of one class. It is not called in another block nor outside of any, nor in
+    one if it was called outside before. Where some models are cut and others are not, pass the options.
 
     Args:
         mesh_or_group: a one-dimensional ``DeviceMesh`` or a process group.
@@ -55,8 +56,9 @@ def only_in_this_block(call: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*inputs: Any) -> Any:
         if of_block() != mine:
             raise RuntimeError(
-                "a model that was compiled for one packc.distributed.sequence_parallel block, or for none, is called in"
-                " another: compile it anew (torch._dynamo.reset)"
+                "a model, or one of its class, that was compiled for one packc.distributed.sequence_parallel block, or"
+                " for none, is called in another: pass options={'packc.sequence': ...} to torch.compile, which tells"
+                " them apart"
             )
         return call(*inputs)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from packc.distributed.outputs import cut_of
@@ -58,7 +57,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shards: Tensor, longest: int, size: int, group: str) -> Tensor:
         ctx.others, ctx.tokens = (longest, size, group), x.shape[1]
         ctx.save_for_backward(shards)
-        padded = F.pad(x, [0, 0] * (x.ndim - 2) + [0, longest - x.shape[1]]).contiguous()
+        padded = torch.cat([x, x.new_zeros((1, longest - x.shape[1], *x.shape[2:]))], 1)
         found = _collectives.all_gather_into_tensor.default(padded.squeeze(0), size, group)
         return _collectives.wait_tensor.default(found).index_select(0, shards).unsqueeze(0)
 
