@@ -74,13 +74,13 @@ def backend(
     how: dict[str, Any] = {"mode": mode, "options": inner_options, "strict": own.get("strict")}
     if sequence.group is not None:
         own["strict"] = True  # ranks must not differ in what they do
-        how["sequence"] = _over_several_ranks(sequence)
+        how["sequence"] = over_several_ranks(sequence)
     with config.patch(own):
         call, _ = compile_graph(gm, example_inputs, **how)
     return call if of_model else only_in_this_block(call)
 
 
-def _over_several_ranks(sequence: SequenceOptions) -> SequenceOptions | None:
+def over_several_ranks(sequence: SequenceOptions) -> SequenceOptions | None:
     """With its group; None for a group of one rank, which has all tokens."""
     from packc.distributed.plans import group_of
 

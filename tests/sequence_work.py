@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -327,6 +328,19 @@ def on_two_axes(_: Any, blocks: bool) -> float:
     loss.backward()
     pairs = zip(model.parameters(), eager.parameters(), strict=True)
     return max(_error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs)
+
+
+def explained(group: Any, folder: Path) -> tuple[str, list[Any], list[str]]:
+    """A report, its waits, and what timelines it saves."""
+    report = packc.explain(PlainLM(), options={"packc.sequence": group})(*batch_of(["1111111", "1110000"]).values())
+    assert report.communication is not None
+    paths = [folder / f"{group.rank()}.{kind}" for kind in ("json", "png")]
+    for path in paths:
+        report.communication.save(path)
+    events = json.loads(paths[0].read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    return str(report), report.communication.waits, [lanes[event["tid"]] for event in events if event["ph"] == "X"]
 
 
 def documents_in_rows(group: Any) -> float:

@@ -17,7 +17,6 @@ from packc.private_torch import private_torch
 
 with private_torch():
     from torch.utils._pytree import tree_map_only
-    from torch.utils.flop_counter import flop_registry
 
 
 class Rates(NamedTuple):
@@ -39,6 +38,12 @@ RATES = {
 }
 TOKENS = 4096
 """For sizes that only a run can tell."""
+
+
+def device_of(nodes: Iterable[fx.Node]) -> str:
+    values = (node.meta.get("val") for node in nodes)
+    devices = {x.device.type for x in values if isinstance(x, Tensor)}
+    return "cuda" if "cuda" in devices else "cpu"
 
 
 def seconds_of(node: fx.Node, rates: Rates) -> float:
@@ -72,6 +77,9 @@ def _number(size: int | torch.SymInt) -> int:
 
 def flops_of(node: fx.Node) -> float:
     """Of products; 0 for what torch's counter has no formula of."""
+    with private_torch():
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
     count: Callable[..., int] | None = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if count is None:
         return 0.0

@@ -3,7 +3,16 @@
 from pathlib import Path
 
 import pytest
-from sequence_work import documents_in_rows, leaks, of_its_own_tokens, on_two_axes, refusals, uses, worst_errors
+from sequence_work import (
+    documents_in_rows,
+    explained,
+    leaks,
+    of_its_own_tokens,
+    on_two_axes,
+    refusals,
+    uses,
+    worst_errors,
+)
 
 # Over three ranks, the first document of the second batch is on all.
 BATCHES = [
@@ -104,6 +113,18 @@ def test_outputs_of_a_ranks_own_tokens(ranks):
         assert sum(tokens) == 51
         assert tokens[0] > tokens[1] > 2  # of the longest document, later tokens see more
         assert outside.startswith("RuntimeError: a model, or one of its class, that was compiled for one packc")
+
+
+def test_explain_tells_what_is_waited_for_and_what_runs_meanwhile(ranks, tmp_path):
+    for text, waits, lanes in ranks.run(explained, 2, tmp_path):
+        assert "  this rank   5 of 10 tokens" in text
+        assert {wait.graph for wait in waits} == {"forward", "backward"}
+        gathers = [wait for wait in waits if wait.op == "all_gather_into_tensor" and wait.graph == "forward"]
+        assert len(gathers) == 3  # of two convolutions, and of the logits
+        assert all(0 <= wait.exposed <= wait.seconds for wait in waits)
+        assert any(wait.exposed < wait.seconds and wait.hidden_by for wait in waits)
+        assert f"  waits       {len(waits)} (estimated" in text
+        assert set(lanes) == {"compute (estimated)", "communication (estimated)"}
 
 
 SAID = {
