@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- measured by benchmarks/families.py -->", "<!-- end -->"
-HEADER = "| family | packed mixers | runs padded | |\n|---|---|---|---|"
+HEADER = "| family | packed mixers | runs padded | | sequence parallel |\n|---|---|---|---|---|"
 
 
 class Family(NamedTuple):
@@ -282,10 +282,32 @@ def row(name: str) -> str:
 
     torch.manual_seed(0)
     torch._dynamo.reset()
-    report = packc.explain(build(name, 32, 2))(**batch([16, 9, 4], 16))
-    return (
-        f"| {name} | {_ops(each.op for each in report.mixers if each.packed)} | {_padded(report)} | {_rest(report)} |"
-    )
+    model, given = build(name, 32, 2), batch([16, 9, 4], 16)
+    report = packc.explain(model)(**given)
+    packed = _ops(each.op for each in report.mixers if each.packed)
+    return f"| {name} | {packed} | {_padded(report)} | {_rest(report)} | {_on_ranks(model, given)} |"
+
+
+def _on_ranks(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> str:
+    """What `packc.sequence` makes of it, over two ranks: known of its graphs, before anything is computed."""
+    from packc.compiler import pack_graph
+    from packc.passes import NoMask, NotPackable, Ranks
+
+    refused, whole = [], []
+
+    def looking(gm: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
+        try:
+            found = pack_graph(gm, inputs, for_documents=True, ranks=Ranks("two", 2))
+            whole.extend(each.node for each in found.requirements.boundaries)
+        except (NoMask, NotPackable) as reason:
+            refused.append(str(reason))
+        return gm.forward
+
+    looking.__packc_backend__ = True  # type: ignore[attr-defined]
+    torch.compile(model, backend=looking)(**given)
+    if refused:
+        return f"no: {_short(refused[0])}"
+    return "yes" if not whole else f"yes; {_ops(whole)} on all tokens"
 
 
 def _ops(names: Any) -> str:
@@ -302,8 +324,11 @@ def _padded(report: Report) -> str:
 def _rest(report: Report) -> str:
     graphs = f"{report.graphs} graphs" if report.graphs > 1 else ""
     padded = dict.fromkeys(boundary.reason for boundary in report.boundaries if report.tokens is not None)
-    reason = re.sub(", and [a-z_0-9]+ is not zero at padding", "", report.fallback or "")
-    return "; ".join(filter(None, [graphs, *padded, reason])).replace("|", "/")
+    return "; ".join(filter(None, [graphs, *map(_short, padded), _short(report.fallback or "")]))
+
+
+def _short(reason: str) -> str:
+    return re.sub(", and [a-z_0-9]+ is not zero at padding", "", reason).replace("|", "/")
 
 
 def table(rows: list[str]) -> str:

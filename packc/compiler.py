@@ -9,15 +9,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import fx
 
 from packc import config, totals
 from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_something
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
+from packc.distributed.context import of_block, only_in_this_block
 from packc.inner_backend import compiled_when_called, inner_backend
-from packc.options import split_options, take_sequence
+from packc.options import SequenceOptions, split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
 from packc.passes import (
     Boundary,
@@ -58,7 +58,8 @@ def backend(
         example_inputs: its inputs.
         mode: as for Inductor.
         options: ``"packc.<name>"`` sets :mod:`packc.config` for this model; over ``"packc.sequence"``, a process group
-            or a one-dimensional ``DeviceMesh``, tokens are cut; other keys go to Inductor.
+            or a one-dimensional ``DeviceMesh``, tokens are cut, in ways that ``"packc.sequence_outputs"`` and
+            ``"packc.sequence_cuts"`` set (:func:`packc.distributed.sequence_parallel`); other keys go to Inductor.
 
     Raises:
         ValueError: an unknown ``packc.`` option, or a ``packc.mask`` that names no ``(B, L)`` input.
@@ -66,22 +67,24 @@ def backend(
             cannot; strict or not, when called with several documents in a row that cannot be kept apart.
     """
     sequence, others = take_sequence(options)
+    of_model = sequence.group is not None
+    sequence = sequence if of_model else of_block()
     own, inner_options = split_options(others)
     how: dict[str, Any] = {"mode": mode, "options": inner_options, "strict": own.get("strict")}
-    if sequence is not None:
+    if sequence.group is not None:
         own["strict"] = True  # ranks must not differ in what they do
-        how["group"] = _group_of(sequence)
+        how["sequence"] = over_several_ranks(sequence)
     with config.patch(own):
         call, _ = compile_graph(gm, example_inputs, **how)
-    return call
+    return call if of_model else only_in_this_block(call)
 
 
-def _group_of(mesh_or_group: Any) -> dist.ProcessGroup | None:
-    """None for a group of one rank, which has all tokens."""
+def over_several_ranks(sequence: SequenceOptions) -> SequenceOptions | None:
+    """With its group; None for a group of one rank, which has all tokens."""
     from packc.distributed.plans import group_of
 
-    group = group_of(mesh_or_group)
-    return group if group.size() > 1 else None
+    group = group_of(sequence.group)
+    return sequence._replace(group=group) if group.size() > 1 else None
 
 
 # Lets frontends tell packc's trace from another backend's; see packc.frontends.
@@ -95,13 +98,13 @@ def compile_graph(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     strict: bool | None = None,
-    group: dist.ProcessGroup | None = None,
+    sequence: SequenceOptions | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
-    compiling = _Compiling(gm, example_inputs, mode, options or {}, strict, group)
+    compiling = _Compiling(gm, example_inputs, mode, options or {}, strict, sequence)
     try:
         refuse_pieces()
-        packed = pack_graph(gm, example_inputs, for_documents=True, group=group)
+        packed = pack_graph(gm, example_inputs, for_documents=True, ranks=_ranks_of(sequence))
     except NoMask as reason:
         return compiling.unpacked(str(reason), for_documents=reason.for_documents)
     except NotPackable as reason:
@@ -113,7 +116,7 @@ def compile_graph(
         log.exception("a pass failed")
         warnings.warn(f"packc failed on a graph and leaves it unpacked; please report this: {error!r}", stacklevel=2)
         return compiling.unpacked(f"a pass failed: {error!r}")
-    if packed.no_mask is not None and group is None:
+    if packed.no_mask is not None and sequence is None:
         never = packed.requirements.one_document_of_positions
         if never is not None or not compiling.with_documents:
             return compiling.unpacked(packed.no_mask, for_documents=never or packed)
@@ -130,9 +133,9 @@ class _Compiling:
         mode: str | None,
         options: dict[str, Any],
         strict: bool | None,
-        group: dist.ProcessGroup | None,
+        sequence: SequenceOptions | None,
     ) -> None:
-        self.gm, self.inputs, self.strict, self.group = gm, inputs, strict, group
+        self.gm, self.inputs, self.strict, self.sequence = gm, inputs, strict, sequence
         self.compile = in_buckets(inner_backend(mode, options))
         self.compile_when_called = functools.partial(compiled_when_called, mode=mode, options=options)
         self.boundaries = boundary_inputs(gm)
@@ -157,11 +160,14 @@ class _Compiling:
             "boundaries": self.boundaries,
             "loss_outside": config.loss_outside or ends_in_a_graph_break(self.gm),
         }
-        if self.group is not None:
+        if self.sequence is not None:
             from packc.sharded_call import ShardedCall, routing_fakes
 
+            if packed.local_outputs and ends_in_a_graph_break(self.gm):
+                raise NotPacked("packc.sequence_outputs: what follows a graph break wants outputs of all tokens")
             compiled = compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)])
-            return ShardedCall(compiled, graph, packed.streams, group=self.group, **how)
+            cut = {"local": packed.local_outputs, "work": packed.work if self.sequence.cuts == "work" else None}
+            return ShardedCall(compiled, graph, packed.streams, group=self.sequence.group, **cut, **how)
         padded = packed.with_padding
         return PackedCall(
             compile_inner(packed.gm, [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]),
@@ -198,23 +204,23 @@ class _Compiling:
 
 
 def pack_graph(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    *,
-    for_documents: bool = False,
-    group: dist.ProcessGroup | None = None,
+    gm: fx.GraphModule, example_inputs: list[Any], *, for_documents: bool = False, ranks: Ranks | None = None
 ) -> Graph:
-    """The packed form of a Dynamo graph; with a group, the sharded one.
+    """The packed form of a Dynamo graph; with ranks, the sharded one.
 
     Raises:
         NoMask, NotPackable: there is none; the message says why.
     """
-    ranks = None
-    if group is not None:
-        from packc.distributed.groups import join
-        from packc.distributed.plans import device_of
-
-        ranks = Ranks(join(group, device_of(group)), group.size())
     packed = packed_graph(Graph(gm, fakify(gm, example_inputs), ranks=ranks), for_documents=for_documents)
     log.info("packed %d nodes into %d", len(gm.graph.nodes), len(packed.gm.graph.nodes))
     return packed
+
+
+def _ranks_of(sequence: SequenceOptions | None) -> Ranks | None:
+    if sequence is None:
+        return None
+    from packc.distributed.groups import join
+    from packc.distributed.plans import device_of
+
+    group = sequence.group
+    return Ranks(join(group, device_of(group)), group.size(), sequence.outputs == "local")

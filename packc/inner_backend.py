@@ -65,7 +65,7 @@ def _hiding_communication(gm: fx.GraphModule) -> contextlib.AbstractContextManag
     collectives = any(getattr(node.target, "namespace", "") == "_c10d_functional" for node in gm.graph.nodes)
     if not collectives or inductor.post_grad_custom_post_pass is not None:
         return contextlib.nullcontext()
-    from packc.passes.overlap import HideCommunication
+    from packc.passes.overlap.inductor_pass import HideCommunication
 
     # Reordering for memory would undo it.
     return inductor.patch(post_grad_custom_post_pass=HideCommunication(), reorder_for_peak_memory=False)

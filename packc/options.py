@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 from packc import config
 
@@ -12,14 +12,38 @@ _PREFIX = "packc."
 _PROCESS_WIDE = {"kernels"}
 
 
-_SEQUENCE = _PREFIX + "sequence"
+class SequenceOptions(NamedTuple):
+    """``packc.sequence`` and what begins with it. No settings: a group is of one model, and can be neither copied nor
+    pickled."""
+
+    group: Any = None
+    """A process group or a mesh, over which tokens are cut."""
+    outputs: str = "whole"
+    """Whether what is returned of tokens is gathered, or ``"local"``."""
+    cuts: str = "tokens"
+    """Of what ranks have equally much: tokens, or ``"work"``."""
 
 
-def take_sequence(options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-    """(the mesh or group over which sequences are cut, the other options). No setting: a group is of one model, and can
-    be neither copied nor pickled."""
+_SEQUENCE = {_PREFIX + "sequence": "group"} | {f"{_PREFIX}sequence_{name}": name for name in ("outputs", "cuts")}
+_VALUES = {"outputs": ("whole", "local"), "cuts": ("tokens", "work")}
+
+
+def take_sequence(options: dict[str, Any] | None) -> tuple[SequenceOptions, dict[str, Any]]:
+    """(how sequences are cut, the other options).
+
+    Raises:
+        ValueError: an option that is not one of its values.
+    """
     others = dict(options or {})
-    return others.pop(_SEQUENCE, None), others
+    found = SequenceOptions(**{name: others.pop(key) for key, name in _SEQUENCE.items() if key in others})
+    check_sequence(found)
+    return found, others
+
+
+def check_sequence(options: SequenceOptions) -> None:
+    for name, values in _VALUES.items():
+        if getattr(options, name) not in values:
+            raise ValueError(f"packc.sequence_{name} must be one of {values}, not {getattr(options, name)!r}")
 
 
 def split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from packc import config
-from packc.options import split_options, take_sequence
+from packc.communication import Communication, inner, noting
+from packc.options import SequenceOptions, split_options, take_sequence
 from packc.passes import Boundary, Requirements, mixers_of, module_path
+from packc.passes.overlap import Schedule
 from packc.totals import uncounted
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class GraphReport:
     boundaries: list[Boundary] = field(default_factory=list)
     fallback: str | None = None
     call: PackedCall | None = None
+    schedules: list[Schedule] = field(default_factory=list)
+    """With ``packc.sequence``: what its collectives are run beside."""
 
     @classmethod
     def packed(cls, streams: Sequence[Requirements], call: PackedCall) -> GraphReport:
@@ -87,6 +91,10 @@ class Report:
     """How many graphs Dynamo made of the model."""
     streams: list[Stream] = field(default_factory=list)
     """The sequences that are packed: one, or several in a graph, each with its own mask."""
+    tokens_here: int | None = None
+    """With ``packc.sequence``: how many of the tokens are this rank's."""
+    communication: Communication | None = None
+    """With ``packc.sequence``: what a step waits for, and a timeline to be saved."""
 
     def __str__(self) -> str:
         lines = [f"packc: {self._headline()}"]
@@ -104,6 +112,10 @@ class Report:
         )
         lines.append(f"  boundaries  {len(self.boundaries) or 'none'}")
         lines.extend(f"    {boundary}" for boundary in self.boundaries)
+        if self.tokens_here is not None:
+            lines.append(f"  this rank   {self.tokens_here} of {self.tokens} tokens")
+        if self.communication is not None:
+            lines.append(str(self.communication))
         if self.fallback:
             lines.append(f"  not packed  {self.fallback}")
         return "\n".join(lines)
@@ -124,7 +136,8 @@ def explain(model: Callable[..., Any], *, options: dict[str, Any] | None = None)
     """Run a model once on a batch as packc would compile it, and say what became of it.
 
     Graphs are rewritten and run without code generation, so this takes seconds where compiling takes minutes. Gradients
-    are not computed. A model that is compiled already is looked at as it was before.
+    are not computed. A model that is compiled already is looked at as it was before. With ``packc.sequence``, all ranks
+    of the group call it, and its report tells what a step waits for, backward included unless under ``no_grad``.
 
     Args:
         model: a module or a function.
@@ -138,7 +151,9 @@ def explain(model: Callable[..., Any], *, options: dict[str, Any] | None = None)
         ValueError: an unknown ``packc.`` option.
     """
     original = getattr(model, "_orig_mod", model)
-    own, _ = split_options(take_sequence(options)[1])
+    sequence, others = take_sequence(options)
+    own, _ = split_options(others)
+    over_ranks = sequence.group is not None
 
     def run(*args: Any, **kwargs: Any) -> Report:
         graphs: list[GraphReport] = []
@@ -146,13 +161,14 @@ def explain(model: Callable[..., Any], *, options: dict[str, Any] | None = None)
         try:
             # Entries of an explained model are its own, and must not use up what Dynamo grants the compiled one.
             with (
-                torch.no_grad(),
+                contextlib.nullcontext() if over_ranks else torch.no_grad(),
                 uncounted(),
                 torch._dynamo.config.patch(recompile_limit=64),
-                config.patch({**own, "inner": "eager", "strict": False}),
+                config.patch({**own, "inner": inner() if over_ranks else "eager", "strict": False}),
                 _not_compiled(original),
             ):
-                torch.compile(original, backend=_explaining(repr(config.get_config_copy())))(*args, **kwargs)
+                explaining = _explaining(repr(config.get_config_copy()), sequence)
+                torch.compile(original, backend=explaining)(*args, **kwargs)
         finally:
             _seen.reset(token)
         return _merge(graphs)
@@ -175,15 +191,18 @@ def _not_compiled(model: Any) -> Iterator[None]:
 
 
 @functools.cache
-def _explaining(configuration: str) -> Callable[..., Any]:
+def _explaining(configuration: str, sequence: SequenceOptions) -> Callable[..., Any]:
     """packc's backend without code generation, whose graphs report themselves when they run.
 
     One for each configuration: by its backend Dynamo tells what it has compiled of a model already.
     """
-    from packc.compiler import compile_graph
+    from packc.compiler import compile_graph, over_several_ranks
 
     def explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        call, graph = compile_graph(gm, example_inputs, strict=False)
+        how = {} if sequence.group is None else {"sequence": over_several_ranks(sequence)}
+        with noting() as schedules:
+            call, graph = compile_graph(gm, example_inputs, strict=False, **how)
+        graph.schedules = schedules
 
         def reporting(*inputs: Any) -> Any:
             result = call(*inputs)
@@ -199,6 +218,8 @@ def _explaining(configuration: str) -> Callable[..., Any]:
 
 
 def _merge(graphs: list[GraphReport]) -> Report:
+    from packc.sharded_call import ShardedCall
+
     calls = [graph.call for graph in graphs if graph.call is not None and graph.call.last]
     packings = [packing for call in calls for packing in call.last]
     # Pieces of one model work on the same tokens: those of the first.
@@ -211,6 +232,7 @@ def _merge(graphs: list[GraphReport]) -> Report:
         [graph.fallback for graph in graphs if graph.fallback]
         + [reason for packing in packings for reason in packing.reasons]
     )
+    schedules = sorted((each for graph in graphs for each in graph.schedules), key=lambda each: each.name != "forward")
     if not graphs:
         reasons = {"Dynamo captured no graph of the model (TORCH_LOGS=graph_breaks,recompiles says why)": None}
     return Report(
@@ -221,4 +243,6 @@ def _merge(graphs: list[GraphReport]) -> Report:
         fallback="; ".join(reasons) or None,
         graphs=len(graphs),
         streams=streams,
+        tokens_here=next((call.tokens_here for call in calls if isinstance(call, ShardedCall)), None),
+        communication=Communication(schedules) if schedules else None,
     )

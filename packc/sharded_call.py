@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc.batches import Packing, pack_batches
+from packc.distributed.cuts import equal_work
+from packc.distributed.outputs import Cut, note
 from packc.distributed.plans import Plan, Rank, check_that_all_agree, device_of, plan
 from packc.fake_tensors import has_values
 from packc.packed_call import NotPacked, PackedCall, keeps_padding
-from packc.passes import Graph, ShardedInputs
+from packc.passes import Graph, ReachInputs, ShardedInputs
+from packc.passes.work import Work
 
 
 class ShardedCall(PackedCall):
@@ -27,9 +30,15 @@ class ShardedCall(PackedCall):
     one of them might refuse, so that either all run or all raise.
     """
 
-    def __init__(self, *args: Any, group: dist.ProcessGroup, **how: Any) -> None:
+    def __init__(
+        self, *args: Any, group: dist.ProcessGroup, local: Sequence[int] = (), work: Work | None = None, **how: Any
+    ) -> None:
         super().__init__(*args, **how)
         self.group = group
+        self.local = local
+        """Outputs that are of this rank's tokens alone."""
+        self.work = work
+        """By which ranks have equally much to do; without it, they have equally many tokens."""
         (self.stream,) = self.streams
         self.least = 2 * group.size()
         """Tokens of a batch: two of each rank, as compilers take one for special."""
@@ -59,10 +68,16 @@ class ShardedCall(PackedCall):
         for reason in packing.reasons:
             self._say(reason, packing)
         self.last = [packing]
-        of_rank = plan(packing.offsets, self.group, exchange="all_gather")
-        routed = routing(packing, of_rank, int(mask.shape[1]))
-        self.tokens_here = routed.index.shape[0]
-        return self._run(self.compiled, [*inputs, *routed])
+        cuts = None
+        if self.work is not None:
+            cuts = equal_work(packing.offsets.tolist(), self.group.size(), self.work, least=2)
+        of_rank = plan(packing.offsets, self.group, cuts, exchange="all_gather")
+        self.tokens_here = of_rank.tokens.shape[0]
+        routed = routing(packing, of_rank, int(mask.shape[1]), self.stream.attention)
+        outputs = self._run(self.compiled, [*inputs, *routed])
+        batch, length = map(int, mask.shape[:2])
+        note([outputs[each] for each in self.local], Cut(of_rank, packing.index, (batch, length)))
+        return outputs
 
     def _check(self, packing: Packing) -> None:
         self._compiled([packing])
@@ -101,7 +116,7 @@ def _checksum(x: Tensor) -> Tensor:
         return (flat.to(torch.int64) * (weights | 1)).sum()
 
 
-def routing(packing: Packing, of_rank: Plan, length: int) -> ShardedInputs:
+def routing(packing: Packing, of_rank: Plan, length: int, attention: Sequence[bool] = ()) -> list[Tensor]:
     """What the graph is told of a batch."""
     low, high = of_rank.cuts[of_rank.rank : of_rank.rank + 2]
     index, device = packing.index, packing.index.device
@@ -117,10 +132,12 @@ def routing(packing: Packing, of_rank: Plan, length: int) -> ShardedInputs:
         shards=of_rank.shards,
         longest=torch.empty(of_rank.longest, 0, device=device),
     )
-    return ShardedInputs(*(each.to(device, non_blocking=True) for each in told))
+    reaches = [vars(of_rank.reach(causal)) for causal in attention]
+    of_reach = [each for reach in reaches for each in ReachInputs(**reach).flat()]
+    return [each.to(device, non_blocking=True) for each in (*told, *of_reach)]
 
 
-def routing_fakes(packed: Graph) -> ShardedInputs:
+def routing_fakes(packed: Graph) -> list[Tensor]:
     """The same of no batch: how many tokens there are, here and on all ranks, and documents, is unknown."""
     mask, ranks = packed.mask.meta["val"], packed.ranks
     assert ranks is not None
@@ -128,15 +145,28 @@ def routing_fakes(packed: Graph) -> ShardedInputs:
     shape_env = mode.shape_env
     if shape_env is None:
         shape_env = mode.shape_env = ShapeEnv()
-    with shape_env.ignore_fresh_unbacked_symbols():
-        mine, documents, tokens, longest = (shape_env.create_unbacked_symint() for _ in range(4))
-    for size in (mine, tokens, longest):
-        torch._check(size >= 2)
-    torch._check(documents >= 1)
+
+    def size(least: int) -> torch.SymInt:
+        with shape_env.ignore_fresh_unbacked_symbols():
+            new = shape_env.create_unbacked_symint()
+        torch._check(new >= least)
+        return new
+
+    mine, tokens, longest, documents = size(2), size(2), size(2), size(1)
     torch._check(longest >= mine)
     wide = {"dtype": torch.int64, "device": mask.device}
+
+    def of_reach(name: str) -> Tensor:
+        if name == "sent":
+            return torch.empty(size(0), **wide)
+        if name == "spans":
+            return torch.empty(2, 5, **wide)
+        if name == "of_cut":
+            return torch.empty(mine, dtype=torch.bool, device=mask.device)
+        return torch.empty(size(2), 0, device=mask.device)
+
     with mode:
-        return ShardedInputs(
+        told = ShardedInputs(
             index=torch.empty(mine, **wide),
             cu_seqlens=torch.empty(documents + 1, dtype=torch.int32, device=mask.device),
             by_position=torch.empty(mine, **wide),
@@ -147,3 +177,5 @@ def routing_fakes(packed: Graph) -> ShardedInputs:
             shards=torch.empty(tokens, **wide),
             longest=torch.empty(longest, 0, device=mask.device),
         )
+        reaches = [ReachInputs.made_by(of_reach, ranks.size) for _ in packed.requirements.attention]
+        return [*told, *(each for reach in reaches for each in reach.flat())]

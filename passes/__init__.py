@@ -9,6 +9,7 @@ from packc.passes.choose import choose
 from packc.passes.constants import constants
 from packc.passes.cut_late import cut_late
 from packc.passes.forms.sharded import Inputs as ShardedInputs
+from packc.passes.forms.sharded import ReachInputs
 from packc.passes.functional import functional
 from packc.passes.graph import Graph, Ranks
 from packc.passes.layout import layout
@@ -33,6 +34,7 @@ __all__ = [
     "NoMask",
     "NotPackable",
     "Ranks",
+    "ReachInputs",
     "Requirements",
     "ShardedInputs",
     "WrongMask",

@@ -18,6 +18,7 @@ from packc.passes.visible import Seen
 if TYPE_CHECKING:
     from packc.passes.choose import Forms
     from packc.passes.requirements import Requirements
+    from packc.passes.work import Work
 
 CU_SEQLENS = "packc_cu_seqlens"
 """What one of a packed graph's further inputs is called, with a number from the second sequence on."""
@@ -55,6 +56,8 @@ class Ranks(NamedTuple):
     group: str
     """Its name, the same on every rank."""
     size: int
+    local_outputs: bool = False
+    """Whether outputs are of this rank's tokens alone; otherwise they are whole on every rank."""
 
 
 @dataclass
@@ -90,6 +93,10 @@ class Graph:
     """The packed graph for batches that keep padding, where attention in ``gm`` would see it."""
     ranks: Ranks | None = None
     """Whose parts of the tokens are to be computed; None: all are computed here."""
+    local_outputs: list[int] = field(default_factory=list)
+    """Which outputs are ``(1, T_r, ...)``, of this rank's tokens."""
+    work: Work | None = None
+    """With ranks: what there is to do for a token."""
     no_mask: str | None = None
     """Without padding: why nothing is taken for its mask."""
 

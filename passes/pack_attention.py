@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+
+from torch import fx
 
 from packc.passes.asks import HidesPadding
 from packc.passes.graph import Graph
-from packc.passes.reading import NotTokenwise
+from packc.passes.reading import Call, NotTokenwise
 from packc.passes.rules.attention import varlen_attention
 from packc.passes.rules.registry import Op
 from packc.passes.visible import Band
@@ -31,3 +35,18 @@ def pack_attention(graph: Graph) -> Graph:
         except NotTokenwise as reason:
             tokens.readings[node] = replace(reading, padded=str(reason))
     return replace(graph, tokens=tokens)
+
+
+def packed_attention(graph: Graph) -> Iterator[tuple[fx.Node, Call]]:
+    """The attention that is computed packed, and the call of packc's op in the reading of each."""
+    for node, reading in graph.tokens.readings.items():
+        if node in graph.forms.packed:
+            yield from ((node, call) for call in _attention(reading.call))
+
+
+def _attention(call: Any) -> Iterator[Call]:
+    if isinstance(call, Call):
+        if call.is_mixer and "causal" in call.arguments:
+            yield call
+        for each in call.args:
+            yield from _attention(each)

@@ -12,6 +12,7 @@ from packc.passes.choose import reads_as_is
 from packc.passes.crossings import moved, one_document
 from packc.passes.graph import AnAsk, Graph
 from packc.passes.module_names import module_path
+from packc.passes.pack_attention import packed_attention
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.sequences import other_masks
 from packc.passes.sources import argument_path, is_parameter
@@ -65,6 +66,8 @@ class Requirements:
     """The same of documents that positions begin, which masks may keep apart."""
     reads_positions: bool = False
     """Whether an attention mask goes by positions: packed attention knows nothing of some that are left out."""
+    attention: list[bool] = field(default_factory=list)
+    """Kinds of packed attention: causal, or not."""
     returns_tokens: bool = False
     """Whether some output has values of tokens, zero at padding."""
     labels_may_follow: bool = False
@@ -101,6 +104,7 @@ def requirements(graph: Graph) -> Graph:
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
+        attention=sorted({call.args[call.arguments.index("causal")] for _, call in packed_attention(graph)}),
         live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
         returns_tokens=any(
             each in graph.forms.returned or (each in packed and not reads_as_is(each, graph.tokens))

@@ -20,6 +20,7 @@ from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
 from packc.passes.row_wise import RowWise
+from packc.passes.work import work_of
 
 aten = torch.ops.aten
 
@@ -35,7 +36,9 @@ def write(graph: Graph) -> Graph:
     """
     if graph.ranks is not None:
         of_sharded.refuse_what_looks_across_ranks(graph)
-    return replace(graph, gm=_Writer(graph).run())
+        graph = replace(graph, work=work_of(graph))
+    writer = _Writer(graph)
+    return replace(graph, gm=writer.run(), local_outputs=writer.local_outputs)
 
 
 class _Writer:
@@ -50,23 +53,36 @@ class _Writer:
         # Keyed by region too: under no_grad a gather has no gradient, so it must not serve the code around.
         self.gathered: dict[tuple[fx.Node, Layout, int], fx.Node] = {}
         self.region = 0
+        self.local = graph.ranks is not None and graph.ranks.local_outputs
+        self.local_outputs: list[int] = []
         self.packed = self._form(graph)
         self.padded = self.packed.padded
 
     def _form(self, graph: Graph) -> Packed:
-        inputs = Packed.INPUTS if graph.ranks is None else Sharded.INPUTS
-        number = f"_{len(graph.streams)}" if graph.streams else ""
-        given = {name: self.graph.placeholder(f"packc_{name}{number}") for name in inputs}
         of = self.in_padded[graph.mask], graph.sizes
+        number = f"_{len(graph.streams)}" if graph.streams else ""
+
+        def given(name: str) -> fx.Node:
+            return self.graph.placeholder(f"packc_{name}{number}")
+
         if graph.ranks is None:
-            return Packed(self._write, of_packed.Inputs(**given), *of)
-        return Sharded(self._write, of_sharded.Inputs(**given), *of, graph.ranks)
+            return Packed(self._write, of_packed.Inputs(*map(given, Packed.INPUTS)), *of)
+        inputs = of_sharded.Inputs(*map(given, Sharded.INPUTS))
+        reaches = {
+            causal: of_sharded.ReachInputs.made_by(
+                lambda name, kind="before" if causal else "around": given(f"{name}_{kind}"), graph.ranks.size
+            )
+            for causal in graph.requirements.attention
+        }
+        return Sharded(self._write, inputs, reaches, *of, graph.ranks)
 
     def run(self) -> fx.GraphModule:
         for node in self.source.graph.nodes:
             self.origin = node
             if node.op == "output":
-                self.graph.output(fx.map_arg(node.args[0], self._as_output))
+                outputs = fx.map_arg(node.args[0], self._as_output)
+                self.local_outputs = [n for n, each in enumerate(node.args[0]) if self._stays_local(each)]
+                self.graph.output(outputs)
             elif node.op != "placeholder":
                 self.region += switches_mode(node)
                 if node in self.forms.padded and node not in self.forms.packed_only:
@@ -133,7 +149,14 @@ class _Writer:
         return self.packed.total(result) if reading.results is Whole.SUM else result
 
     def _write_call(self, call: Call, reading: Reading) -> fx.Node:
-        target, args, kwargs = self.packed.mixer(call) if call.is_mixer else call
+        if call.target is operator.getitem and isinstance(call.args[0], Call) and call.args[0].is_mixer:
+            mixer = self.packed.mixer(call.args[0])
+            if len(mixer.target._schema.returns) == 1:  # type: ignore[union-attr]
+                return self._write_told(mixer, reading)  # its form has no other result
+        return self._write_told(self.packed.mixer(call) if call.is_mixer else call, reading)
+
+    def _write_told(self, call: Call, reading: Reading) -> fx.Node:
+        target, args, kwargs = call
         args, kwargs = self._map((args, kwargs), reading)
         return self._write(target, *args, **kwargs)
 
@@ -178,6 +201,8 @@ class _Writer:
 
     def _as_output(self, node: fx.Node) -> fx.Node:
         """Size and dtype of the padded graph's output, and the order of its axes in memory."""
+        if self._stays_local(node):
+            return self.in_packed[node]
         result = self._padded(node)
         axes = list(range(value_of(node).ndim if is_tensor(node) else 0))
         if self.tokens.layout(node) is None or node not in self.forms.packed:
@@ -201,6 +226,9 @@ class _Writer:
             return self._write(aten.contiguous.default, value)
         dense = self._write(aten.contiguous.default, self._write(aten.permute.default, value, order))
         return self._write(aten.permute.default, dense, _inverse(order))
+
+    def _stays_local(self, value: Any) -> bool:
+        return self.local and value in self.in_packed and (self.tokens.layout(value) or ())[:2] == (BATCH, SEQ)
 
     def _padded_size(self, node: fx.Node, axis: int) -> Any:
         layout, size = self.tokens.layout(node), value_of(node).shape[axis]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import PlainLM, batch_of, masks, tiny_mamba, tiny_mamba2
+from harness import PlainLM, batch_of, masks, shaken, tiny_mamba, tiny_mamba2
+from rank_work import LMOfBlocks
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import packc.sharded_call
 from packc.sharded_call import ShardedCall
@@ -63,18 +71,64 @@ class Embedded(MixersLM):
         q, k, v, delta, b = torch.where(shown, self.mix(h), 0).chunk(5, -1)
         h = h + packc.ops.selective_scan(v, delta, self.A, b[..., :2], b[..., 2:4], delta_softplus=True)
         heads = (x.unflatten(-1, (2, 3)) for x in (q, k, v))
-        return self.head(h + packc.ops.linear_attention(*heads).flatten(2))
+        h = h + packc.ops.linear_attention(*heads).flatten(2)
+        return self.head(torch.where(shown, h + attention(torch.where(shown, h, 0), mask), 0))
 
 
 class Attends(PlainLM):
+    """Attention to what came before, to a window of it, and to all tokens; positions are learned."""
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = super().hidden(ids, mask)
+        return h + attention(h, mask)
+
+
+def attention(h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    back = torch.arange(h.shape[1])[:, None] - torch.arange(h.shape[1])
+    for visible in (back >= 0, (back >= 0) & (back < 3), torch.ones_like(back, dtype=torch.bool)):
+        q = h.unflatten(-1, (2, -1)).transpose(1, 2)
+        shown = visible & mask.bool()[:, None, None]
+        attended = F.scaled_dot_product_attention(q, q.flip(-1), q.roll(1, -1), attn_mask=shown)
+        h = h + attended.transpose(1, 2).flatten(2)
+    return h
+
+
+class AttendsToEvery(PlainLM):
+    """Attention to every other token: no form that packs."""
+
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         h = super().hidden(ids, mask).unsqueeze(1)
-        return h.squeeze(1) + F.scaled_dot_product_attention(h, h, h, is_causal=True).squeeze(1)
+        back = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
+        shown = (back % 2 == 0) & mask.bool()[:, None, None]
+        return F.scaled_dot_product_attention(h, h, h, attn_mask=shown).squeeze(1)
 
 
 class Drops(PlainLM):
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return F.dropout(super().hidden(ids, mask), 0.1)
+
+
+class Breaks(PlainLM):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = self.hidden(ids, mask)
+        torch._dynamo.graph_break()
+        return self.head(h)
+
+
+class Pools(Attends):
+    """A head for sequences, on the last token of each row."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.hidden(ids, mask)
+        logits = self.head(h)[torch.arange(len(ids)), mask.sum(1) - 1]
+        return F.cross_entropy(logits, labels[:, 0]), logits
+
+
+class Checkpoints(Attends):
+    """All of it is run again in the backward, with its collectives."""
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().hidden, ids, mask, use_reentrant=False)
 
 
 class ReturnsState(PlainLM):
@@ -91,14 +145,38 @@ def checkpointed() -> nn.Module:
     return model
 
 
+def auxiliary() -> nn.Module:
+    """Experts, and a loss of how evenly tokens are dealt out to them."""
+    model = of_family("mixtral")
+    model.config.output_router_logits = True
+    model.router_aux_loss_coef = 1.0
+    return model
+
+
+def of_family(name: str) -> nn.Module:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import families
+
+    return shaken(families.build(name, 32, 2))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": PlainLM,
     "unmasked": Unmasked,
+    "attends": Attends,
+    "pools": Pools,
+    "checkpoints": Checkpoints,
+    "auxiliary": auxiliary,
     "mixers": MixersLM,
     "mamba": tiny_mamba,
     "checkpointed": checkpointed,
     "mamba2": tiny_mamba2,
 }
+
+
+def model_named(name: str) -> nn.Module:
+    """One of MODELS, or a tiny model of a family."""
+    return MODELS[name]() if name in MODELS else of_family(name)
 
 
 def step(call: Any, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,7 +213,7 @@ def worst_errors(
     """Of each batch, against eager on the whole of it: the largest error of each result, relative to its largest entry;
     how many graphs were compiled, and how many tokens this rank computed of each batch."""
     torch.manual_seed(3)
-    model = MODELS[name]().train()
+    model = model_named(name).train()
     eager = copy.deepcopy(model)
     of_ddp = DistributedDataParallel(model, process_group=group) if in_ddp else model
     compiled, calls = sharded(of_ddp, group, inner)
@@ -148,7 +226,8 @@ def worst_errors(
                 dist.all_reduce(value, group=group)
                 value /= group.size()
         for each in (want, got):
-            each["logits"] *= batch["attention_mask"][..., None]
+            if each["logits"].ndim == 3:
+                each["logits"] *= batch["attention_mask"][..., None]
         assert got.keys() == want.keys()
         found.append({key: _error(got[key], value) for key, value in want.items()})
         tokens.append(calls[-1].tokens_here)
@@ -178,10 +257,96 @@ def leaks(group: Any) -> tuple[bool, bool, bool]:
     return not torch.equal(before[[0, 2]], after[[0, 2]]), not own, bool(others.any())
 
 
+def of_its_own_tokens(group: Any) -> tuple[dict[str, float], list[int], str]:
+    """With local outputs and parts of equal work, in a block: errors against eager, of a loss that is taken of local
+    logits as well; how many tokens each rank has, and what a call outside of the block says."""
+    torch.manual_seed(3)
+    model = Attends()
+    eager = copy.deepcopy(model)
+    batch = batch_of(["1" * 40, "1" * 11 + "0" * 29])
+    ids, mask, labels = batch.values()
+    compiled = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager"})
+    with packc.distributed.sequence_parallel(group, outputs="local", cuts="work"):
+        loss, logits = compiled(ids, mask, labels)
+    cut = packc.distributed.cut_of(logits)
+    assert logits.shape == (1, len(cut.plan.tokens), 32)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    outside = packc.distributed.cross_entropy(logits, cut.local(shifted), cut.plan)
+    whole = packc.distributed.unshard(logits)
+    (loss + outside + (whole * whole).mean()).backward()
+    want_loss, want = eager(ids, mask, labels)
+    want = want * mask[..., None]
+    (2 * want_loss + (want * want).mean()).backward()
+    found = {"loss": _error(loss, want_loss), "outside": _error(outside, want_loss), "logits": _error(whole, want)}
+    for (name, mine), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        dist.all_reduce(mine.grad, group=group)
+        found[name] = _error(mine.grad / group.size(), theirs.grad)
+    tokens = [high - low for low, high in itertools.pairwise(cut.plan.cuts)]
+    return found, tokens, said(lambda: compiled(ids, mask, labels))
+
+
+def uses(group: Any) -> dict[str, float]:
+    """Errors against eager: of an evaluation without gradients that returns hidden states, and of gradients that two
+    backwards add up."""
+    torch.manual_seed(3)
+    model = of_family("lfm2")
+    eager = copy.deepcopy(model)
+    compiled, _ = sharded(model, group)
+    batch = batch_of(["11111111", "11111000", "11000000"])
+    shown = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        got, want = (each.eval()(**batch, output_hidden_states=True) for each in (compiled, eager))
+    found = {"loss": _error(got.loss, want.loss), "logits": _error(got.logits * shown, want.logits * shown)}
+    found |= {
+        f"hidden {n}": _error(a * shown, b * shown)
+        for n, (a, b) in enumerate(zip(got.hidden_states, want.hidden_states, strict=True))
+    }
+    for each in (compiled, eager):
+        each.train()
+        for _ in range(2):
+            each(**batch).loss.backward()
+    for (name, mine), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        dist.all_reduce(mine.grad, group=group)
+        found[name] = _error(mine.grad / group.size(), theirs.grad)
+    return found
+
+
+def on_two_axes(_: Any, blocks: bool) -> float:
+    """Two batches, each cut over two of four ranks, over all of which FSDP2 shards weights: the worst error of
+    gradients against those of both batches in one process. With ``blocks``, each is a unit of FSDP2, and a graph."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    torch.manual_seed(3)
+    model = LMOfBlocks()
+    eager = copy.deepcopy(model)
+    batches = [batch_of(rows) for rows in (["1111111", "1110000"], ["1111111", "1111110"])]
+    for batch in batches:
+        (eager(*batch.values())[0] / 2).backward()
+    for each in [*(model.blocks if blocks else ()), model]:
+        fully_shard(each, mesh=init_device_mesh("cpu", (4,)))
+    compiled, _ = sharded(model, mesh["sequence"])
+    loss, _ = compiled(*batches[mesh.get_local_rank("data")].values())
+    loss.backward()
+    pairs = zip(model.parameters(), eager.parameters(), strict=True)
+    return max(_error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs)
+
+
+def explained(group: Any, folder: Path) -> tuple[str, list[Any], list[str]]:
+    """A report, its waits, and what timelines it saves."""
+    report = packc.explain(PlainLM(), options={"packc.sequence": group})(*batch_of(["1111111", "1110000"]).values())
+    assert report.communication is not None
+    paths = [folder / f"{group.rank()}.{kind}" for kind in ("json", "png")]
+    for path in paths:
+        report.communication.save(path)
+    events = json.loads(paths[0].read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    return str(report), report.communication.waits, [lanes[event["tid"]] for event in events if event["ph"] == "X"]
+
+
 def documents_in_rows(group: Any) -> float:
     """Against packc on one process: the largest error of logits, which positions counted anew enter, and gradients."""
     torch.manual_seed(3)
-    model = PlainLM()
+    model = Attends()
     alone = copy.deepcopy(model)
     compiled, _ = sharded(model, group)
     packed = torch.compile(alone, backend="packc", options={"packc.inner": "aot_eager", "packc.strict": True})
@@ -214,13 +379,15 @@ def refusals(group: Any) -> dict[str, str]:
     other = ids if group.rank() != 1 else ids.roll(1, 0)
     plain = sharded(PlainLM(), group)[0]
     found = {
-        "attention": said(lambda: sharded(Attends(), group)[0](*batch.values())),
+        "attention": said(lambda: sharded(AttendsToEvery(), group)[0](*batch.values())),
         "dropout": said(lambda: sharded(Drops(), group)[0](*batch.values())),
         "states": said(lambda: sharded(ReturnsState(), group)[0](ids, mask)),
         "few tokens": said(lambda: plain(ids[:1, :5], mask[:1, :5], labels[:1, :5])),
         "batches": said(lambda: plain(other, mask, labels)),
         "masks": said(lambda: plain(ids, mask if group.rank() != 1 else torch.ones_like(mask), ids)),
         "option": said(lambda: sharded(PlainLM(), "sequence")[0](*batch.values())),
+        "outputs": said(lambda: sharded(PlainLM(), group, sequence_outputs="none")[0](*batch.values())),
+        "graph break": said(lambda: sharded(Breaks(), group, sequence_outputs="local")[0](*batch.values())),
         "another option": said(lambda: sharded(PlainLM(), group, sequence_length=3)[0](*batch.values())),
     }
     # Ranks that have refused go on together.

@@ -105,6 +105,15 @@ def one_rank(names, patch):
     torch.testing.assert_close(names["loss"], F.cross_entropy(given["logits"][0, inside], following))
 
 
+def model_on_one_rank(names, patch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    names.update(mesh={"sequence": dist.group.WORLD})
+    try:
+        yield from padded_batch(names, patch)
+    finally:
+        dist.destroy_process_group()
+
+
 def rule(names, patch):
     from packc.passes.reading import NotTokenwise, Reading
     from packc.passes.rules.registry import RULES, Op, register_rule
@@ -153,6 +162,7 @@ SETUPS = {
     "rows of documents": rows_of_documents,
     "training loop": training_loop,
     "one rank": one_rank,
+    "a model on one rank": model_on_one_rank,
     "rule": rule,
     "mixer": mixer,
     "summary": summary,

@@ -31,5 +31,22 @@ def test_one_stream_on_two_processes_has_the_losses_of_one():
         assert float(on_ranks) == pytest.approx(float(on_one), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_hybrid_cut_over_two_processes_has_the_losses_of_one():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    small = ["--length=64", "--steps=3", "--hidden-size=32", "--layers=2"]
+    environment = {**os.environ, "PACKC_INNER": "aot_eager"}
+    ran = subprocess.run(
+        [*launch, EXAMPLES / "sequence_parallel.py", *small], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    *steps, peaks = [line.split() for line in ran.stdout.splitlines()]
+    for *_, on_ranks, _, _, on_one in steps:
+        assert float(on_ranks) == pytest.approx(float(on_one), rel=1e-4)
+    assert len(steps) == 3
+    assert peaks[0] == "MiB"
+
+
 def test_every_example_is_tested():
-    assert {file.name for file in EXAMPLES.glob("*.py")} == {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py"}
+    tested = {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py", "sequence_parallel.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == tested

@@ -8,6 +8,10 @@ from messages import HOLE, REPOSITORY, messages
 PARTS = {
     "  tokens      … of … padded (… left out)",
     "packed … of … mixers (…)",
+    "  this rank   … of … tokens",
+    "  waits       … (estimated: … ms, … ms exposed)",
+    "    …  …  … KiB  … ms, … exposed, under …  …",
+    "ms, estimated",
     "nothing packed (…)",
     "  not packed  …",
     "… in …: …, and … …",

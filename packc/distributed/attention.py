@@ -19,7 +19,7 @@ from packc.ops.varlen_attention import spans as spans
 
 _library = torch.library.Library("packc", "FRAGMENT")
 _library.define(
-    "varlen_attention_sharded(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float scale, "
+    "varlen_attention_sharded(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float? scale, "
     "SymInt? window, Tensor sent, Tensor[] sends, Tensor[] receives, Tensor left, Tensor spans, "
     "Tensor of_cut, str group) -> Tensor"
 )
@@ -32,7 +32,7 @@ def _composite(
     v: Tensor,
     cu_seqlens: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
     window: int | None,
     sent: Tensor,
     sends: Sequence[Tensor],
@@ -40,6 +40,7 @@ def _composite(
     left: Tensor,
     *rest: Any,
 ) -> Tensor:
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     sizes = [count(x) for x in sends], [count(x) for x in receives], count(left)
     return _Attention.apply(q, k, v, cu_seqlens, causal, scale, window, sent, sizes, *rest)
 

@@ -49,14 +49,16 @@ def reach(stream: Sequence[int], cuts: Sequence[int], rank: int, causal: bool, d
         last = left + tokens + sum(map(len, received[rank:]))
         spans.append([mine.begin, tokens, left + mine.begin, last, left])
     spans += [[0] * 5] * (2 - len(spans))
-    of_cut = [any(begin <= token < end for begin, end, *_ in spans) for token in range(tokens)]
+    of_cut = torch.zeros(tokens, dtype=torch.bool)
+    for begin, end, *_ in spans:
+        of_cut[begin:end] = True
     made = Reach(
-        sent=torch.tensor([token - low for of_rank in sent for token in of_rank], dtype=torch.int64, device=device),
+        sent=torch.cat([torch.arange(each.start - low, each.stop - low) for each in sent]).to(device),
         sends=_sizes(map(len, sent), device),
         receives=_sizes(map(len, received), device),
         left=_sizes([left], device)[0],
         spans=torch.tensor(spans, device=device),
-        of_cut=torch.tensor(of_cut, dtype=torch.bool, device=device),
+        of_cut=of_cut.to(device),
     )
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_static(made.spans)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from packc.distributed.outputs import cut_of
 from packc.distributed.plans import Plan
 from packc.ops.documents import differ
 
@@ -30,12 +30,15 @@ def shard(x: Tensor, plan: Plan) -> Tensor:
     return x.index_select(1, plan.tokens)
 
 
-def unshard(x: Tensor, plan: Plan) -> Tensor:
-    """The whole stream ``(1, T, ...)``, on all ranks, of their shards ``x (1, T_r, ...)``.
+def unshard(x: Tensor, plan: Plan | None = None) -> Tensor:
+    """The whole stream ``(1, T, ...)``, on all ranks, of their shards ``x (1, T_r, ...)``. Without a plan, of what a
+    compiled model returned of this rank's tokens: the padded ``(B, L, ...)``, zero at padding.
 
     Shards are gathered as if all were as long as the longest. The gradient of ``x`` is the sum over ranks of those that
     they have for these tokens: if all compute the same of the whole, W times its own.
     """
+    if plan is None:
+        return cut_of(x).padded(x)
     _check("unshard", x, plan.tokens, plan)
     if plan.size == 1:
         return x
@@ -54,7 +57,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shards: Tensor, longest: int, size: int, group: str) -> Tensor:
         ctx.others, ctx.tokens = (longest, size, group), x.shape[1]
         ctx.save_for_backward(shards)
-        padded = F.pad(x, [0, 0] * (x.ndim - 2) + [0, longest - x.shape[1]]).contiguous()
+        padded = torch.cat([x, x.new_zeros((1, longest - x.shape[1], *x.shape[2:]))], 1)
         found = _collectives.all_gather_into_tensor.default(padded.squeeze(0), size, group)
         return _collectives.wait_tensor.default(found).index_select(0, shards).unsqueeze(0)
 

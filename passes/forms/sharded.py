@@ -7,6 +7,7 @@ gradient of the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ from packc.passes.row_wise import ops_of
 
 
 class Inputs(NamedTuple):
-    """What the graph is told of a batch, in this order; ``packc.distributed.Plan`` explains the names that it has."""
+    """What the graph is told of a batch, in this order; ``packc.distributed.Plan`` explains the names that it has. What
+    attention wants (``reach_inputs``) follows."""
 
     index: Any
     """int64 (T_r,): where this rank's tokens are in the padded batch."""
@@ -41,15 +43,41 @@ class Inputs(NamedTuple):
     """(longest, 0): a size."""
 
 
+class ReachInputs(NamedTuple):
+    """And of each kind of attention, causal or not, as ``packc.distributed.reach.Reach`` has it."""
+
+    sent: Any
+    left: Any
+    spans: Any
+    of_cut: Any
+    sends: list[Any]
+    """Of each rank, as are ``receives``."""
+    receives: list[Any]
+
+    @classmethod
+    def made_by(cls, make: Callable[[str], Any], ranks: int) -> ReachInputs:
+        """Of what ``make`` gives by name, in the order in which the graph takes them."""
+        singles = [make(name) for name in cls._fields[:-2]]
+        return cls(*singles, *([make(f"{name}_{rank}") for rank in range(ranks)] for name in cls._fields[-2:]))
+
+    def flat(self) -> list[Any]:
+        return [*self[:-2], *self.sends, *self.receives]
+
+
 class Sharded(Packed):
-    """Values gathered by this rank's part of the index; mixers exchange states, sums are those of all ranks."""
+    """Values gathered by this rank's part of the index; mixers exchange states, sums are those of all ranks.
+
+    ``reaches``: of attention that is causal, or not.
+    """
 
     INPUTS = Inputs._fields
     is_part = True
 
-    def __init__(self, write: Write, inputs: Inputs, mask: fx.Node, shape: Any, group: Ranks) -> None:
+    def __init__(
+        self, write: Write, inputs: Inputs, reaches: dict[bool, ReachInputs], mask: fx.Node, shape: Any, group: Ranks
+    ) -> None:
         super().__init__(write, inputs, mask, shape)
-        self.inputs, self.group = inputs, group
+        self.inputs, self.reaches, self.group = inputs, reaches, group
         self._by_position = inputs.by_position
         self._longest: fx.Node | None = None
 
@@ -63,10 +91,12 @@ class Sharded(Packed):
             raise NotPackable(f"{name} takes or returns states of documents, of which ranks have parts")
         told = {"cu_seqlens": self.cu_seqlens, "exchange": "all_gather", "near": False, **self.group._asdict()}
         told |= {each: getattr(self.inputs, each) for each in ("places", "documents", "ranks")}
+        if "causal" in given:
+            told |= self.reaches[given["causal"]]._asdict()
         wanted = [argument.name for argument in target._schema.arguments]
-        missing = [each for each in wanted if each not in given and each not in told]
-        if missing:
-            raise NotPackable(f"{name} on a part of the tokens is not told {', '.join(missing)}")
+        lost = [each for each, value in given.items() if each not in wanted and value not in (None, False, 0)]
+        if lost:
+            raise NotPackable(f"{name} on a part of the tokens does not take {', '.join(lost)}")
         return Call(target, tuple({**given, **told}[each] for each in wanted), {})
 
     def total(self, value: fx.Node) -> fx.Node:
@@ -86,6 +116,8 @@ def refuse_what_looks_across_ranks(graph: Graph) -> None:
     Raises:
         NotPackable: an op would run on all tokens of all ranks, or draws random numbers, which ranks do not share.
     """
+    if graph.requirements.padded_mixers:
+        raise NotPackable(str(graph.requirements.padded_mixers[0]))
     for node in graph.gm.graph.nodes:
         if node not in graph.forms.packed and node not in graph.forms.padded:
             continue
@@ -100,6 +132,7 @@ def refuse_what_looks_across_ranks(graph: Graph) -> None:
 def _draws_nothing(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return True
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    schema = node.target._schema.arguments
+    given = {each.name: each.default_value for each in schema if each.has_default_value()}
+    given |= dict(zip((each.name for each in schema), node.args, strict=False)) | dict(node.kwargs)
     return given.get("train") is False or given.get("p", given.get("dropout_p")) in (0, 0.0)

@@ -17,7 +17,6 @@ from packc.private_torch import private_torch
 
 with private_torch():
     from torch.utils._pytree import tree_map_only
-    from torch.utils.flop_counter import flop_registry
 
 
 class Rates(NamedTuple):
@@ -41,10 +40,16 @@ TOKENS = 4096
 """For sizes that only a run can tell."""
 
 
+def device_of(nodes: Iterable[fx.Node]) -> str:
+    values = (node.meta.get("val") for node in nodes)
+    devices = {x.device.type for x in values if isinstance(x, Tensor)}
+    return "cuda" if "cuda" in devices else "cpu"
+
+
 def seconds_of(node: fx.Node, rates: Rates) -> float:
     """Of a compute node: its products or the bytes that it reads and writes, whichever takes longer."""
     moved = sum(map(bytes_of, {node, *node.all_input_nodes}))
-    return max(_flops(node) / rates.flops, moved / rates.bytes)
+    return max(flops_of(node) / rates.flops, moved / rates.bytes)
 
 
 def seconds_of_collective(node: fx.Node, rates: Rates) -> float:
@@ -70,7 +75,11 @@ def _number(size: int | torch.SymInt) -> int:
     return max(0, int(expression.subs(dict.fromkeys(expression.free_symbols, TOKENS))))
 
 
-def _flops(node: fx.Node) -> float:
+def flops_of(node: fx.Node) -> float:
+    """Of products; 0 for what torch's counter has no formula of."""
+    with private_torch():
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
     count: Callable[..., int] | None = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if count is None:
         return 0.0

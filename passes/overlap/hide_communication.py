@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from packc.passes.overlap.costs import RATES, Rates, bytes_of, seconds_of, seconds_of_collective
+from packc.passes.overlap.costs import RATES, Rates, bytes_of, device_of, seconds_of, seconds_of_collective
 from packc.passes.overlap.policies import list_schedule, program_order
 from packc.passes.overlap.tasks import Task
 from packc.passes.overlap.timeline import Timeline, peak, simulate
-from packc.private_torch import private_torch
-
-with private_torch():
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 _WAIT = "wait_tensor"
 MORE_MEMORY = 0.05
@@ -53,7 +48,7 @@ def hide_communication(graph: fx.Graph, rates: Rates | None = None) -> Hidden | 
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     if not any(map(is_collective, nodes)):
         return None
-    tasks = tasks_of(nodes, rates or RATES[_device_of(nodes)])
+    tasks = tasks_of(nodes, rates or RATES[device_of(nodes)])
     limit = int(peak(tasks, program_order(tasks)) * (1 + MORE_MEMORY))
     order = list_schedule(tasks, limit)
     if order == program_order(tasks):
@@ -64,12 +59,6 @@ def hide_communication(graph: fx.Graph, rates: Rates | None = None) -> Hidden | 
         place = nodes[number]
     graph.lint()
     return Hidden(tasks, *(simulate([tasks], [each]) for each in (program_order(tasks), order)))
-
-
-def _device_of(nodes: Iterable[fx.Node]) -> str:
-    values = (node.meta.get("val") for node in nodes)
-    devices = {x.device.type for x in values if isinstance(x, Tensor)}
-    return "cuda" if "cuda" in devices else "cpu"
 
 
 def tasks_of(nodes: Sequence[fx.Node], rates: Rates) -> list[Task]:
@@ -99,13 +88,3 @@ def _stays(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False  # Python's functions of sizes
     return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags or node.is_impure()
-
-
-class HideCommunication(CustomGraphPass):
-    """For Inductor's ``post_grad_custom_post_pass``."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        hide_communication(graph)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files(tuple(map(str, sorted(Path(__file__).parent.glob("*.py")))))

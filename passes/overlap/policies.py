@@ -61,9 +61,42 @@ def list_schedule(tasks: Sequence[Task], memory: int | None = None) -> list[int]
     """
     usual = program_order(tasks)
     limit = peak(tasks, usual) if memory is None else memory
-    candidates = [early_and_late(tasks), *(_greedy(tasks, limit, patient) for patient in (False, True))]
+    late = early_and_late(tasks)
+    candidates = [late, *(filled(tasks, order, limit) for order in (usual, late))]
+    candidates += [_greedy(tasks, limit, patient) for patient in (False, True)]
     fitting = [order for order in candidates if peak(tasks, order) <= max(limit, peak(tasks, usual))]
     return min([usual, *fitting], key=lambda order: seconds(tasks, order))
+
+
+def filled(tasks: Sequence[Task], order: Order, memory: int) -> list[int]:
+    """``order``, in which work from before each collective is put off until it has started, as long as it lasts.
+
+    The nearest first, whose operands need live the least longer: the gradients of weights, in a backward. Where that
+    takes more than ``memory``, half as much is put off, and half of that.
+    """
+    users, found = users_of(tasks), list(order)
+    starts = {started_by(tasks, number): number for number in order if tasks[number].kind == "wait"}
+    for start, wait in starts.items():
+        place = {number: at for at, number in enumerate(found)}
+        here = place[start]
+        missing = tasks[start].seconds - sum(tasks[each].seconds for each in found[here + 1 : place[wait]])
+        moved: list[int] = []
+        behind = set(found[here + 1 :])
+        for number in reversed(found[:here]):
+            if missing <= 0:
+                break
+            if tasks[number].kind == "compute" and behind.issuperset(users[number]):
+                moved.append(number)
+                behind.add(number)
+                missing -= tasks[number].seconds
+        while moved:
+            off = set(moved)
+            tried = [number for number in found[: here + 1] if number not in off] + moved[::-1] + found[here + 1 :]
+            if peak(tasks, tried) <= memory:
+                found = tried
+                break
+            moved = moved[: len(moved) // 2]
+    return found
 
 
 def _greedy(tasks: Sequence[Task], limit: int, patient: bool) -> list[int]:

@@ -1,7 +1,18 @@
 """A model compiled over the ranks of a group trains as one process does on the whole padded batch."""
 
+from pathlib import Path
+
 import pytest
-from sequence_work import documents_in_rows, leaks, refusals, worst_errors
+from sequence_work import (
+    documents_in_rows,
+    explained,
+    leaks,
+    of_its_own_tokens,
+    on_two_axes,
+    refusals,
+    uses,
+    worst_errors,
+)
 
 # Over three ranks, the first document of the second batch is on all.
 BATCHES = [
@@ -9,6 +20,8 @@ BATCHES = [
     ["111111111111", "110000000000"],
     ["11011111", "11111100", "00000000"],
 ]
+TABLE = (Path(__file__).parents[2] / "docs" / "families.md").read_text().splitlines()
+FAMILIES = [row.split("|")[1].strip() for row in TABLE if row.split("|")[-2:-1] and "yes" in row.split("|")[-2]]
 QUICK = [("mixers", 3), ("mamba", 2)]
 ALL = [(name, size) for name in ("plain", "mixers", "mamba", "checkpointed", "mamba2") for size in (2, 3)]
 
@@ -26,6 +39,42 @@ def test_loss_logits_and_gradients_are_those_of_one_process(ranks, name, size):
         here = [of_rank[number] for _, _, of_rank in found]
         assert sum(here) == tokens
         assert max(here) - min(here) <= 1
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_attention_sees_what_it_sees_on_one_process(ranks, size):
+    batches = [["11111111111", "11111110000", "11000000000"], ["111111111111", "110000000000"]]
+    for errors, *_ in ranks.run(worst_errors, size, "attends", batches[: 4 - size], timeout=400):
+        for each in errors:
+            assert max(each.values()) < 1e-4, each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_the_table_says_can_be_cut(ranks, family, size):
+    for errors, *_ in ranks.run(worst_errors, size, family, [["1111111111", "1111111000", "1100000000"]], timeout=900):
+        assert max(errors[0].values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pools", "checkpoints", "auxiliary"])
+def test_heads_of_one_token_a_row_checkpoints_and_losses_of_experts(ranks, name):
+    for errors, *_ in ranks.run(worst_errors, 3, name, [["1111111111", "1111111000", "1100000000"]], timeout=400):
+        assert max(errors[0].values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+def test_evaluation_hidden_states_and_accumulated_gradients(ranks):
+    for errors in ranks.run(uses, 2, timeout=400):
+        assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [False, True])
+def test_data_and_sequence_parallel_with_fsdp(ranks, blocks):
+    for worst in ranks.run(on_two_axes, 4, blocks, timeout=400):
+        assert worst < 1e-4
 
 
 @pytest.mark.slow
@@ -58,9 +107,29 @@ def test_documents_within_rows(ranks):
         assert worst < 1e-5
 
 
+def test_outputs_of_a_ranks_own_tokens(ranks):
+    for errors, tokens, outside in ranks.run(of_its_own_tokens, 3):
+        assert max(errors.values()) < 1e-4, errors
+        assert sum(tokens) == 51
+        assert tokens[0] > tokens[1] > 2  # of the longest document, later tokens see more
+        assert outside.startswith("RuntimeError: a model, or one of its class, that was compiled for one packc")
+
+
+def test_explain_tells_what_is_waited_for_and_what_runs_meanwhile(ranks, tmp_path):
+    for text, waits, lanes in ranks.run(explained, 2, tmp_path):
+        assert "  this rank   5 of 10 tokens" in text
+        assert {wait.graph for wait in waits} == {"forward", "backward"}
+        gathers = [wait for wait in waits if wait.op == "all_gather_into_tensor" and wait.graph == "forward"]
+        assert len(gathers) == 3  # of two convolutions, and of the logits
+        assert all(0 <= wait.exposed <= wait.seconds for wait in waits)
+        assert any(wait.exposed < wait.seconds and wait.hidden_by for wait in waits)
+        assert f"  waits       {len(waits)} (estimated" in text
+        assert set(lanes) == {"compute (estimated)", "communication (estimated)"}
+
+
 SAID = {
-    "attention": "NotPacked: packc cannot pack this graph: varlen_attention on a part of the tokens is not told sent, "
-    "sends, receives, left, spans, of_cut",
+    "attention": "NotPacked: packc cannot pack this graph: aten.scaled_dot_product_attention.default in the model: "
+    "looks along the sequence, and shows neither all tokens, nor those before, nor a window: runs padded",
     "dropout": "NotPacked: packc cannot pack this graph: aten.dropout.default in the model: draws random numbers",
     "states": "NotPacked: packc cannot pack this graph: causal_conv1d takes or returns states of documents, of which "
     "ranks have parts",
@@ -68,6 +137,8 @@ SAID = {
     "batches": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
     "masks": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
     "option": "TypeError: plan: neither a DeviceMesh nor a process group: 'sequence'",
+    "outputs": "ValueError: packc.sequence_outputs must be one of ('whole', 'local'), not 'none'",
+    "graph break": "NotPacked: packc.sequence_outputs: what follows a graph break wants outputs of all tokens",
     "next": "no error",
 }
 

@@ -19,7 +19,7 @@ from packc.passes.overlap import (
     program_order,
     simulate,
 )
-from packc.passes.overlap.policies import coarse, fine
+from packc.passes.overlap.policies import coarse, filled, fine
 from packc.passes.overlap.tasks import collectives, is_valid, longest_ways, total
 from packc.passes.overlap.timeline import peak
 
@@ -51,7 +51,11 @@ def seconds(tasks, order):
 @given(steps())
 def test_every_order_is_valid_and_no_faster_than_can_be(tasks):
     least = max(total(tasks, "compute"), total(tasks, "start"), *longest_ways(tasks))
-    for policy in (program_order, early_and_late, list_schedule):
+
+    def in_place(tasks):
+        return filled(tasks, early_and_late(tasks), peak(tasks, early_and_late(tasks)))
+
+    for policy in (program_order, early_and_late, list_schedule, in_place):
         order = policy(tasks)
         assert is_valid(tasks, order)
         assert seconds(tasks, order) >= least
@@ -63,6 +67,25 @@ def test_a_list_schedule_is_never_slower_nor_larger_than_program_order(tasks):
     order, usual = list_schedule(tasks), program_order(tasks)
     assert seconds(tasks, order) <= seconds(tasks, usual)
     assert peak(tasks, order) <= peak(tasks, usual)
+
+
+def test_gradients_of_weights_are_put_off_under_what_the_next_layer_sends():
+    """Of each layer of a backward: the gradient of its input, that of its weight, an exchange that the next one wants.
+    Of gradients of outputs there is no room for more: each weight's is put off to the next exchange and no further."""
+    tasks = [Task("loss", 1, (), makes=4)]
+    for _ in range(6):
+        at = len(tasks)
+        tasks += [
+            Task("input", 1, (at - 1,), makes=2),
+            Task("weight", 1, (at - 1,), makes=0),
+            Task("exchange", 1, (at,), "start", makes=2),
+            Task("wait", 0, (at + 2,), "wait"),
+        ]
+    usual, order = program_order(tasks), list_schedule(tasks)
+    assert seconds(tasks, usual) == 19
+    assert seconds(tasks, order) == 14  # at the first exchange, memory is at its peak
+    assert peak(tasks, order) == peak(tasks, usual) == 6
+    assert seconds(tasks, list_schedule(tasks, memory=8)) == 13
 
 
 @many

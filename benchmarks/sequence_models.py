@@ -1,0 +1,165 @@
+"""What ``packc.sequence`` costs whole models.
+
+    python benchmarks/sequence_models.py [compile] [memory] [bytes] [time]
+
+A stock Mamba-2 and a stock hybrid, of random weights, on gloo processes of this machine with a thread each, beside
+packc in one process:
+
+- compile: CPU time of the first step, code generation and its C++ compiler included, of a rank of two
+- memory: what a step's tensors take at most, weights and their gradients left out, on each of four ranks
+- bytes: received per rank and layer of the Mamba-2, counted by Linux on the sockets, beside the formula
+- time: CPU time of a step, of two ranks together
+
+``--inner aot_eager`` leaves code generation out; ``--tokens`` are those of the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+import torch
+import torch.distributed as dist
+from families import FAMILIES, build
+from sequence_parallel import run
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from wire import received_bytes
+
+HIDDEN, LAYERS = 128, 4
+MODELS = ("mamba2", "bamba")
+
+
+def main() -> None:
+    parts = {"compile": compiling, "memory": memory, "bytes": wire, "time": cpu_time}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(parts))
+    parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=list(FAMILIES))
+    options = parser.parse_args()
+    for part in options.parts or parts:
+        parts[part](options)
+
+
+def batch(tokens: int) -> dict[str, Tensor]:
+    """Four documents, the longest of half of the tokens, padded to it."""
+    lengths = torch.tensor([[tokens // 2], [tokens // 4], [tokens // 8], [tokens // 8]])
+    mask = (torch.arange(tokens // 2) < lengths).long()
+    ids = torch.randint(1, 512, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def stepper(name: str, inner: str, size: int) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
+    """The model, and a step of it; over the ranks, if there are several, with outputs that stay on them."""
+    torch.manual_seed(0)
+    model = build(name, HIDDEN, LAYERS)
+    over_ranks = {"packc.sequence": dist.group.WORLD, "packc.sequence_outputs": "local"} if size > 1 else {}
+    compiled = torch.compile(model, backend="packc", options={"packc.inner": inner, **over_ranks})
+
+    def step(given: dict[str, Tensor]) -> None:
+        model.zero_grad()
+        compiled(**given).loss.backward()
+
+    return model, step
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def compiling(options: argparse.Namespace) -> None:
+    for name in options.models:
+        alone, *_ = run(1, _compile, name, options.inner)
+        ranks = run(2, _compile, name, options.inner)
+        print(f"compile {name:8} packed {alone:6.1f} s CPU   a rank of two {ranks[0]:6.1f} s ({ranks[0] / alone:.2f}x)")
+
+
+def _compile(_: int, size: int, name: str, inner: str) -> float:
+    _, step = stepper(name, inner, size)
+    before = cpu_seconds()
+    step(batch(256))
+    return cpu_seconds() - before
+
+
+def memory(options: argparse.Namespace) -> None:
+    for name in options.models:
+        alone, *_ = run(1, _peak, name, options.inner, options.tokens)
+        ranks = run(4, _peak, name, options.inner, options.tokens)
+        shares = ", ".join(f"{each / 2**20:.0f} ({each / alone:.2f})" for each in ranks)
+        print(f"memory {name:8} {options.tokens} tokens   packed {alone / 2**20:.0f} MiB   ranks of four {shares}")
+
+
+def _peak(_: int, size: int, name: str, inner: str, tokens: int) -> int:
+    model, step = stepper(name, inner, size)
+    given = batch(tokens)
+    step(given)
+    model.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step(given)
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most - sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def wire(options: argparse.Namespace) -> None:
+    size, lengths = 4, (options.tokens // 16, options.tokens)
+    ranks = run(size, _received, options.inner, lengths)
+    config = build("mamba2", HIDDEN, LAYERS).config
+    channels = config.num_heads * config.head_dim
+    convolution = 4 * (channels + 2 * config.n_groups * config.state_size) * (config.conv_kernel - 1)
+    state, transition = 4 * channels * config.state_size, 4 * config.num_heads
+    formula = (size - 1) * (2 * convolution + 4 + 2 * state + transition)
+    print(f"bytes mamba2, W = {size}, received per rank and layer, forward and backward: formula {formula}")
+    for n, tokens in enumerate(lengths):
+        print(f"  {tokens} tokens: {max(each[n] for each in ranks) / LAYERS:.0f} on the wire")
+
+
+def _received(_: int, size: int, inner: str, lengths: tuple[int, ...]) -> list[int]:
+    _, step = stepper("mamba2", inner, size)
+    found = []
+    for tokens in lengths:
+        for _ in range(2):  # the first compiles, and makes connections
+            dist.barrier()
+            before = received_bytes()
+            step(batch(tokens))
+            dist.barrier()
+            count = received_bytes() - before
+        found.append(count)
+    return found
+
+
+def cpu_time(options: argparse.Namespace) -> None:
+    for name in options.models:
+        alone, *_ = run(1, _seconds, name, options.inner, options.tokens)
+        together = sum(run(2, _seconds, name, options.inner, options.tokens))
+        print(f"time {name:8} {options.tokens} tokens   packed {alone:.2f} s CPU   two ranks {together:.2f} s ", end="")
+        print(f"({together / alone:.2f}x)")
+
+
+def _seconds(_: int, size: int, name: str, inner: str, tokens: int, rounds: int = 5) -> float:
+    _, step = stepper(name, inner, size)
+    given = batch(tokens)
+    step(given)
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        before = sum(os.times()[:2])
+        step(given)
+        seconds.append(sum(os.times()[:2]) - before)
+    return median(seconds)
+
+
+if __name__ == "__main__":
+    main()
