@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import fx
 
@@ -18,6 +19,7 @@ from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
 from packc.frontends.traced_call import unheard_boundaries
 from packc.inner_backend import compiled_when_called, inner_backend
+from packc.lazy_logits import with_lazy_logits
 from packc.options import split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
 from packc.passes import (
@@ -32,6 +34,7 @@ from packc.passes import (
     index_fakes,
     is_mixer,
     knows_documents,
+    split_head,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -168,13 +171,24 @@ class _Compiling:
             compiled = compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)])
             return ShardedCall(compiled, graph, packed.streams, group=self.group, **how)
         padded = packed.with_padding
+        inputs = [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]
         return PackedCall(
-            compile_inner(packed.gm, [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]),
+            self._without_logits(packed.gm, lambda gm: compile_inner(gm, inputs)),
             graph,
             packed.streams,
-            with_padding=None if padded is None else (self.compile_when_called(padded.gm), padded.streams),
+            with_padding=None
+            if padded is None
+            else (self._without_logits(padded.gm, self.compile_when_called), padded.streams),
             **how,
         )
+
+    def _without_logits(
+        self, gm: fx.GraphModule, compile_it: Callable[[fx.GraphModule], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        # Without gradients, who calls wants logits; behind a graph break, what reads them may be compiled.
+        lazily = config.lazy_logits and torch.is_grad_enabled() and not ends_in_a_graph_break(self.gm)
+        tails = split_head(gm, lazily=lazily)
+        return with_lazy_logits(compile_it(gm), tails)
 
     def unpacked(
         self, reason: str, boundaries: Sequence[Boundary] = (), *, for_documents: Graph | str | None = None

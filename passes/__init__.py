@@ -19,6 +19,7 @@ from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
+from packc.passes.split_head import Tail, split_head
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
 from packc.passes.unpacked import boundaries_of, has_rows, is_mixer, knows_documents
 from packc.passes.widen_losses import widen_losses
@@ -34,6 +35,7 @@ __all__ = [
     "Ranks",
     "Requirements",
     "ShardedInputs",
+    "Tail",
     "WrongMask",
     "argument_path",
     "attention_masks",
@@ -56,6 +58,7 @@ __all__ = [
     "pack_attention",
     "requirements",
     "row_wise",
+    "split_head",
     "widen_losses",
     "with_inputs_of_its_own",
     "without_marks",
