@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from packc import config, totals
@@ -17,6 +18,7 @@ from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, refuse_pieces
 from packc.distributed.context import of_block, only_in_this_block
 from packc.inner_backend import compiled_when_called, inner_backend
+from packc.lazy_logits import with_lazy_logits
 from packc.options import SequenceOptions, split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
 from packc.passes import (
@@ -31,6 +33,7 @@ from packc.passes import (
     index_fakes,
     knows_documents,
     mixers_of,
+    split_head,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -169,13 +172,24 @@ class _Compiling:
             cut = {"local": packed.local_outputs, "work": packed.work if self.sequence.cuts == "work" else None}
             return ShardedCall(compiled, graph, packed.streams, group=self.sequence.group, **cut, **how)
         padded = packed.with_padding
+        inputs = [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]
         return PackedCall(
-            compile_inner(packed.gm, [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]),
+            self._without_logits(packed.gm, lambda gm: compile_inner(gm, inputs)),
             graph,
             packed.streams,
-            with_padding=None if padded is None else (self.compile_when_called(padded.gm), padded.streams),
+            with_padding=None
+            if padded is None
+            else (self._without_logits(padded.gm, self.compile_when_called), padded.streams),
             **how,
         )
+
+    def _without_logits(
+        self, gm: fx.GraphModule, compile_it: Callable[[fx.GraphModule], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        # Without gradients, who calls wants logits; behind a graph break, what reads them may be compiled.
+        lazily = config.lazy_logits and torch.is_grad_enabled() and not ends_in_a_graph_break(self.gm)
+        tails = split_head(gm, lazily=lazily)
+        return with_lazy_logits(compile_it(gm), tails)
 
     def unpacked(
         self, reason: str, boundaries: Sequence[Boundary] = (), *, for_documents: Graph | str | None = None

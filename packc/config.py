@@ -32,6 +32,10 @@ loss_outside: bool = Config(default=False, env_name_default="PACKC_LOSS_OUTSIDE"
 where a graph has no labels, such a row begins one position earlier, where stock predicts it. Always so in a graph that
 ends in a graph break."""
 
+lazy_logits: bool = Config(default=True, env_name_default="PACKC_LAZY_LOGITS")
+"""Where gradients are taken, logits that a model returns beside its loss are computed when they are first read; whoever
+reads them after the model's weights have changed gets an error. False: always, as stock does."""
+
 inner: str = Config(default="inductor", env_name_default="PACKC_INNER")
 """The backend that compiles the packed graph: "inductor", or "aot_eager" to debug without code generation."""
 

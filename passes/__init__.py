@@ -21,6 +21,7 @@ from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
+from packc.passes.split_head import Tail, split_head
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
 from packc.passes.unpacked import boundaries_of, has_rows, knows_documents, mixers_of
 from packc.passes.widen_losses import widen_losses
@@ -37,6 +38,7 @@ __all__ = [
     "ReachInputs",
     "Requirements",
     "ShardedInputs",
+    "Tail",
     "WrongMask",
     "argument_path",
     "attention_masks",
@@ -60,6 +62,7 @@ __all__ = [
     "pack_attention",
     "requirements",
     "row_wise",
+    "split_head",
     "widen_losses",
     "with_inputs_of_its_own",
     "without_marks",

@@ -21,7 +21,7 @@ def index_fakes(packed: Graph) -> tuple[Tensor, Tensor]:
     """Of what a packed graph takes beside its inputs: ``index`` (T,) and ``cu_seqlens`` (N + 1,). T and N are unknown
     and never guarded on; but where a row is one document, N is B."""
     mask, wanted = packed.mask.meta["val"], packed.requirements
-    mode = mask.fake_mode
+    mode = detect_fake_mode([mask])  # a subclass, too, is made of fakes
     shape_env = mode.shape_env
     if shape_env is None:
         shape_env = mode.shape_env = ShapeEnv()
