@@ -20,6 +20,7 @@ from packc.frontends.traced_call import unheard_boundaries
 from packc.inner_backend import compiled_when_called, inner_backend
 from packc.options import split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
+from packc.padding import mask_input
 from packc.passes import (
     Boundary,
     Graph,
@@ -31,6 +32,7 @@ from packc.passes import (
     has_rows,
     index_fakes,
     is_mixer,
+    is_step,
     knows_documents,
     without_marks,
 )
@@ -104,6 +106,8 @@ def compile_graph(
     unheard = [name for name in unheard_boundaries() if name not in read]
     if unheard and any(map(is_mixer, gm.graph.nodes)):
         raise NotPacked(f"the model does not read {' and '.join(unheard)}: say so by packc.documents around the call")
+    if is_step(gm) and group is None:
+        return compiling.step()
     try:
         refuse_pieces()
         packed = pack_graph(gm, example_inputs, for_documents=True, group=group)
@@ -140,13 +144,15 @@ class _Compiling:
         self.gm, self.inputs, self.strict, self.group = gm, inputs, strict, group
         self.compile = in_buckets(inner_backend(mode, options))
         self.compile_when_called = functools.partial(compiled_when_called, mode=mode, options=options)
-        self.boundaries = boundary_inputs(gm)
+        self.boundaries, self.mask = boundary_inputs(gm), mask_input(gm)
 
     @property
     def with_documents(self) -> bool:
         """Whether the call that is being compiled comes with boundaries."""
         given = [each.given(self.inputs) for each in self.boundaries]
-        return handed_over() is not None or any(each.name != POSITIONS for each in given) or say_something(given)
+        if handed_over() is not None or any(each.name != POSITIONS for each in given):
+            return True
+        return say_something(given, None if self.mask is None else self.inputs[self.mask])
 
     def packed(self, packed: Graph) -> tuple[Callable[..., Any], GraphReport]:
         if config.strict and packed.requirements.padded_mixers:
@@ -187,6 +193,16 @@ class _Compiling:
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {wanted}")
         log.info("not packed: %s", reason)
+        return self._left(reason, boundaries, for_documents)
+
+    def step(self) -> tuple[Callable[..., Any], GraphReport]:
+        """A graph of one token a row as it was, under strict as well: nothing is lost."""
+        self.boundaries = []  # such rows are one document
+        return self._left("one token a row: there is nothing to pack")
+
+    def _left(
+        self, reason: str, boundaries: Sequence[Boundary] = (), for_documents: Graph | str | None = None
+    ) -> tuple[Callable[..., Any], GraphReport]:
         told = [knows_documents(node) for node in self.gm.graph.nodes if is_mixer(node)]
         call = UnpackedCall(
             self.compile(without_marks(self.gm), self.inputs),
@@ -195,6 +211,7 @@ class _Compiling:
             else None,
             boundaries=[] if told and all(told) else self.boundaries,
             reason=for_documents if isinstance(for_documents, str) else reason,
+            mask=self.mask,
             has_tokens=has_rows(self.gm),
             has_mixers=not all(told),
         )

@@ -20,7 +20,7 @@ from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
-from packc.passes.unpacked import boundaries_of, has_rows, is_mixer, knows_documents
+from packc.passes.unpacked import boundaries_of, has_rows, is_mixer, is_step, knows_documents
 from packc.passes.widen_losses import widen_losses
 from packc.passes.write import write
 from packc.passes.written_out_attention import written_out_attention
@@ -49,6 +49,7 @@ __all__ = [
     "has_rows",
     "index_fakes",
     "is_mixer",
+    "is_step",
     "knows_documents",
     "layout",
     "module_path",
