@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from packc.fake_tensors import has_values
 from packc.frontends import BOUNDARIES
+from packc.padding import tokens_by
 from packc.passes import argument_path
 
 
@@ -158,15 +159,21 @@ def boundary_inputs(gm: fx.GraphModule) -> list[BoundaryInput]:
     return found
 
 
-def say_something(given: Sequence[Given]) -> bool:
-    """Whether there may be several documents in a row, as far as can be told without the rows."""
-    return any(has_values(each.values) and _says_something(each) for each in given)
+def say_something(given: Sequence[Given], mask: Tensor | None = None) -> bool:
+    """Whether there may be several documents in a row, as far as can be told without the rows.
+
+    ``mask``: what attention is masked by (:func:`packc.padding.tokens_by`).
+    """
+    return any(has_values(each.values) and _says_something(each, mask) for each in given)
 
 
-def _says_something(given: Given) -> bool:
+def _says_something(given: Given, mask: Tensor | None) -> bool:
     if given.kind is Kind.OFFSETS:
         return given.values.numel() > 2
     values, falls = _rows(given), given.values.ndim > 2
+    real = None if mask is None or values.ndim != 2 else tokens_by(mask, values.shape[1])
+    if real is not None and len(values) in (1, len(real)):
+        return bool(_begin_at(given.kind, values.expand(real.shape), real, strictly=falls).any())
     return bool(_begins(given.kind, values[..., :-1], values[..., 1:], strictly=falls).any())
 
 
@@ -204,9 +211,7 @@ def starts(given: Sequence[Given], real: Tensor) -> Starts:
         values = _of_tokens(each, real)
         if values is None:
             continue
-        before, strictly = _at_token_before(values, real), each.values.ndim > 2
-        behind = real[:, 1:] & (real.cumsum(1)[:, :-1] > 0)
-        begins = F.pad(behind & _begins(each.kind, before, values[:, 1:], strictly=strictly), (1, 0))
+        begins = F.pad(_begin_at(each.kind, values, real, strictly=each.values.ndim > 2), (1, 0))
         # Of two that are called the same, one that says nothing says that a row is one document.
         both = result.begins.any() & begins.any()
         both |= (begins != by_name.setdefault(each.name, begins)).any()
@@ -215,12 +220,22 @@ def starts(given: Sequence[Given], real: Tensor) -> Starts:
             rising = each.values.diff().ge(0).all() & (each.values[0] == 0) & (each.values[-1] == real.numel())
             wrong = wrong | ~rising
         if each.kind is Kind.POSITIONS and not each.around:
-            gaps = gaps | (behind & (values[:, 1:] - before > 1)).any(1)
+            gaps = gaps | (_behind(real) & (values[:, 1:] - _at_token_before(values, real) > 1)).any(1)
             of_positions = of_positions | begins
         disagree = result.disagree | (both & (begins != result.begins).any())
         all_begins = result.begins | begins
         result = Starts(all_begins, disagree, wrong, gaps, no)
     return replace(result, elsewhere=(result.begins & ~of_positions).any())
+
+
+def _begin_at(kind: Kind, values: Tensor, real: Tensor, *, strictly: bool) -> Tensor:
+    """(B, L - 1), bool: whether a position but the first is a token that begins a document behind another one."""
+    return _behind(real) & _begins(kind, _at_token_before(values, real), values[:, 1:], strictly=strictly)
+
+
+def _behind(real: Tensor) -> Tensor:
+    """(B, L - 1), bool: whether a position but the first is a token behind another one."""
+    return real[:, 1:] & (real.cumsum(1)[:, :-1] > 0)
 
 
 def _begins(kind: Kind, before: Tensor, values: Tensor, *, strictly: bool) -> Tensor:

@@ -21,6 +21,7 @@ from packc.inner_backend import compiled_when_called, inner_backend
 from packc.lazy_logits import with_lazy_logits
 from packc.options import SequenceOptions, split_options, take_sequence
 from packc.packed_call import NotPacked, PackedCall, UnpackedCall
+from packc.padding import mask_input
 from packc.passes import (
     Boundary,
     Graph,
@@ -31,6 +32,7 @@ from packc.passes import (
     fakify,
     has_rows,
     index_fakes,
+    is_step,
     knows_documents,
     mixers_of,
     split_head,
@@ -105,6 +107,8 @@ def compile_graph(
 ) -> tuple[Callable[..., Any], GraphReport]:
     """:func:`backend` under the current configuration, and a report of what it did."""
     compiling = _Compiling(gm, example_inputs, mode, options or {}, strict, sequence)
+    if is_step(gm) and sequence is None:
+        return compiling.step()
     try:
         refuse_pieces()
         packed = pack_graph(gm, example_inputs, for_documents=True, ranks=_ranks_of(sequence))
@@ -141,13 +145,15 @@ class _Compiling:
         self.gm, self.inputs, self.strict, self.sequence = gm, inputs, strict, sequence
         self.compile = in_buckets(inner_backend(mode, options))
         self.compile_when_called = functools.partial(compiled_when_called, mode=mode, options=options)
-        self.boundaries = boundary_inputs(gm)
+        self.boundaries, self.mask = boundary_inputs(gm), mask_input(gm)
 
     @property
     def with_documents(self) -> bool:
         """Whether the call that is being compiled comes with boundaries."""
         given = [each.given(self.inputs) for each in self.boundaries]
-        return bool(handed_over()) or any(each.name != POSITIONS for each in given) or say_something(given)
+        if handed_over() or any(each.name != POSITIONS for each in given):
+            return True
+        return say_something(given, None if self.mask is None else self.inputs[self.mask])
 
     def packed(self, packed: Graph) -> tuple[Callable[..., Any], GraphReport]:
         if config.strict and packed.requirements.padded_mixers:
@@ -202,6 +208,16 @@ class _Compiling:
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {wanted}")
         log.info("not packed: %s", reason)
+        return self._left(reason, boundaries, for_documents)
+
+    def step(self) -> tuple[Callable[..., Any], GraphReport]:
+        """A graph of one token a row as it was, under strict as well: nothing is lost."""
+        self.boundaries = []  # such rows are one document
+        return self._left("one token a row: there is nothing to pack")
+
+    def _left(
+        self, reason: str, boundaries: Sequence[Boundary] = (), for_documents: Graph | str | None = None
+    ) -> tuple[Callable[..., Any], GraphReport]:
         told = [knows_documents(node) for node in mixers_of(self.gm)]
         call = UnpackedCall(
             self.compile(without_marks(self.gm), self.inputs),
@@ -210,6 +226,7 @@ class _Compiling:
             else None,
             boundaries=[] if told and all(told) else self.boundaries,
             reason=for_documents if isinstance(for_documents, str) else reason,
+            mask=self.mask,
             has_tokens=has_rows(self.gm),
             has_mixers=not all(told),
         )

@@ -211,6 +211,7 @@ class UnpackedCall(_Call):
     Args:
         for_documents: the graph packed with every position a token, if it could be.
         reason: why it is not packed, or not for documents.
+        mask: which input attention is masked by, if any.
         has_tokens: whether any input could be rows of tokens.
         has_mixers: whether it has ops of packc's to which rows are documents. Without, ``boundaries`` are the model's
             own business, whose attention may have a mask made of them.
@@ -223,17 +224,18 @@ class UnpackedCall(_Call):
         *,
         boundaries: Sequence[BoundaryInput],
         reason: str,
+        mask: int | None,
         has_tokens: bool,
         has_mixers: bool,
     ) -> None:
         super().__init__(boundaries, has_mixers=has_mixers)
         self.compiled, self.for_documents, self.reason = compiled, for_documents, reason
-        self.has_tokens = has_tokens
+        self.mask, self.has_tokens = mask, has_tokens
 
     def __call__(self, *inputs: Any) -> Any:
         around = self.around()
         given = [*around, *(each.given(inputs) for each in self.boundaries)]
-        if given and self.has_tokens and say_something(given):
+        if given and self.has_tokens and say_something(given, None if self.mask is None else inputs[self.mask]):
             if self.for_documents is not None:
                 return self.for_documents(*inputs)
             names = " and ".join(each.name for each in given)

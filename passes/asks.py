@@ -43,6 +43,8 @@ class KeepRight:
     """Right padding stays in the pack."""
 
     reason: str
+    unless_zero: tuple[fx.Node, ...] = ()
+    """Values of which one that is zero at padding lets it go."""
 
 
 @dataclass(frozen=True)

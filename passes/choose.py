@@ -22,6 +22,7 @@ from packc.passes.module_names import module_path
 from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
 from packc.passes.row_wise import ops_of, writes_elsewhere
+from packc.passes.rules.row_ends import end_taken
 
 
 @dataclass
@@ -128,6 +129,10 @@ def _demand_padded(node: fx.Node, tokens: Tokens, forms: Forms) -> None:
         return
     if node.target is torch.ops.aten.sym_size.int and node.args[0] in forms.packed_only:
         # Only its size is asked for, which the packed form knows without the value.
+        return
+    if node.args[:1] and node.args[0] in forms.packed_only and end_taken(node, tokens.layout):
+        # A few positions of every row, which need no padded value of all.
+        forms.packed.add(node.args[0])  # type: ignore[arg-type]
         return
     forms.padded.update(node.all_input_nodes)
 

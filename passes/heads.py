@@ -31,6 +31,7 @@ from packc.passes.module_names import module_path
 from packc.passes.place_wise import dims_of, is_entrywise, works_behind
 from packc.passes.reasons import NotPackable
 from packc.passes.rules import zero_rule_for
+from packc.passes.rules.row_ends import is_kept_end
 from packc.passes.sources import is_parameter
 
 aten = torch.ops.aten
@@ -97,12 +98,13 @@ class Heads:
         if labels is not None and self._is_input(labels) and value_of(places).ndim == 1:
             self._ask(places, self._make(aten.ne.Scalar, (labels, _ignored(node))))
             return
+        if (picked := self._picked(node, read[0], places)) is not None:
+            self._ask(picked)
+            self.picked.add(node)
+            return
         moved = places if self._keeps_places(node, read, places) else self._moved(node, read[0], places)
         if moved is not None:
             self.places[node] = moved
-        elif (picked := self._picked(node, read[0], places)) is not None:
-            self._ask(picked)
-            self.picked.add(node)
         else:
             raise self._refusal(node, read[0])
         rule = zero_rule_for(node.target)
@@ -117,7 +119,12 @@ class Heads:
             and value in self.packed_only
             and value not in self.graph.zero
             and covers_tokens(tokens.layout(value))
+            and not self._is_for_a_cache(node)
         )
+
+    def _is_for_a_cache(self, node: fx.Node) -> bool:
+        """Whether it keeps the end of rows whose padding nobody reads, or that mixers see to."""
+        return is_kept_end(node, self.graph.tokens.layout) and not self._is_one_position(node)
 
     def _refusal(self, node: fx.Node, value: fx.Node) -> NotPackable:
         reason = self.graph.tokens.refusals.get(node, "reads padding")
@@ -185,8 +192,10 @@ class Heads:
         return None
 
     def _picked(self, node: fx.Node, value: fx.Node, places: fx.Node) -> fx.Node | None:
-        """The places that one index a row takes."""
+        """The places that one index a row takes, or a slice of one position: logits of the last, to generate from."""
         rank = value_of(places).ndim
+        if node.target is aten.slice.Tensor and dims_of(node) == [1] and rank == 2 and self._is_one_position(node):
+            return self._make(aten.slice.Tensor, (places, *node.args[1:]))
         if node.target is aten.select.int and dims_of(node)[0] < rank:
             return self._make(aten.select.int, (places, *node.args[1:]))
         if node.target is aten.index.Tensor and node.args[0] is value:
@@ -204,6 +213,10 @@ class Heads:
                     index = self._make(aten.select.int, (index, -1, 0))
                 return self._make(aten.gather.default, (places, rank - 1, index))
         return None
+
+    @staticmethod
+    def _is_one_position(node: fx.Node) -> bool:
+        return same_size(value_of(node).shape[1], 1) and not same_size(value_of(node.args[0]).shape[1], 1)
 
     def _is_input(self, node: Any) -> bool:
         """Whether a value is known before the model runs."""

@@ -100,7 +100,9 @@ def requirements(graph: Graph) -> Graph:
         keep_left=_first(
             (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero_before.isdisjoint(ask.unless_zero)
         ),
-        keep_right=_first(_packed(graph, KeepRight)),
+        keep_right=_first(
+            (node, ask) for node, ask in _packed(graph, KeepRight) if graph.zero.isdisjoint(ask.unless_zero)
+        ),
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),

@@ -12,6 +12,8 @@ from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
 from packc.passes.sources import argument_path, is_argument, is_parameter
 
+_TOKENS = ("input_ids", "inputs_embeds")
+
 
 def boundaries_of(graph: Graph) -> list[Boundary]:
     """Every op without a packed form that reads what the model computes of tokens, along them for all that is known.
@@ -62,6 +64,13 @@ def has_rows(gm: fx.GraphModule) -> bool:
     """Whether an argument of a Dynamo graph may be rows of tokens."""
     values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
     return any(isinstance(value, Tensor) and value.ndim > 1 for value in values)
+
+
+def is_step(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph is a model's on one token a row, as each step of a generation after the first is."""
+    nodes = [node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
+    tokens = [node.meta.get("example_value") for node in nodes if argument_path(node).split(".")[-1] in _TOKENS]
+    return bool(tokens) and all(isinstance(each, Tensor) and each.ndim > 1 and each.shape[1] == 1 for each in tokens)
 
 
 def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:

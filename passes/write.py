@@ -20,6 +20,7 @@ from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
 from packc.passes.row_wise import RowWise
+from packc.passes.rules.row_ends import end_taken
 from packc.passes.work import work_of
 
 aten = torch.ops.aten
@@ -118,7 +119,17 @@ class _Writer:
         if node.target is aten.sym_size.int and node.args[0] in self.forms.packed_only:
             self.in_padded[node] = self._padded_size(*node.args)  # type: ignore[arg-type]
             return
-        self.in_padded[node] = self._copy(node)
+        self.in_padded[node] = self._end(node) or self._copy(node)
+
+    def _end(self, node: fx.Node) -> fx.Node | None:
+        """The end of rows of a value that has no padded form."""
+        size = None if self.packed.is_part else end_taken(node, self.tokens.layout)
+        source: Any = node.args[0] if size else None
+        if size is None or source not in self.in_packed or source in self.in_padded:
+            return None
+        layout = self.tokens.layout(source)
+        assert layout is not None
+        return self.packed.leave_end(self.in_packed[source], layout, size)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if isinstance(node.target, RowWise):

@@ -1,4 +1,4 @@
-"""``packc::pack``, ``unpack``, ``packing_index`` and ``counted_anew``: schemas, implementations, fakes, autograd.
+"""``packc::pack``, ``unpack``, and what finds places in a pack: schemas, implementations, fakes, autograd.
 
 Opaque, so that Inductor neither re-derives a gather's backward as an atomic scatter nor guesses the token count.
 """
@@ -17,6 +17,7 @@ _lib = torch.library.Library("packc", "FRAGMENT")
 _lib.define("pack(Tensor x, Tensor index) -> Tensor")
 _lib.define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor")
 _lib.define("counted_anew(Tensor index, Tensor cu_seqlens, SymInt length) -> Tensor")
+_lib.define("row_ends(Tensor index, SymInt batch, SymInt length, SymInt size) -> (Tensor at, Tensor absent)")
 _lib.define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)")
 
 
@@ -95,13 +96,30 @@ def _counted_anew_fake(index: Tensor, cu_seqlens: Tensor, length: int | SymInt) 
     return torch.empty_like(index)
 
 
+@untraced
+def _row_ends(index: Tensor, batch: int, length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Of the last ``size`` positions of every row, row by row: where they are in the index (T,), and which are not."""
+    ends = torch.arange(1, batch + 1, device=index.device) * length
+    places = (ends[:, None] + torch.arange(-size, 0, device=index.device)).flatten()
+    at = torch.searchsorted(index, places).clamp_(max=index.shape[0] - 1)
+    return at, index[at] != places
+
+
+def _row_ends_fake(
+    index: Tensor, batch: int | SymInt, length: int | SymInt, size: int | SymInt
+) -> tuple[Tensor, Tensor]:
+    return index.new_empty((batch * size,)), index.new_empty((batch * size,), dtype=torch.bool)
+
+
 for _key in ("CPU", "CUDA"):
+    _lib.impl("row_ends", _row_ends, _key)
     _lib.impl("counted_anew", _counted_anew, _key)
     _lib.impl("pack", _pack, _key)
     _lib.impl("unpack", _unpack, _key)
     _lib.impl("packing_index", _packing_index, _key)
 torch.library.register_fake("packc::pack", _pack_fake, lib=_lib)
 torch.library.register_fake("packc::unpack", _unpack_fake, lib=_lib)
+torch.library.register_fake("packc::row_ends", _row_ends_fake, lib=_lib)
 torch.library.register_fake("packc::counted_anew", _counted_anew_fake, lib=_lib)
 torch.library.register_fake("packc::packing_index", _packing_index_fake, lib=_lib)
 

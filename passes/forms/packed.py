@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,6 +47,7 @@ class Packed:
         self._rows: fx.Node | None = None
         self._by_position: fx.Node | None = None
         self._positions: dict[fx.Node, fx.Node] = {}
+        self._ends: dict[int, tuple[fx.Node, fx.Node]] = {}
 
     def size(self, axis: Axis) -> Any:
         return 1 if axis is BATCH else self.tokens
@@ -96,6 +98,24 @@ class Packed:
         else:
             front = self._unpacked(front)
         return self._permuted(front, _inverse(order))
+
+    def leave_end(self, value: fx.Node, layout: Layout, size: int) -> fx.Node:
+        """The last positions of every row of a value, padded: without a padded value of all positions."""
+        at, absent = self._ends_of_rows(size)
+        order = _front(layout)
+        rows = self.write(aten.squeeze.dim, self._permuted(value, order), 0)
+        taken = self.write(aten.index_select.default, rows, 0, at)
+        absent = self.write(aten.view.default, absent, [-1, *[1] * (len(layout) - 2)])
+        masked = self.write(aten.masked_fill.Scalar, taken, absent, 0)
+        ends = self.write(aten.unflatten.int, masked, 0, [self.padded.batch, size])
+        return self._permuted(ends, _inverse(order))
+
+    def _ends_of_rows(self, size: int) -> tuple[fx.Node, fx.Node]:
+        if size not in self._ends:
+            of = self.index, self.padded.batch, self.padded.length, size
+            both = self.write(torch.ops.packc.row_ends.default, *of)
+            self._ends[size] = self.write(operator.getitem, both, 0), self.write(operator.getitem, both, 1)
+        return self._ends[size]
 
     def rows(self) -> fx.Node:
         """The row of every token."""

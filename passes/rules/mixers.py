@@ -12,6 +12,7 @@ from packc.passes.axes import BATCH, OTHER, SEQ, Kind, Layout, Whole, same_size,
 from packc.passes.graph import is_item
 from packc.passes.reading import NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
+from packc.passes.rules.row_ends import kept_end_of
 
 
 def _read(op: Op, mixer: Mixer) -> Reading:
@@ -37,6 +38,10 @@ def _read(op: Op, mixer: Mixer) -> Reading:
         entering = tuple(arguments[name] for name in mixer.enter_state)
         reason = f"{mixer.name} reads left padding: {mixer.enter_state[0]} is not masked"
         reading.asks.append(KeepLeft(reason, unless_zero=entering))
+        for value in entering:
+            kept = kept_end_of(value, op.layout)
+            if kept is not None:
+                reading.asks.append(KeepRight(f"{mixer.name} leaves right padding behind, not masked", (kept,)))
         if all(op.argument(name) is None for name in mixer.unless):
             reading.zero_from = tuple(arguments[name] for name in mixer.gives_zero)
     if gives_state:
