@@ -1,7 +1,9 @@
 """Which implementation of an op runs: decided at run time, so that compiled graphs follow ``packc.config.kernels``."""
 
 import contextlib
+import functools
 import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -50,7 +52,14 @@ def choose(op: str, x: torch.Tensor) -> str:
         return "reference"
     if x.is_cuda:
         return "triton" if present_or_warn() and not interpreted() else "reference"
+    if not x.is_cpu and not x.is_meta:
+        _say_that_there_are_no_kernels(x.device.type)
     return "cpu" if x.is_cpu and cpu_library.load(op) else "reference"
+
+
+@functools.cache
+def _say_that_there_are_no_kernels(device: str) -> None:
+    warnings.warn(f"packc: no kernels for {device}, so the slower reference runs there", stacklevel=3)
 
 
 def _check_triton(op: str, x: torch.Tensor) -> None:

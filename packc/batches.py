@@ -1,8 +1,4 @@
-"""What each batch is asked before it is packed, and the index it is packed by.
-
-Everything the host must know comes from the device in one copy: where the tokens of each row begin and end, whether
-there is a hole between them, and whether labels outside of them count in the loss.
-"""
+"""How each batch is packed: which span of every row, leaving out nothing that could change a result, and the index."""
 
 from __future__ import annotations
 
@@ -15,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packc.boundaries import Given, starts
+from packc.boundaries import Given
+from packc.facts import Facts, Rows, facts_of
 from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
 _VALUES = "mask values other than 0 and 1"
 _BEFORE = "the position before a row's first token is read, where attention sees padding"
-_FACTS = 12
-_NOWHERE = torch.empty(0, 2, dtype=torch.int64)
 _LABEL = "a label that counts in the loss, or what a head reads, on a padding position"
 
 
@@ -56,96 +51,61 @@ class Packing:
     """``cu_seqlens`` on the host, where it was made."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What is to be packed of one sequence, and what is asked of it."""
-
-    mask: Tensor
-    """(B, L), nonzero at tokens."""
-    labels: Sequence[tuple[Tensor, int]] = ()
-    """Pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores; of what a head
-    reads, numbers that are not 0 there, and 0."""
-    inside: Sequence[Tensor] = ()
-    """Further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does."""
-    outside: str | None = None
-    """Why rows in which one of them does not must stay whole."""
-    boundaries: Sequence[Given] = ()
-    """What was handed over of documents within these rows."""
-    moved: Sequence[tuple[Tensor, int]] = ()
-    """Those of the labels that are other tokens', the next ones' as a rule."""
-    one_before: bool = False
-    """A left-padded row begins one position before its first token, whatever its labels."""
-    padding_attends: bool = False
-    """Whether padding that stays in may be read of an attention: all of its row stays in with it."""
-    keep_left: str | None = None
-    """Why padding before a row's tokens must stay in; None if it may go."""
-    keep_right: str | None = None
-    """The same for padding after them."""
-    least: int = 2
-    """How many tokens the compiled graph is made for; where there are fewer, all rows stay whole."""
-
-
 def pack_batch(mask: Tensor, labels: Sequence[tuple[Tensor, int]] = (), **asked: Any) -> Packing:
     """:func:`pack_batches` of one sequence: what is asked by the names in :class:`Rows`."""
     return pack_batches([Rows(mask, labels, **asked)])[0]
 
 
-@torch.no_grad()
 def pack_batches(sequences: Sequence[Rows]) -> list[Packing]:
     """Choose the span of every row that is packed, leaving out nothing that could change a result.
 
     Raises:
         ValueError: boundaries are of another size than the rows, do not rise to B * L, or disagree with one another.
     """
-    facts = [_facts(rows) for rows in sequences]
-    flat = torch.cat([each.to(facts[0].device).flatten() for each in facts]).cpu()  # the one host sync
-    parts = flat.split([each.numel() for each in facts])
-    return [_packing(rows, part.view(each.shape)) for rows, part, each in zip(sequences, parts, facts, strict=True)]
+    return [_packing(rows, facts) for rows, facts in zip(sequences, facts_of(sequences), strict=True)]
 
 
-def _packing(rows: Rows, facts: Tensor) -> Packing:
+def _packing(rows: Rows, facts: Facts) -> Packing:
     batch, length = rows.mask.shape
-    device = rows.mask.device
     if rows.mask.numel() == 0:
-        index, offsets = _index([(0, length)] * batch, _NOWHERE, length, device)
-        return Packing(index, offsets.to(device, torch.int32), 0, 0, batch, batch, offsets=offsets)
-    facts, begins = facts[:, :_FACTS], facts[:, _FACTS:].nonzero()
+        index, cu_seqlens, offsets = _index(rows, [(0, length)] * batch, facts)
+        return Packing(index, cu_seqlens, 0, 0, batch, batch, offsets=offsets)
     spans, reasons = [], Counter[str]()
     whole_rows = left_padded = real = 0
-    for first, end, count, other_values, first_label, end_label, beyond, *_ in facts.tolist():
+    outside, keep_left, keep_right = rows.outside, rows.keep_left, rows.keep_right
+    for first, end, count, other_values, first_label, end_label, beyond in facts.rows:
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
         if why is None and rows.one_before and count:
             start = max(0, first - 1)
-        if beyond and rows.outside is not None:
-            start, stop, why = 0, length, rows.outside
-        whys = [] if why is None else [why]
-        if rows.keep_left is not None and start > 0:
-            start, whys = 0, [*whys, rows.keep_left]
-        if rows.keep_right is not None and stop < length:
-            stop, whys = length, [*whys, rows.keep_right]
+        if beyond and outside is not None:
+            start, stop, why = 0, length, outside
+        whys: tuple[str, ...] = () if why is None else (why,)
+        if keep_left is not None and start > 0:
+            start, whys = 0, (*whys, keep_left)
+        if keep_right is not None and stop < length:
+            stop, whys = length, (*whys, keep_right)
         if rows.padding_attends and (start < first or end < stop):
             # What attention gives at padding hangs on all other padding of the row.
-            start, stop, whys = 0, length, whys or [_BEFORE]
-        whole_rows += bool(whys)
-        reasons.update(whys)
+            start, stop, whys = 0, length, whys or (_BEFORE,)
+        if whys:
+            whole_rows += 1
+            reasons.update(whys)
         left_padded += 0 < start == first
         real += 0 if other_values else count
         spans.append((start, stop))
     if sum(stop - start for start, stop in spans) < rows.least:
         # Not a fallback: there is next to nothing to pack.
         spans, whole_rows, left_padded = [(0, length)] * batch, batch, 0
-    index, offsets = _index(spans, begins, length, device)
-    cu_seqlens = offsets.to(device, torch.int32, non_blocking=True)
+    index, cu_seqlens, offsets = _index(rows, spans, facts)
     tokens = index.shape[0]
-    across, gaps, elsewhere, disagree, not_offsets = facts[:, -5:].any(0).tolist()
-    _check(rows.boundaries, disagree, not_offsets, batch * length)
+    _check(rows.boundaries, facts.disagree, facts.not_offsets, batch * length)
     return Packing(
         *(index, cu_seqlens, tokens, batch * length, batch, whole_rows, reasons, left_padded),
         only_tokens=tokens == real,
-        several=len(begins) > 0,
-        across=across,
-        gaps=gaps,
-        elsewhere=elsewhere,
+        several=len(facts.begins) > 0,
+        across=facts.across,
+        gaps=facts.gaps,
+        elsewhere=facts.elsewhere,
         offsets=offsets,
     )
 
@@ -189,79 +149,24 @@ def _span(
     return first, end, None
 
 
-def _facts(rows: Rows) -> Tensor:
-    """(B, 12): first token, end of tokens, number of tokens, other values?, first live label, end of live labels,
-    another mask's token beyond?, a live label where another document follows?, positions left out?, and the same for
-    all rows: a document begins where no positions do?, boundaries disagree?, offsets do not rise?
-
-    With boundaries (B, 12 + L): behind these, whether a document begins at each position behind another one.
-    """
-    mask, length = rows.mask, rows.mask.shape[1]
-    real = mask != 0
-    if mask.numel() == 0:
-        return torch.empty(0, dtype=torch.int64, device=mask.device)
-    live = _live(rows.labels, real)
-    no = torch.zeros_like(real[:, 0])
-    beyond = no
-    for other in rows.inside:
-        beyond = beyond | ((other.reshape(real.shape) != 0) & ~real).any(1)
-    within = [no] * 5
-    begins = []
-    if rows.boundaries:
-        found = starts(rows.boundaries, real)
-        across = (_live(rows.moved, real)[:, :-1] & found.begins[:, 1:]).any(1)
-        within = [across, found.gaps, *(no | each for each in (found.elsewhere, found.disagree, found.not_offsets))]
-        begins = [found.begins.to(torch.int64)]
-    first, end, count = _extent(real)
-    first_label, end_label, _ = _extent(live)
-    columns = [
-        first,
-        end,
-        count,
-        (real & (mask != 1)).any(1),
-        torch.where(end_label == 0, length, first_label),
-        end_label,
-        beyond,
-        *within,
-    ]
-    assert len(columns) == _FACTS
-    return torch.cat([torch.stack([column.to(torch.int64) for column in columns], 1), *begins], 1)
-
-
-def _live(labels: Sequence[tuple[Tensor, int]], real: Tensor) -> Tensor:
-    """(B, L), bool: where one counts."""
-    live = torch.zeros_like(real)
-    for values, ignore_index in labels:
-        live |= (values != ignore_index).reshape(real.shape)
-    return live
-
-
-def _extent(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First true position, one past the last, and how many, by row; (0, 0, 0) for an empty row."""
-    length = real.shape[1]
-    number = real.to(torch.uint8)
-    count = real.sum(1)
-    empty = count == 0
-    first = number.argmax(1)
-    end = length - number.flip(1).argmax(1)
-    return first.masked_fill(empty, 0), end.masked_fill(empty, 0), count
-
-
-def _index(spans: list[tuple[int, int]], begins: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The index of the spans, and on the host the offsets of their documents: ``begins`` (K, 2), row and position of
-    those that begin within one."""
+def _index(rows: Rows, spans: list[tuple[int, int]], facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
+    """The index of the spans, the offsets of their documents as int32, and the same on the host as int64."""
+    length, device, begins = rows.mask.shape[1], rows.mask.device, facts.begins
+    if facts.in_cpp:
+        starts, stops = zip(*spans, strict=True)
+        made: tuple[Tensor, Tensor, Tensor] = torch.ops.packc_batch.index.default(starts, stops, begins, length)
+        return made
     runs = [(b * length + start, stop - start) for b, (start, stop) in enumerate(spans)]
-    rows = torch.tensor(runs, dtype=torch.int64).view(-1, 2)
-    lengths = rows[:, 1]
-    cu_seqlens = torch.zeros(len(spans) + 1, dtype=torch.int64)
-    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-    tokens = int(cu_seqlens[-1])
-    shifts = rows[:, 0] - cu_seqlens[:-1]
+    first, lengths = torch.tensor(runs, dtype=torch.int64).view(-1, 2).unbind(1)
+    offsets = torch.zeros(len(spans) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    tokens = int(offsets[-1])
+    shifts = first - offsets[:-1]
     if len(begins):
         row, position = begins.unbind(1)
         within = row * length + position - shifts[row]
-        cu_seqlens = torch.cat([cu_seqlens, within]).sort().values
+        offsets = torch.cat([offsets, within]).sort().values
     shift = shifts.to(device, non_blocking=True).repeat_interleave(
         lengths.to(device, non_blocking=True), output_size=tokens
     )
-    return torch.arange(tokens, device=device) + shift, cu_seqlens
+    return torch.arange(tokens, device=device) + shift, offsets.to(device, torch.int32, non_blocking=True), offsets

@@ -50,6 +50,16 @@ class Given(NamedTuple):
     def kind(self) -> Kind:
         return KINDS[self.name]
 
+    @property
+    def strictly(self) -> bool:
+        """Whether a document begins only where they fall: of several axes, as the patches of an image share one."""
+        return self.values.ndim > 2
+
+    @property
+    def of_model(self) -> bool:
+        """Whether they are positions of the model's own, by which it may make attention masks."""
+        return self.kind is Kind.POSITIONS and not self.around
+
 
 _active: contextvars.ContextVar[tuple[Given, ...]] = contextvars.ContextVar("packc_documents", default=())
 
@@ -170,11 +180,11 @@ def say_something(given: Sequence[Given], mask: Tensor | None = None) -> bool:
 def _says_something(given: Given, mask: Tensor | None) -> bool:
     if given.kind is Kind.OFFSETS:
         return given.values.numel() > 2
-    values, falls = _rows(given), given.values.ndim > 2
+    values = _rows(given)
     real = None if mask is None or values.ndim != 2 else tokens_by(mask, values.shape[1])
     if real is not None and len(values) in (1, len(real)):
-        return bool(_begin_at(given.kind, values.expand(real.shape), real, strictly=falls).any())
-    return bool(_begins(given.kind, values[..., :-1], values[..., 1:], strictly=falls).any())
+        return bool(_begin_at(given.kind, values.expand(real.shape), real, strictly=given.strictly).any())
+    return bool(_begins(given.kind, values[..., :-1], values[..., 1:], strictly=given.strictly).any())
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ def starts(given: Sequence[Given], real: Tensor) -> Starts:
         values = _of_tokens(each, real)
         if values is None:
             continue
-        begins = F.pad(_begin_at(each.kind, values, real, strictly=each.values.ndim > 2), (1, 0))
+        begins = F.pad(_begin_at(each.kind, values, real, strictly=each.strictly), (1, 0))
         # Of two that are called the same, one that says nothing says that a row is one document.
         both = result.begins.any() & begins.any()
         both |= (begins != by_name.setdefault(each.name, begins)).any()
@@ -219,7 +229,7 @@ def starts(given: Sequence[Given], real: Tensor) -> Starts:
         if each.kind is Kind.OFFSETS:
             rising = each.values.diff().ge(0).all() & (each.values[0] == 0) & (each.values[-1] == real.numel())
             wrong = wrong | ~rising
-        if each.kind is Kind.POSITIONS and not each.around:
+        if each.of_model:
             gaps = gaps | (_behind(real) & (values[:, 1:] - _at_token_before(values, real) > 1)).any(1)
             of_positions = of_positions | begins
         disagree = result.disagree | (both & (begins != result.begins).any())
@@ -242,7 +252,7 @@ def _begins(kind: Kind, before: Tensor, values: Tensor, *, strictly: bool) -> Te
     """Whether a token begins a document, by its value and that of the token before it."""
     if kind is not Kind.POSITIONS:
         return values != before
-    return values < before if strictly else values <= before  # the patches of one image share a position
+    return values < before if strictly else values <= before
 
 
 def _rows(given: Given) -> Tensor:
@@ -250,24 +260,32 @@ def _rows(given: Given) -> Tensor:
     return given.values[0] if given.values.ndim > 2 else torch.atleast_2d(given.values)
 
 
-def _of_tokens(given: Given, real: Tensor) -> Tensor | None:
-    """``(B, L)``, the value of every token; None if they are none of each token's, as coordinates are not.
+def fitting(given: Given, B: int, L: int) -> Tensor | None:
+    """Its values ``(B, L)`` or ``(1, L)``, of offsets ``(N + 1,)``; None if they are none of each token's, as
+    coordinates are not.
 
     Raises:
         ValueError: they are of another size than the rows.
     """
-    B, L = real.shape
     if given.kind is Kind.OFFSETS:
         if given.values.ndim != 1 or given.values.numel() < 2:
             raise ValueError(f"{given.name} must be (N + 1,), not {tuple(given.values.shape)}")
-        places = torch.arange(B * L, device=real.device, dtype=given.values.dtype)
-        return torch.searchsorted(given.values.to(real.device), places, right=True).view(B, L)
+        return given.values
     rows = _rows(given)
     if rows.ndim == 2 and len(rows) in (1, B) and rows.shape[1] == L:
-        return rows.to(real.device).expand(B, L)
-    if given.kind is Kind.POSITIONS and not given.around:
+        return rows
+    if given.of_model:
         return None
     raise ValueError(f"{given.name} {tuple(given.values.shape)} does not fit rows of tokens ({B}, {L})")
+
+
+def _of_tokens(given: Given, real: Tensor) -> Tensor | None:
+    """``(B, L)``, the value of every token."""
+    values = fitting(given, *real.shape)
+    if values is None or given.kind is not Kind.OFFSETS:
+        return None if values is None else values.to(real.device).expand(real.shape)
+    places = torch.arange(real.numel(), device=real.device, dtype=values.dtype)
+    return torch.searchsorted(values.to(real.device), places, right=True).view(real.shape)
 
 
 def _at_token_before(values: Tensor, real: Tensor) -> Tensor:

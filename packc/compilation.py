@@ -11,6 +11,8 @@ from packc.private_torch import private_torch
 with private_torch():
     from torch._guards import TracingContext
 
+    _backward_under_way = torch._C._current_graph_task_id
+
 __all__ = ["TracingContext", "compilation_under_way", "ends_in_a_graph_break", "in_backward"]
 
 
@@ -26,5 +28,4 @@ def compilation_under_way() -> TracingContext | None:
 
 def in_backward() -> bool:
     """Whether autograd is running a backward, in which a checkpoint calls its function again."""
-    with private_torch():
-        return torch._C._current_graph_task_id() != -1
+    return _backward_under_way() != -1

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from packc import config, totals
-from packc.batches import Packing, Rows, pack_batches, unread_batch
+from packc.batches import Packing, pack_batches, unread_batch
 from packc.boundaries import BoundaryInput, Given, handed_over, of_streams, say_something
 from packc.compilation import in_backward
 from packc.enclosing_calls import boundaries_around
+from packc.facts import Rows
 from packc.fake_tensors import has_values
 from packc.passes import Requirements
 
@@ -115,7 +116,8 @@ class PackedCall(_Call):
         if not has_values(inputs[self.streams[0].mask]):
             self.last = [unread_batch(inputs[stream.mask]) for stream in self.streams]
             return self.graph(*inputs, *_index(self.last))
-        packings = pack_batches(self._rows(inputs))
+        with torch.no_grad():
+            packings = pack_batches(self._rows(inputs))
         compiled = self._compiled(packings)
         for packing in packings:
             for reason in packing.reasons:
@@ -149,8 +151,7 @@ class PackedCall(_Call):
     def _rows_of(self, number: int, inputs: Sequence[Any], given: list[Given]) -> Rows:
         wanted, rows = self.streams[number], inputs[self.streams[number].mask]
         others = [None] * (2 * number)  # what the sequences before it take
-        with torch.no_grad():
-            labels = [(each.graph(*inputs, *others), each.ignore_index) for each in (*wanted.labels, *wanted.live)]
+        labels = [(each.graph.forward(*inputs, *others), each.ignore_index) for each in (*wanted.labels, *wanted.live)]
         return Rows(
             rows if wanted.padding else torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device),
             labels if wanted.padding else [],

@@ -52,8 +52,9 @@ class ShardedCall(PackedCall):
             raise NotPacked("packc cannot shard fake tensors: collectives wait for values")
         packing, refusal = None, None
         try:
-            (rows,) = self._rows(inputs)
-            (packing,) = pack_batches([replace(rows, least=self.least)])
+            with torch.no_grad():
+                (rows,) = self._rows(inputs)
+                (packing,) = pack_batches([replace(rows, least=self.least)])
             self._check(packing)
         except Exception as error:  # of one rank alone, maybe, for which the others must not wait
             refusal = error

@@ -7,24 +7,21 @@ autocast, so what the inner backend traces afterwards differentiates and casts e
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from packc.compilation import TracingContext, compilation_under_way
 from packc.fake_tensors import FakeTensor, FakeTensorMode, detect_fake_mode
+from packc.passes.checkpoints import InlineCheckpoints, tag_activation_checkpoint
 from packc.passes.graph import Graph
 from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch
 
 with private_torch():
-    from torch._higher_order_ops.wrap import tag_activation_checkpoint
     from torch._ops import HigherOrderOperator
 
 # What Inductor and AOTAutograd read from a graph that Dynamo made, besides its ``meta``.
@@ -54,9 +51,11 @@ def normalize(graph: Graph) -> Graph:
             )
         if isinstance(node.target, HigherOrderOperator) and node.target is not tag_activation_checkpoint:
             raise NotPackable(f"{node.target}: the graph inside it is not packed")
+        if node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), Tensor):
+            raise NotPackable("tensors that are no inputs of the graph, as of an optimizer's step, are not followed")
     mode = detect_fake_mode(graph.inputs)
     with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
-        normalized = make_fx(_InlineCheckpoints(gm).run, pre_dispatch=True)(*graph.inputs)
+        normalized = make_fx(InlineCheckpoints(gm).run, pre_dispatch=True)(*graph.inputs)
     for old, new in zip(*(g.graph.find_nodes(op="placeholder") for g in (gm, normalized)), strict=True):
         new.meta = {**old.meta, **new.meta}
         new._rename(old.name)
@@ -64,31 +63,6 @@ def normalize(graph: Graph) -> Graph:
     carry_over_from_dynamo(gm, normalized)
     normalized.recompile()
     return replace(graph, gm=normalized)
-
-
-class _InlineCheckpoints(fx.Interpreter):
-    """Runs the body of a checkpoint in place, its nodes tagged as the partitioner wants them.
-
-    Activation checkpointing is a higher-order op in Dynamo's graph and two tags a node after AOTAutograd has traced it;
-    only the second form is one graph, which passes can follow.
-    """
-
-    def __init__(self, gm: fx.GraphModule, regions: Iterator[int] | None = None) -> None:
-        super().__init__(gm)
-        self.regions = itertools.count(1) if regions is None else regions
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is not tag_activation_checkpoint:
-            return super().call_function(target, args, kwargs)
-        body, *operands = args
-        if "_checkpoint_context_fn" in body.meta:
-            raise NotPackable("a checkpoint that chooses what to save (context_fn) is not followed")
-        region = next(self.regions)
-        tagged = fx.GraphModule(body, copy.deepcopy(body.graph))
-        for node in tagged.graph.nodes:
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = region
-        return _InlineCheckpoints(tagged, self.regions).run(*operands)
 
 
 def carry_over_from_dynamo(source: fx.GraphModule, target: fx.GraphModule) -> None:

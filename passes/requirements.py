@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import fx
 
 from packc.passes.asks import HidesPadding, IgnoredLabels, KeepLeft, KeepRight
@@ -20,6 +21,8 @@ from packc.passes.unpacked import boundaries_of, padded_mixers
 from packc.passes.visible import Band
 
 _MAX_OPS = 64
+_RESHAPES = {torch.ops.aten.reshape.default}
+_FLATTENS = {torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints, torch.ops.aten.contiguous.default}
 
 
 @dataclass(frozen=True)
@@ -149,19 +152,28 @@ def _live(graph: Graph) -> list[fx.Node]:
 
 
 def _graph_of(graph: Graph, labels: fx.Node, what: str) -> fx.GraphModule:
-    needed, queue = set(), [labels]
+    labels, needed = _same_elements(labels), set()
+    queue = [labels]
     while queue:
         node = queue.pop()
         if node in needed:
             continue
         needed.add(node)
-        queue.extend(node.all_input_nodes)
+        queue.extend(map(_same_elements, node.all_input_nodes) if node.target in _RESHAPES else node.all_input_nodes)
         if is_parameter(node) or node in graph.forms.packed_only or len(needed) > _MAX_OPS:
             raise NotPackable(f"{what} ({labels.name}) is computed by the model")
     result = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.gm.graph.nodes:
         if node.op == "placeholder" or node in needed:
-            copies[node] = result.node_copy(node, copies.__getitem__)
+            of = _same_elements if node.target in _RESHAPES else (lambda each: each)
+            copies[node] = result.node_copy(node, lambda each, of=of: copies[of(each)])  # type: ignore[misc]
     result.output(copies[labels])
     return fx.GraphModule(graph.gm, result)
+
+
+def _same_elements(node: fx.Node) -> fx.Node:
+    """What has the elements of a value in the same order: each batch is asked them, and every op counts."""
+    while node.target in _RESHAPES | _FLATTENS:
+        node = node.all_input_nodes[0]
+    return node

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ def _writable(cache: Path) -> Finding:
 def _kernels(cache: Path) -> Iterator[Finding]:
     sources = sorted(cpu_library.SOURCES.glob("*.cpp"))
     before = set(cache.glob("*.so"))
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with cpu_library.builders() as pool:
         building = {pool.submit(cpu_library.build, source): source for source in sources}
         for future in as_completed(building):
             name = building[future].stem

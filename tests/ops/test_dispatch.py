@@ -1,5 +1,7 @@
 """packc.config.kernels: what it forces runs, or raises."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,6 +25,16 @@ def test_other_devices_take_the_reference_unless_a_kernel_is_forced(kernels):
     assert choose(x, "auto") == "reference"
     with pytest.raises(ValueError, match=r"causal_conv1d got a torch\.float32 tensor on meta"):
         choose(x, kernels)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_device_that_has_no_kernels_runs_the_reference_with_one_warning(kind):
+    x = SimpleNamespace(
+        dtype=torch.float32, device=SimpleNamespace(type=kind), is_cpu=False, is_cuda=False, is_meta=False
+    )
+    with pytest.warns(UserWarning, match=f"no kernels for {kind}, so the slower reference") as caught:
+        assert [choose(x, "auto") for _ in range(3)] == ["reference"] * 3
+    assert len(caught) == 1
 
 
 def test_triton_runs_on_cpu_tensors_only_in_its_interpreter(monkeypatch):
