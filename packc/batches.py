@@ -54,6 +54,8 @@ class Packing:
     """Whether documents begin where no ``position_ids`` of the model's arguments start again."""
     offsets: Tensor | None = None
     """``cu_seqlens`` on the host, where it was made."""
+    empty: frozenset[int] = frozenset()
+    """Rows without a token."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Rows:
     """Why padding before a row's tokens must stay in; None if it may go."""
     keep_right: str | None = None
     """The same for padding after them."""
+    keep_empty: str | None = None
+    """Why rows without a token must stay whole."""
     least: int = 2
     """How many tokens the compiled graph is made for; where there are fewer, all rows stay whole."""
 
@@ -118,6 +122,8 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
             start = max(0, first - 1)
         if beyond and rows.outside is not None:
             start, stop, why = 0, length, rows.outside
+        if rows.keep_empty is not None and not count:
+            start, stop, why = 0, length, rows.keep_empty
         whys = [] if why is None else [why]
         if rows.keep_left is not None and start > 0:
             start, whys = 0, [*whys, rows.keep_left]
@@ -147,6 +153,7 @@ def _packing(rows: Rows, facts: Tensor) -> Packing:
         gaps=gaps,
         elsewhere=elsewhere,
         offsets=offsets,
+        empty=frozenset(facts[:, 2].eq(0).nonzero()[:, 0].tolist()),
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from packc.passes.asks import HidesPadding, IgnoredLabels, KeepLeft, KeepRight
+from packc.passes.asks import HidesKeys, HidesPadding, IgnoredLabels, KeepLeft, KeepRight
+from packc.passes.axes import value_of
 from packc.passes.choose import reads_as_is
 from packc.passes.crossings import moved, one_document
 from packc.passes.graph import AnAsk, Graph
@@ -19,6 +20,7 @@ from packc.passes.unpacked import boundaries_of, padded_mixers
 from packc.passes.visible import Band
 
 _MAX_OPS = 64
+_NO_KEYS = "another sequence attends to a row without tokens"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Requirements:
     keep_left: str | None = None
     """Why left padding stays in the pack; None: it is left out."""
     keep_right: str | None = None
+    keep_empty: str | None = None
+    """Why rows without a token stay whole."""
+    refuse_empty: bool = False
+    """Whether there must be none, unless other sequences have no token in that row either."""
     labels: list[Labels] = field(default_factory=list)
     live: list[Labels] = field(default_factory=list)
     """Places that a head reads, as labels that are not 0."""
@@ -98,6 +104,8 @@ def requirements(graph: Graph) -> Graph:
             (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero_before.isdisjoint(ask.unless_zero)
         ),
         keep_right=_first(_packed(graph, KeepRight)),
+        keep_empty=next((_NO_KEYS for _ in _packed(graph, HidesKeys)), None),
+        refuse_empty=any(value_of(ask.mask).is_floating_point() for _, ask in _packed(graph, HidesKeys)),
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
