@@ -49,6 +49,8 @@ class Packing:
     """Whether documents begin where no ``position_ids`` of the model's arguments start again."""
     offsets: Tensor | None = None
     """``cu_seqlens`` on the host, where it was made."""
+    empty: frozenset[int] = frozenset()
+    """Rows without a token."""
 
 
 def pack_batch(mask: Tensor, labels: Sequence[tuple[Tensor, int]] = (), **asked: Any) -> Packing:
@@ -72,13 +74,15 @@ def _packing(rows: Rows, facts: Facts) -> Packing:
         return Packing(index, cu_seqlens, 0, 0, batch, batch, offsets=offsets)
     spans, reasons = [], Counter[str]()
     whole_rows = left_padded = real = 0
-    outside, keep_left, keep_right = rows.outside, rows.keep_left, rows.keep_right
+    outside, keep_empty, keep_left, keep_right = rows.outside, rows.keep_empty, rows.keep_left, rows.keep_right
     for first, end, count, other_values, first_label, end_label, beyond in facts.rows:
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
         if why is None and rows.one_before and count:
             start = max(0, first - 1)
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
+        if keep_empty is not None and not count:
+            start, stop, why = 0, length, keep_empty
         whys: tuple[str, ...] = () if why is None else (why,)
         if keep_left is not None and start > 0:
             start, whys = 0, (*whys, keep_left)
@@ -107,6 +111,7 @@ def _packing(rows: Rows, facts: Facts) -> Packing:
         gaps=facts.gaps,
         elsewhere=facts.elsewhere,
         offsets=offsets,
+        empty=frozenset(row for row, (_, _, count, *_) in enumerate(facts.rows) if not count),
     )
 
 

@@ -50,6 +50,8 @@ class Rows:
     """Why padding before a row's tokens must stay in; None if it may go."""
     keep_right: str | None = None
     """The same for padding after them."""
+    keep_empty: str | None = None
+    """Why rows without a token must stay whole."""
     least: int = 2
     """How many tokens the compiled graph is made for; where there are fewer, all rows stay whole."""
 

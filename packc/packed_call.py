@@ -36,6 +36,7 @@ _ACROSS = (
     "a label counts at the last token of a document, of which the next token is another document's: set the labels of"
     " every document's first token to the loss's ignore_index"
 )
+_NO_KEYS = "a row without tokens, to which another sequence attends by a mask that is added to scores: leave it out"
 _OF_WHICH = (
     "boundaries around several sequences: of which they speak is not known. Name them: "
     'packc.documents(cu_seqlens={"chosen.attention_mask": ..., "rejected.attention_mask": ...})'
@@ -163,6 +164,7 @@ class PackedCall(_Call):
             padding_attends=wanted.attends,
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
+            keep_empty=wanted.keep_empty,
         )
 
     def _compiled(self, packings: Sequence[Packing]) -> Callable[..., Any]:
@@ -186,6 +188,9 @@ class PackedCall(_Call):
                     raise NotPacked(f"packc cannot keep several documents in a row apart: {reason}")
             if packing.across:
                 raise NotPacked(_ACROSS)
+            others = [each.empty for each in packings if each is not packing]
+            if wanted.refuse_empty and packing.empty - frozenset.intersection(*others or [frozenset()]):
+                raise NotPacked(_NO_KEYS)
         return compiled
 
     def _say(self, reason: str, packing: Packing) -> None:

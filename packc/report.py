@@ -50,7 +50,7 @@ class GraphReport:
         return cls(
             [Mixer(op, module, True) for stream in streams for op, module in stream.mixers]
             + [Mixer(each.node, each.module, False) for each in padded],
-            [boundary for stream in streams for boundary in stream.boundaries],
+            _boundaries(streams),
             "; ".join(f"{count} mixers run padded: {reason}" for reason, count in counts.items()) or None,
             call,
         )
@@ -60,6 +60,14 @@ class GraphReport:
         """Of a graph from Dynamo that runs as it was."""
         nodes = mixers_of(gm)
         return cls([Mixer(str(node.target), module_path(node), False) for node in nodes], list(boundaries), reason)
+
+
+def _boundaries(streams: Sequence[Requirements]) -> list[Boundary]:
+    """Those of all sequences; one between two of them, once."""
+    found: list[Boundary] = []
+    for stream in streams:
+        found += [each for each in stream.boundaries if each not in found] if found else stream.boundaries
+    return found
 
 
 class Stream(NamedTuple):

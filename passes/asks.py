@@ -22,6 +22,15 @@ class HidesPadding:
 
 
 @dataclass(frozen=True)
+class HidesKeys:
+    """An attention mask must hide padded keys from another sequence's queries, or the graph is not packed. Rows that
+    have no key but padding stay whole: there, softmax gives every one of them a share. Of a mask that is added to
+    scores there must be none: fused attention gives other gradients to such a row than the same written out."""
+
+    mask: fx.Node
+
+
+@dataclass(frozen=True)
 class IgnoredLabels:
     """Every token left out must carry the label that the loss ignores; asked of each batch."""
 
@@ -54,4 +63,4 @@ class OneDocument:
     reason: str
 
 
-Ask = ZeroAtPadding | HidesPadding | IgnoredLabels | KeepLeft | KeepRight | OneDocument
+Ask = ZeroAtPadding | HidesPadding | HidesKeys | IgnoredLabels | KeepLeft | KeepRight | OneDocument

@@ -11,17 +11,20 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from packc.passes.asks import HidesPadding
+from packc.passes.asks import HidesKeys, HidesPadding
 from packc.passes.axes import value_of
 from packc.passes.graph import Graph
 from packc.passes.mask_graphs import MaskGraph, Sizes, made_from, number, shape_of
-from packc.passes.visible import Pairs, Seen
+from packc.passes.visible import Pairs, Seen, visible
 
 log = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found")
 
 _LARGEST = 2**28
 """Elements of a mask that is tried; a larger one is not said to hide anything."""
@@ -38,16 +41,49 @@ def attention_masks(graph: Graph) -> Graph:
     Where the length is symbolic, masks are tried at other lengths too: beyond every number in what makes them, where a
     window or a table may end. One that cannot be is guarded to be no longer than the longest tried.
     """
-    seen: dict[fx.Node, Seen] = {}
-    for mask in dict.fromkeys(ask.mask for _, ask in graph.asks(HidesPadding)):  # of all layers, usually one
+    seen = _tried(graph, HidesPadding, _seen_through)
+    hides_keys = {mask for mask, hides in _tried(graph, HidesKeys, _hides_keys).items() if hides}
+    return replace(graph, seen=seen, hides_keys=hides_keys)
+
+
+def _tried(
+    graph: Graph, kind: type[HidesPadding] | type[HidesKeys], look: Callable[[Graph, fx.Node], _Found | None]
+) -> dict[fx.Node, _Found]:
+    """What ``look`` finds of each mask that is asked about."""
+    results: dict[fx.Node, _Found] = {}
+    for mask in dict.fromkeys(ask.mask for _, ask in graph.asks(kind)):  # of all layers, usually one
         try:
-            found = _seen_through(graph, mask)
+            found = look(graph, mask)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             log.info("%s could not be tried: %r", mask.name, error)
             continue
         if found is not None:
-            seen[mask] = found
-    return replace(graph, seen=seen)
+            results[mask] = found
+    return results
+
+
+def _hides_keys(graph: Graph, attention_mask: fx.Node) -> bool:
+    """Whether a mask ``(B or 1, heads or 1, queries or 1, L)`` hides padded keys in every row that has tokens."""
+    made = made_from(graph, attention_mask)
+    batch, length = graph.sizes
+    if made is None or made.padding is None:
+        return False
+    lengths = list(_other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
+    return all(_hides_keys_at(made, batch, length, sizes) for sizes in ({}, *lengths))
+
+
+def _hides_keys_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> bool:
+    shape = shape_of(value_of(made.nodes[-1]), sizes)
+    batch, length = (int(number(size, sizes)) for size in (batch, length))
+    if len(shape) != 4 or shape[3] != length or shape[0] not in (1, batch) or _elements(made, sizes) > _LARGEST:
+        return False
+    positions = torch.arange(length).expand(batch, length)
+    for padding in _paddings(batch, length):
+        hidden = ~padding & padding.any(1, keepdim=True)
+        for fill in _FILLS if made.others else _FILLS[:1]:
+            if bool((visible(made.run(padding, positions, fill, sizes)) & hidden[:, None, None]).any()):
+                return False
+    return True
 
 
 def _seen_through(graph: Graph, attention_mask: fx.Node) -> Seen | None:

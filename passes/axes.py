@@ -38,6 +38,7 @@ class Whole(enum.Enum):
 
     SUM = "a sum over tokens"
     PER_DOCUMENT = "one per document"
+    OF_OTHERS = "of another sequence's tokens"
     SAVED = "for the op's backward alone"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from packc.passes.asks import HidesPadding, ZeroAtPadding
+from packc.passes.asks import HidesKeys, HidesPadding, ZeroAtPadding
 from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.heads import follow_heads
@@ -56,7 +56,8 @@ def choose(graph: Graph) -> Graph:
     _find_packed_only(graph, forms)
     _check_boundaries(graph, forms)
     _demand(graph, forms)
-    random_twice = [n for n in forms.packed & forms.padded if is_random(n)]
+    twice = [n for n in forms.packed & forms.padded if not reads_as_is(n, graph.tokens)]
+    random_twice = list(filter(is_random, twice))
     if random_twice:
         raise NotPackable(f"{random_twice[0].name} draws random numbers and is read both padded and packed")
     if forms.packed.isdisjoint(graph.tokens.readings):
@@ -92,6 +93,9 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for node, hides in graph.asks(HidesPadding):
         if graph.padding and hides.mask not in graph.seen:
             raise NotPackable(_describe(node, f"{hides.mask.name} is not seen to hide padding from tokens"))
+    for node, keys in graph.asks(HidesKeys):
+        if graph.padding and keys.mask not in graph.hides_keys:
+            raise NotPackable(_describe(node, f"{keys.mask.name} is not seen to hide padding from another sequence"))
     heads = follow_heads(graph, forms.packed_only)
     forms.live, forms.apart, forms.picked = heads.live, {*heads.places, *heads.masked}, heads.picked
     forms.returned = heads.returned

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from packc.passes.asks import HidesPadding, IgnoredLabels, KeepLeft, KeepRight
+from packc.passes.asks import HidesKeys, HidesPadding, IgnoredLabels, KeepLeft, KeepRight
+from packc.passes.axes import value_of
 from packc.passes.choose import reads_as_is
 from packc.passes.crossings import moved, one_document
 from packc.passes.graph import AnAsk, Graph
@@ -23,6 +24,7 @@ from packc.passes.visible import Band
 _MAX_OPS = 64
 _RESHAPES = {torch.ops.aten.reshape.default}
 _FLATTENS = {torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints, torch.ops.aten.contiguous.default}
+_NO_KEYS = "another sequence attends to a row without tokens"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Requirements:
     keep_left: str | None = None
     """Why left padding stays in the pack; None: it is left out."""
     keep_right: str | None = None
+    keep_empty: str | None = None
+    """Why rows without a token stay whole."""
+    refuse_empty: bool = False
+    """Whether there must be none, unless other sequences have no token in that row either."""
     labels: list[Labels] = field(default_factory=list)
     live: list[Labels] = field(default_factory=list)
     """Places that a head reads, as labels that are not 0."""
@@ -106,6 +112,8 @@ def requirements(graph: Graph) -> Graph:
         keep_right=_first(
             (node, ask) for node, ask in _packed(graph, KeepRight) if graph.zero.isdisjoint(ask.unless_zero)
         ),
+        keep_empty=next((_NO_KEYS for _ in _packed(graph, HidesKeys)), None),
+        refuse_empty=any(value_of(ask.mask).is_floating_point() for _, ask in _packed(graph, HidesKeys)),
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),

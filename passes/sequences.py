@@ -40,6 +40,9 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
         reading = tokens.readings.get(node)
         read = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
         met = [reached[operand] for operand in read if operand in reached]
+        if reading is not None and (across := _across(node, read, reached, sequences)):
+            reached[node] = across
+            continue
         if met and reading is not None:
             hidden = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
             met += [each for mask in hidden for each in inputs_of(mask) if each in reached]
@@ -47,6 +50,17 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
             reached[node] = met[0]
             sequences.meet(node, met, is_mixer=reading is not None and (reading.is_mixer or reading.padded is not None))
     return sequences.containing(graph.mask)
+
+
+def _across(
+    node: fx.Node, read: Iterable[fx.Node], reached: dict[fx.Node, fx.Node], sequences: _Sequences
+) -> fx.Node | None:
+    """Of attention from one sequence to another, an input of the queries': they do not meet, whatever their sizes."""
+    if node.target is not torch.ops.aten.scaled_dot_product_attention.default or not set(node.args[:3]) <= set(read):
+        return None
+    query, key = (reached.get(each) for each in node.args[:2])  # type: ignore[arg-type]
+    apart = query is not None and key is not None and sequences.are_apart(query, key)
+    return query if apart else None
 
 
 class _Sequences:
@@ -74,6 +88,10 @@ class _Sequences:
             self.mixed.add(id(joined))
         if clash is not None:
             self.clashes[id(joined)] = clash
+
+    def are_apart(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether a mixer has looked along each of two sequences, which have not met."""
+        return self.members[a] is not self.members[b] and {id(self.members[a]), id(self.members[b])} <= self.mixed
 
     def containing(self, mask: fx.Node) -> set[fx.Node]:
         found = self.members[mask]

@@ -34,6 +34,11 @@ class Other(enum.Enum):
 Seen = Band | Other
 
 
+def visible(mask: Tensor) -> Tensor:
+    """What an attention mask shows: true, or not far below zero where it is added to scores."""
+    return mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e8)
+
+
 @dataclass
 class Pairs:
     """Pairs of tokens, by how many positions the key is behind the query."""
@@ -54,20 +59,20 @@ class Pairs:
             real: (B, L), bool: at tokens.
             documents: (B, L), a number for each; None: one a row.
         """
-        visible = mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e8)
+        shown = visible(mask)
         queries, keys = real[:, None, :, None], real[:, None, None, :]
-        if bool((visible & (queries & ~keys)).any()):
+        if bool((shown & (queries & ~keys)).any()):
             return False
         tokens = queries & keys
-        seen = visible & tokens
+        seen = shown & tokens
         if mask.dtype != torch.bool:
             self.exact &= not bool((seen & (mask != 0)).any())
         documents = torch.zeros_like(real) if documents is None else documents
         same = (documents[:, :, None] == documents[:, None, :])[:, None]
         self.seen |= _distances(seen & same)
-        self.hidden |= _distances(tokens & ~visible & same)
+        self.hidden |= _distances(tokens & ~shown & same)
         self.seen_across |= _distances(seen & ~same)
-        self.hidden_across |= _distances(tokens & ~visible & ~same)
+        self.hidden_across |= _distances(tokens & ~shown & ~same)
         return True
 
     def band(self) -> Seen:

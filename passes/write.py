@@ -149,9 +149,8 @@ class _Writer:
 
     def _write_reading(self, node: fx.Node, reading: Reading) -> fx.Node:
         if reading.padded is not None:
-            layout = self.tokens.layout(node)
-            assert layout is not None, f"{node} has several results and runs padded"
-            return self.packed.enter(self._copy(node), layout, value_of(node).shape)
+            layout, copied = self.tokens.layout(node), self._copy(node)
+            return copied if layout is None else self.packed.enter(copied, layout, value_of(node).shape)
         if reading.mean is not None and self.packed.is_part:
             total, number = (self.packed.total(self._write_call(each, reading)) for each in reading.mean)
             return self._write(aten.to.dtype, self._write(aten.div.Tensor, total, number), value_of(node).dtype)

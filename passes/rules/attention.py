@@ -8,14 +8,15 @@ from dataclasses import replace
 import torch
 
 from packc.ops.varlen_attention.dropout import SEEDS
-from packc.passes.asks import HidesPadding, KeepLeft
-from packc.passes.axes import BATCH, OTHER, SEQ, same_size, show, value_of
+from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft
+from packc.passes.axes import BATCH, OTHER, SEQ, Whole, same_size, show, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 from packc.passes.visible import Band, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
+_ACROSS = "attends from one sequence to another: runs padded"
 
 
 @register_rule(aten.scaled_dot_product_attention.default)
@@ -23,6 +24,8 @@ def scaled_dot_product_attention(op: Op) -> Reading:
     """q, k, v (B, heads, L, channels), of one sequence; the mask (B or 1, heads or 1, L, L), or causal without one."""
     q, k, v, mask = op.args[:4]
     layouts = [op.layout(each) for each in (q, k, v)]
+    if (reading := _across_sequences(op)) is not None:
+        return reading
     if any(layout != _HEADS_FIRST for layout in layouts):
         raise NotTokenwise(f"attends with {', '.join(map(show, layouts))} where (B, ., L, .) is one sequence's")
     reading = Reading(_HEADS_FIRST, dict.fromkeys((q, k, v), _HEADS_FIRST), padded="is not packed")
@@ -35,9 +38,28 @@ def scaled_dot_product_attention(op: Op) -> Reading:
     return reading
 
 
+def _across_sequences(op: Op) -> Reading | None:
+    """Attention to another sequence, for the sequence of the queries and for that of the keys; None for any other."""
+    q, k, v, mask = op.args[:4]
+    of_queries, of_keys, of_values = (op.layout(each) for each in (q, k, v))
+    if of_queries == _HEADS_FIRST and of_keys is None and of_values is None:
+        # A query's result is made of no other query, and keys are as they are.
+        return Reading(_HEADS_FIRST, {q: _HEADS_FIRST}, padded=_ACROSS)
+    if of_queries is None and of_keys == of_values == _HEADS_FIRST:
+        if mask is None and op.padding:
+            raise NotTokenwise("attends to padding of another sequence: it has no mask")
+        if op.argument("is_causal"):
+            raise NotTokenwise("is causal from one sequence to another")
+        asks: list[Ask] = [] if mask is None else [HidesKeys(mask)]
+        return Reading(Whole.OF_OTHERS, {k: _HEADS_FIRST, v: _HEADS_FIRST}, padded=_ACROSS, asks=asks)
+    return None
+
+
 def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
     q, k, v = op.args[:3]
+    if len(padded.operands) < 3 and any(op.layout(each) is None for each in (q, k, v)):
+        raise NotTokenwise(_ACROSS)
     if not isinstance(seen, Band):
         raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
     dropout_p, seed = op.argument("dropout_p"), None

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10_000, help="how many seeds")
     parser.add_argument("--batches", type=int, default=4, help="batches a model")
     parser.add_argument("--compiled", action="store_true", help="through torch.compile: seconds a model")
+    parser.add_argument("--inner", default="aot_eager", help="what compiles the packed graphs: inductor takes longest")
     parser.add_argument("--keep-going", action="store_true", help="after a fault too")
     parser.add_argument("--found", type=Path, help="a file to which faults are added")
     parser.add_argument("--coverage", action="store_true", help="at the end, the rules that nothing packed needed")
@@ -61,8 +62,10 @@ def _tried(seed: int, options: argparse.Namespace, tally: _Tally) -> str | None:
     """A fault in full, if there is one."""
     program = generate(seed)
     try:
-        run = check_compiled if options.compiled else check
-        tally.add(run(program, batches=options.batches))
+        if options.compiled:
+            tally.add(check_compiled(program, batches=options.batches, inner=options.inner))
+        else:
+            tally.add(check(program, batches=options.batches))
     except Wrong as fault:
         tally.counts["wrong"] += 1
         if options.compiled:

@@ -13,13 +13,16 @@ from fuzz.check import Outcome, compare
 from fuzz.program import Program
 
 
-def check_compiled(program: Program, *, batches: int = 2) -> Outcome:
+def check_compiled(program: Program, *, batches: int = 2, inner: str = "aot_eager") -> Outcome:
     """
+    Args:
+        inner: what compiles the packed graph.
+
     Raises:
         Wrong: packed is not eager.
     """
     torch._dynamo.reset()
-    options: dict[str, Any] = {"packc.inner": "aot_eager"}
+    options: dict[str, Any] = {"packc.inner": inner}
     compiled = torch.compile(program.function(), backend="packc", options=options, dynamic=bool(program.symbolic))
     draw, outcome = random.Random(f"compiled {program.seed}"), Outcome("compiled")
     for number in range(batches):

@@ -43,6 +43,7 @@ MIXERS = {
     mixers.ssd: 1,
     mixers.linear_attention: 1.5,
     mixers.attention: 3,
+    mixers.cross_attention: 1.5,
 }
 ALONG = {
     along.shifted: 2,

@@ -147,3 +147,24 @@ def attention(w: Writer) -> None:
     else:
         text = f"((({q_} @ {k_}.transpose(2, 3)) * 0.5 + {added}).softmax(-1) @ {v_})"
     w.add(f"{text}.transpose(1, 2).reshape(B, L, {size})", (*v.axes[:2], Axis(".", str(size))), q, k, v)
+
+
+def cross_attention(w: Writer) -> None:
+    """From the tokens of one mask to those of another."""
+    q = w.tokens()
+    if q is None or w.size(q, 2) % 2:
+        return
+    own, size = w.masks_of(q), w.size(q, 2)
+    other = w.pick(lambda each: each.axes == q.axes and each.dtype == "float" and not w.masks_of(each) & own)
+    if other is None or len(own) != 1 or len(w.masks_of(other)) != 1:
+        return
+    (mask,) = w.masks_of(other)
+    names = q.name, other.name, f"{other.name}.tanh()"
+    q_, k_, v_ = (f"{name}.reshape(B, L, 2, {size // 2}).transpose(1, 2)" for name in names)
+    keys = w.choose(f"({mask} != 0)[:, None, None]", f"{mask}.bool()[:, None, None, :].expand(B, 1, L, L)")
+    text = w.choose(
+        f"F.scaled_dot_product_attention({q_}, {k_}, {v_}, {keys})",
+        f"(({q_} @ {k_}.mT) + torch.where({keys}, 0.0, -1e9)).softmax(-1) @ {v_}",
+        f"F.scaled_dot_product_attention({q_}, {k_}, {v_})",
+    )
+    w.add(f"({text}).transpose(1, 2).reshape(B, L, {size})", q.axes, q, meet=False)

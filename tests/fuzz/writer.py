@@ -57,6 +57,11 @@ class Writer:
         masks = [self.masked[each] for each in sorted(value.sources) if each in self.masked]
         return self.random.choice(masks or list(self.masked.values()))
 
+    def masks_of(self, value: Value) -> set[str]:
+        """Of all inputs that those which a value is made from have met."""
+        met = set(value.sources).union(*(group for group in self.groups if group & value.sources))
+        return {self.masked[each] for each in met if each in self.masked}
+
     # ---- choice ----
 
     def chance(self, probability: float) -> bool:
@@ -95,16 +100,24 @@ class Writer:
 
     # ---- lines ----
 
-    def add(self, expression: str, axes: Iterable[Axis], *of: Value, keep: bool = True, cut: str = "") -> Value | None:
+    def add(
+        self, expression: str, axes: Iterable[Axis], *of: Value, keep: bool = True, cut: str = "", meet: bool = True
+    ) -> Value | None:
         """A line that makes a value of others; None if it cannot be computed."""
         name = f"v{self.count}"
-        found = self.write(f"{name} = {expression}", {name: axes}, *of, keep=keep, cut=cut)
+        found = self.write(f"{name} = {expression}", {name: axes}, *of, keep=keep, cut=cut, meet=meet)
         return found[0] if found else None
 
     def write(
-        self, line: str, made: dict[str, Iterable[Axis]], *of: Value, keep: bool = True, cut: str = ""
+        self,
+        line: str,
+        made: dict[str, Iterable[Axis]],
+        *of: Value,
+        keep: bool = True,
+        cut: str = "",
+        meet: bool = True,
     ) -> list[Value]:
-        """Lines that make values of these names."""
+        """Lines that make values of these names. Unless they ``meet``, what is not in ``of`` is another sequence's."""
         scope = dict(self.scope)
         try:
             exec(line, scope)
@@ -129,7 +142,8 @@ class Writer:
         self.lines.append(line)
         self.count += 1
         self.axes.update((value.name, value.axes) for value in values)
-        self._meet(line, sources)
+        if meet:
+            self._meet(line, sources)
         if keep:
             self.values += values
         return values
