@@ -155,7 +155,8 @@ def _time_alone(rank: int, size: int, tokens: int) -> dict[str, tuple[float, flo
 
 
 def _time_together(rank: int, size: int, tokens: int) -> dict[str, list[tuple[float, float]]]:
-    """CPU seconds of this rank, and of its main thread, with a document on both ranks, with one on each, and of the plain op on its half."""
+    """CPU seconds of this rank, and of its main thread: with a document on both ranks, with one on each, and of the
+    plain op on its half."""
     _pin(rank)
     streams = [0, tokens], [0, tokens // 2, tokens]
     plans = [packc.distributed.plan(stream, dist.group.WORLD, exchange="all_gather") for stream in streams]

@@ -31,5 +31,20 @@ def test_one_stream_on_two_processes_has_the_losses_of_one():
         assert float(on_ranks) == pytest.approx(float(on_one), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_long_stream_in_chunks_has_one_loss_and_needs_less_memory():
+    small = ["--tokens=4096", "--most=8", "--hidden-size=32", "--layers=1"]
+    ran = subprocess.run([sys.executable, EXAMPLES / "long_stream.py", *small], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    memory = [float(line.split()[-2]) for line in ran.stdout.splitlines()]
+    assert len(memory) == 4
+    assert memory[-1] < memory[0]
+
+
 def test_every_example_is_tested():
-    assert {file.name for file in EXAMPLES.glob("*.py")} == {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == {
+        "train_loop.py",
+        "hf_trainer.py",
+        "lasp_torchrun.py",
+        "long_stream.py",
+    }
