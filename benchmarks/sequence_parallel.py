@@ -2,8 +2,9 @@
 
 - bytes: received per rank and layer, counted by Linux on the sockets of gloo processes, beside the formulas, and beside
   those of Ring Attention, DeepSpeed-Ulysses and Megatron-SP for activations of the same width
-- time: an op with a plan of one rank against the plain op, in interleaved pairs; CPU time of two ranks together against
-  one process, where a document spans both and where none does. A thread each, and a core each if there are two
+- time: an op with a plan of one rank against the plain op, in interleaved pairs; CPU time of two ranks together, where
+  a document spans both and where none does, against one process, and against two that know nothing of each other and
+  have a half each, step by step beside them. A thread each, and a core each if there are two
 - overlap: how much longer a step takes, one document on two ranks, if each of its two collectives takes 100 ms longer
 - memory: bytes of tensors alive at most during a step, of a rank of four as a part of one process's
 - simulate: time and memory of a 1B model of linear attention to 4096K tokens on 128 ranks, by a model of the network.
@@ -19,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter, process_time, thread_time
 from typing import Any
 
 import slow_link
@@ -123,10 +124,12 @@ def measure(tokens: int = 8192) -> None:
     alone = run(1, _time_alone, tokens)[0]
     together = run(2, _time_together, tokens)
     for name, (plain, planned, cpu) in alone.items():
-        across, apart = (sum(of_rank[name][n] for of_rank in together) for n in (0, 1))
+        across, apart, halves = (sum(of_rank[name][n][0] for of_rank in together) for n in range(3))
+        main = [sum(of_rank[name][n][1] for of_rank in together) for n in range(3)]
         print(
-            f"  {name:17} plain {1e3 * plain:6.1f} ms   W = 1 {planned / plain:5.2f}x   "
-            f"CPU time of two ranks: {across / cpu:5.2f}x across, {apart / cpu:5.2f}x apart"
+            f"  {name:17} plain {1e3 * plain:6.1f} ms   W = 1 {planned / plain:5.2f}x   CPU time of two ranks: "
+            f"{across / cpu:5.2f}x across, {apart / cpu:5.2f}x apart; of two halves {halves / cpu:5.2f}x; "
+            f"gloo's threads aside, {main[0] / main[2]:5.2f}x and {main[1] / main[2]:5.2f}x of two halves"
         )
 
 
@@ -151,22 +154,27 @@ def _time_alone(rank: int, size: int, tokens: int) -> dict[str, tuple[float, flo
     return found
 
 
-def _time_together(rank: int, size: int, tokens: int) -> dict[str, tuple[float, float]]:
-    """CPU seconds of this rank, with a document on both ranks and with one on each."""
+def _time_together(rank: int, size: int, tokens: int) -> dict[str, list[tuple[float, float]]]:
+    """CPU seconds of this rank, and of its main thread: with a document on both ranks, with one on each, and of the
+    plain op on its half."""
     _pin(rank)
     streams = [0, tokens], [0, tokens // 2, tokens]
     plans = [packc.distributed.plan(stream, dist.group.WORLD, exchange="all_gather") for stream in streams]
+    ways: list[dict[str, Any]] = [
+        *({"plan": plan} for plan in plans),
+        {"cu_seqlens": torch.tensor([0, tokens // size])},
+    ]
     found = {}
     for name, make in OPS.items():
         function, inputs = make(tokens // size)
-        times: list[list[float]] = [[], []]
+        times: list[list[tuple[float, float]]] = [[] for _ in ways]
         for _ in range(ROUNDS + 2):
-            for plan, of_plan in zip(plans, times, strict=True):
+            for how, of_way in zip(ways, times, strict=True):
                 dist.barrier()
-                used = process_time()
-                step(function, inputs, plan=plan)
-                of_plan.append(process_time() - used)
-        found[name] = median(times[0][2:]), median(times[1][2:])
+                used, of_main = process_time(), thread_time()
+                step(function, inputs, **how)
+                of_way.append((process_time() - used, thread_time() - of_main))
+        found[name] = [tuple(map(median, zip(*each[2:], strict=True))) for each in times]
     return found
 
 

@@ -146,7 +146,6 @@ class Mixer:
     def adjoint_arguments(self) -> dict[str, str]:
         """Of the ``_adjoint`` op."""
         assert self.summary is not None
-        assert self.summary.adjoint_takes is not None
         return {"dout": "Tensor", **self._taken(self.summary.adjoint_takes), "end": "Tensor"}
 
     @cached_property

@@ -11,7 +11,8 @@ backwards, the gradient ``dh_in = transition^T dh_out + dstate``, where ``dstate
 enters, from the segment's own results alone. A sequence cut in segments needs no more than these to be computed piece
 by piece (LASP, https://arxiv.org/abs/2404.02882; Blelloch, "Prefix Sums and Their Applications", CMU-CS-90-190).
 
-From the declaration follow ``packc::<name>_summary`` and ``packc::<name>_adjoint`` (``summary_registration.py``).
+From the declaration follow ``packc::<name>_summary`` and ``packc::<name>_adjoint`` (``summary_registration.py``), and
+from :class:`Late` two ops more (``late_registration.py``).
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class Summary:
 
     takes: tuple[str, ...]
     """Arguments of the mixer, in its order, on which the states depend: all that ``<name>_summary`` reads."""
-    adjoint_takes: tuple[str, ...] | None
+    adjoint_takes: tuple[str, ...]
     """Those on which the gradient of an entering state depends beside ``dout``: all that ``<name>_adjoint`` reads.
-    None: also on the state itself, so that there is no such op."""
+    ``initial_state``, where states do not enter results in a linear way, is the one that enters, ``(1, *state)``."""
     transition: str
     """Shape of a transition, in the letters of the mixer."""
     through: Through
@@ -88,7 +89,7 @@ class Summary:
     """How the op and its ``_bwd`` may run before a state, or its gradient, has come, if what comes is little work."""
     flops: Callable[..., int] = field(kw_only=True)
     """Of the sizes and options, by name; as if all tokens were the segment's."""
-    adjoint_flops: Callable[..., int] | None = None
+    adjoint_flops: Callable[..., int] = field(kw_only=True)
 
     def through_adjoint(self, transition: Tensor, dstate: Tensor, arguments: Arguments) -> Tensor:
         """The gradient of the state that enters, from that of the state that leaves: the transpose of ``through``."""

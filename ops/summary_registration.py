@@ -61,9 +61,6 @@ def register(library: torch.library.Library, mixer: Mixer, summary: Summary) -> 
         results=transition_and_state,
         flops=summary.flops,
     )
-    if summary.adjoint_takes is None:
-        return
-    assert summary.adjoint_flops is not None
     op(
         "adjoint",
         mixer.adjoint_arguments,

@@ -196,8 +196,8 @@ def leaks(group: Any, name: str, exchange: str) -> list[str]:
     return found
 
 
-def traffic_of_graph(group: Any, name: str, exchange: str, tokens: int) -> tuple[int, int, int, int]:
-    """Bytes that this rank receives for an op of so many tokens, and collectives one after another, each way."""
+def graph_of(group: Any, name: str, exchange: str, tokens: int) -> torch.fx.Graph:
+    """Of an op of so many tokens, forward, a product with 2, and backward."""
     mixer, size = MIXERS[name], group.size()
     plan = packc.distributed.plan([0, tokens], group, exchange=exchange)
 
@@ -212,7 +212,22 @@ def traffic_of_graph(group: Any, name: str, exchange: str, tokens: int) -> tuple
         names = list(inputs)
         leaves = [x.requires_grad_() for x in inputs.values()]
         routing = [mode.from_tensor(getattr(plan, each)) for each in ROUTING]
-        graph = make_fx(step)(routing, *leaves).graph
+        return make_fx(step)(routing, *leaves).graph
+
+
+def order_of_graph(group: Any, name: str) -> list[str]:
+    """The local ops and the ends of the exchange, as they come."""
+    declared = MIXERS[name].declaration.name
+    wanted = {f"packc::{declared}{suffix}" for suffix in ("", "_bwd", "_enter", "_leave")}
+    wanted |= {f"_c10d_functional::{each}" for each in ("all_gather_into_tensor", "wait_tensor")}
+    ops = [node.target for node in graph_of(group, name, "all_gather", 64).nodes if node.op == "call_function"]
+    names = [op.name() for op in ops if isinstance(op, torch._ops.OpOverload)]
+    return [each.split("::")[1].removeprefix(declared) for each in names if each in wanted]
+
+
+def traffic_of_graph(group: Any, name: str, exchange: str, tokens: int) -> tuple[int, int, int, int]:
+    """Bytes that this rank receives for an op of so many tokens, and collectives one after another, each way."""
+    graph, size = graph_of(group, name, exchange, tokens), group.size()
     way = 0
     counts = [[0, 0], [0, 0]]
     for node in graph.nodes:

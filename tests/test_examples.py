@@ -47,6 +47,16 @@ def test_a_hybrid_cut_over_two_processes_has_the_losses_of_one():
     assert peaks[0] == "MiB"
 
 
+@pytest.mark.slow
+def test_a_long_stream_in_chunks_has_one_loss_and_needs_less_memory():
+    small = ["--tokens=4096", "--most=8", "--hidden-size=32", "--layers=1"]
+    ran = subprocess.run([sys.executable, EXAMPLES / "long_stream.py", *small], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    memory = [float(line.split()[-2]) for line in ran.stdout.splitlines()]
+    assert len(memory) == 4
+    assert memory[-1] < memory[0]
+
+
 def test_every_example_is_tested():
-    tested = {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py", "sequence_parallel.py"}
+    tested = {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py", "sequence_parallel.py", "long_stream.py"}
     assert {file.name for file in EXAMPLES.glob("*.py")} == tested

@@ -2,7 +2,7 @@
 
 LASP-2H (https://arxiv.org/abs/2502.07563, section 3.5) gathers all keys and values; here a rank gets those of its own
 documents and no others, each from the rank that has them, and returns their gradients the same way. Documents that are
-not cut, all but two at most, meet in the plain op.
+not cut, all but two at most, meet in the plain op while these are on their way.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         sends, receives, left = sizes
         both = torch.cat([k.flatten(2), v.flatten(2)], 2).squeeze(0)
-        came = _exchanged(both.index_select(0, sent), sends, receives, group)
+        coming = _exchange(both.index_select(0, sent), sends, receives, group)
+        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window, *_NO_DROPOUT)
+        came = _collectives.wait_tensor.default(coming)
         reached = torch.cat([came[:left], both, came[left:]]).unsqueeze(0)
         reached_k, reached_v = _parted(reached, k, v)
-        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window, *_NO_DROPOUT)
         of_spans = _packc.attention_spans.default(q, reached_k, reached_v, spans, causal, scale, window)
         ctx.save_for_backward(q, k, v, out, logsumexp, reached_k, reached_v, cu_seqlens, sent, spans, of_cut)
         ctx.options, ctx.sizes, ctx.group = (causal, scale, window), sizes, group
@@ -83,24 +84,24 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, out, logsumexp, *reached, cu_seqlens, sent, spans, of_cut = ctx.saved_tensors
         (sends, receives, left), is_cut = ctx.sizes, of_cut[:, None, None]
-        dq, dk, dv = _packc.varlen_attention_bwd.default(
-            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options, *_NO_DROPOUT
-        )
         dq_cut, dk_reached, dv_reached = _packc.attention_spans_bwd.default(
             torch.where(is_cut, dout, 0), q, *reached, spans, *ctx.options
         )
         found = torch.cat([dk_reached.flatten(2), dv_reached.flatten(2)], 2).squeeze(0)
         tokens = q.shape[1]
-        returned = _exchanged(torch.cat([found[:left], found[left + tokens :]]), receives, sends, ctx.group)
+        returning = _exchange(torch.cat([found[:left], found[left + tokens :]]), receives, sends, ctx.group)
+        dq, dk, dv = _packc.varlen_attention_bwd.default(
+            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options, *_NO_DROPOUT
+        )
+        returned = _collectives.wait_tensor.default(returning)
         mine = found[left : left + tokens].index_add(0, sent, returned)
         dk_cut, dv_cut = _parted(mine.unsqueeze(0), k, v)
         return torch.where(is_cut, dq_cut, dq), dk + dk_cut, dv + dv_cut, *[None] * 9
 
 
-def _exchanged(x: Tensor, sends: list[int], receives: list[int], group: str) -> Tensor:
-    """Rows of ``x`` go to the ranks in their order."""
-    found = _collectives.all_to_all_single.default(x.contiguous(), receives, sends, group)
-    return _collectives.wait_tensor.default(found)
+def _exchange(x: Tensor, sends: list[int], receives: list[int], group: str) -> Tensor:
+    """Rows of ``x`` go to the ranks in their order: begun, and to be waited for."""
+    return _collectives.all_to_all_single.default(x.contiguous(), receives, sends, group)
 
 
 def _parted(both: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

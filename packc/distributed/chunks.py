@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from packc.distributed.plans import offsets
-from packc.distributed.routing import Routing, route
+from packc.distributed.routing import Routing, held, route
 from packc.ops.mixer import Mixer
 
 
@@ -54,18 +54,19 @@ def in_chunks(
             raise ValueError(f"in_chunks: tensors must be (1, {stream[-1]}, ...), not {tuple(x.shape)}")
     cuts = [*range(0, stream[-1], chunk), stream[-1]] if stream[-1] else [0, 0]
 
-    def run(of_chunk: Routing, states: Sequence[Tensor | None], *pieces: Tensor) -> tuple[Any, list[Tensor | None]]:
-        plan = _Chunk(of_chunk, states, torch.tensor(of_chunk.cu_seqlens, dtype=torch.int32, device=tensors[0].device))
+    def run(number: int, states: Sequence[Tensor | None], *pieces: Tensor) -> tuple[Any, list[Tensor | None]]:
+        of_chunk = route(stream, cuts, number), held(stream, cuts, number)
+        plan = _Chunk(*of_chunk, states, tensors[0].device)
         return function(*pieces, plan=plan), plan.leaving
 
     states: Sequence[Tensor | None] = ()
     found = []
     for n, (low, high) in enumerate(pairwise(cuts)):
-        of_chunk, pieces = route(stream, cuts, n), [x[:, low:high] for x in tensors]
+        pieces = [x[:, low:high] for x in tensors]
         if recompute:
-            result, states = checkpoint(run, of_chunk, states, *pieces, use_reentrant=False)
+            result, states = checkpoint(run, n, states, *pieces, use_reentrant=False)
         else:
-            result, states = run(of_chunk, states, *pieces)
+            result, states = run(n, states, *pieces)
         found.append(result)
     if isinstance(found[0], tuple):
         return tuple(map(_joined, zip(*found, strict=True)))
@@ -79,30 +80,39 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 class _Chunk:
     """A plan whose ranks come one after the other; a :class:`packc.ops.sharded.Plan`."""
 
-    def __init__(self, routing: Routing, entering: Sequence[Tensor | None], offsets: Tensor) -> None:
-        self.offsets = offsets
+    def __init__(
+        self, routing: Routing, documents: range, entering: Sequence[Tensor | None], device: torch.device
+    ) -> None:
+        self.offsets = torch.tensor(routing.cu_seqlens, dtype=torch.int32, device=device)
         self.leaving: list[Tensor | None] = []
-        self._routing, self._entering = routing, entering
+        self._routing, self._entering, self._documents = routing, entering, documents
+        # Of the chunk's documents alone: of each there is a state.
+        self._local = self.offsets[documents.start : documents.stop + 1]
 
     def run(
         self, mixer: Mixer, arguments: Sequence[Any], initial_state: Tensor | None, output_final_state: bool
     ) -> Any:
         """The local op, between the states of the document that enters and of the one that leaves."""
-        op, mine = getattr(torch.ops.packc, mixer.name).default, self._routing
+        op, mine, here = getattr(torch.ops.packc, mixer.name).default, self._routing, self._documents
+        if initial_state is not None:
+            initial_state = initial_state[here.start : here.stop]
         if mine.enters is not None:
             entering = self._entering[len(self.leaving)]
             assert entering is not None
             if initial_state is None:
-                initial_state = entering.new_zeros((len(mine.ends), *entering.shape[1:]))
-            row = torch.tensor([mine.enters], device=entering.device)
+                initial_state = entering.new_zeros((len(here), *entering.shape[1:]))
+            row = torch.tensor([mine.enters - here.start], device=entering.device)
             initial_state = initial_state.to(entering.dtype).index_copy(0, row, entering)
         wanted = output_final_state or mine.leaves is not None
-        out, final_state, *_ = op(*arguments, self.offsets, initial_state, wanted)
-        self.leaving.append(None if mine.leaves is None else final_state[mine.leaves : mine.leaves + 1])
+        out, final_state, *_ = op(*arguments, self._local, initial_state, wanted)
+        last = None if mine.leaves is None else mine.leaves - here.start
+        self.leaving.append(None if last is None else final_state[last : last + 1])
         if not output_final_state:
             return out
-        ends = torch.tensor(mine.ends, device=out.device).view(-1, *[1] * (final_state.ndim - 1))
-        return out, torch.where(ends, final_state, 0)
+        ends = torch.tensor(mine.ends[here.start : here.stop], device=out.device)
+        final_state = torch.where(ends.view(-1, *[1] * (final_state.ndim - 1)), final_state, 0)
+        around = [final_state.new_zeros((n, *final_state.shape[1:])) for n in (here.start, len(mine.ends) - here.stop)]
+        return out, torch.cat([around[0], final_state, around[1]])
 
     def attention(self, *_: Any) -> Tensor:
         raise NotImplementedError("in_chunks: varlen_attention has no state but all tokens so far")

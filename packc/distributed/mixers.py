@@ -76,9 +76,9 @@ class _Sharded(torch.autograd.Function):
         late = call.summary.late
         if late is None:
             found = line.send(exchange, transition, state)
-            out, final, *kept = call.forward(call.initial(found.entering))
+            out, final, *kept = call.forward(call.before(found.entering))
         else:
-            local = functools.cache(lambda: call.forward(call.initial(None)))
+            local = functools.cache(lambda: call.forward(call.elsewhere()))
             found = replace(line, meanwhile=local).send(exchange, transition, state)
             out, final, *kept = results = local()
             taken = call.taken(late.enter_takes)
@@ -107,7 +107,7 @@ class _Sharded(torch.autograd.Function):
         if dfinal is not None:
             dfinal = torch.where(call.row(Document.ENDS, dfinal), dfinal, 0)
         entering, late = given["entering"], summary.late
-        before = call.initial(entering)
+        before = call.before(entering)
         local = functools.cache(lambda: call.gradients(dout, dfinal, before))
         if dfinal is None:
             state = {"initial_state": entering}
@@ -171,13 +171,16 @@ class _Call:
         ranks, size, group = (self.given[name] for name in ("ranks", "size", "group"))
         return Line(ranks, size, group, lambda t, state: through(t, state, weights), self.summary.compose, to_right)
 
-    def initial(self, entering: Tensor | None) -> Tensor | None:
-        """Of this rank's documents, as the local op gets them, where ``entering`` enters; or zeros do."""
+    def before(self, entering: Tensor) -> Tensor:
+        """The initial states of this rank's documents, as the local op gets them: of one of them, what enters."""
         initial = self.given["initial_state"]
-        if entering is None:
-            return initial if initial is None else torch.where(self.row(Document.ENTERS, initial), 0, initial)
         others = 0 if initial is None else initial.to(entering.dtype)
         return torch.where(self.row(Document.ENTERS, entering), entering, others)
+
+    def elsewhere(self) -> Tensor | None:
+        """The same without what enters."""
+        initial = self.given["initial_state"]
+        return None if initial is None else torch.where(self.row(Document.ENTERS, initial), 0, initial)
 
     def forward(self, initial: Tensor | None) -> Sequence[Tensor]:
         """Of the local op."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from mixers import MIXERS
-from sharded_work import traffic_of_graph, traffic_on_wire
+from sharded_work import order_of_graph, traffic_of_graph, traffic_on_wire
 
 from packc.distributed.cost import Network, quickest, traffic
 from packc.ops.mixer import MIXERS as DECLARED
@@ -37,6 +37,13 @@ def test_bytes_in_the_graph(ranks, name, exchange):
         # A shift is two collectives, of pairs that have no rank in common, at once.
         assert collectives == again
         assert expected.starts <= collectives <= 2 * expected.starts
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "ssd", "causal_conv1d"])
+def test_ops_that_take_late_states_run_while_they_travel(ranks, name):
+    for order in ranks.run(order_of_graph, 2, name):
+        gather, wait = "all_gather_into_tensor", "wait_tensor"
+        assert order == [gather, "", wait, "_enter", gather, "_bwd", wait, "_leave"]
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
