@@ -175,8 +175,8 @@ class _Compiling:
             if packed.local_outputs and ends_in_a_graph_break(self.gm):
                 raise NotPacked("packc.sequence_outputs: what follows a graph break wants outputs of all tokens")
             compiled = compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)])
-            cut = {"local": packed.local_outputs, "work": packed.work if self.sequence.cuts == "work" else None}
-            return ShardedCall(compiled, graph, packed.streams, group=self.sequence.group, **cut, **how)
+            how |= {"group": self.sequence.group, "local": packed.local_outputs, "work": packed.work}
+            return ShardedCall(compiled, graph, packed.streams, **how)
         padded = packed.with_padding
         inputs = [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]
         return PackedCall(
@@ -254,4 +254,5 @@ def _ranks_of(sequence: SequenceOptions | None) -> Ranks | None:
     from packc.distributed.plans import device_of
 
     group = sequence.group
-    return Ranks(join(group, device_of(group)), group.size(), sequence.outputs == "local")
+    name = join(group, device_of(group))
+    return Ranks(name, group.size(), local_outputs=sequence.outputs == "local", by_work=sequence.cuts == "work")

@@ -207,9 +207,9 @@ def _explaining(configuration: str, sequence: SequenceOptions) -> Callable[..., 
     from packc.compiler import compile_graph, over_several_ranks
 
     def explaining(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        how = {} if sequence.group is None else {"sequence": over_several_ranks(sequence)}
+        over = None if sequence.group is None else over_several_ranks(sequence)
         with noting() as schedules:
-            call, graph = compile_graph(gm, example_inputs, strict=False, **how)
+            call, graph = compile_graph(gm, example_inputs, strict=False, sequence=over)
         graph.schedules = schedules
 
         def reporting(*inputs: Any) -> Any:

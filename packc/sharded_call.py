@@ -157,14 +157,17 @@ def routing_fakes(packed: Graph) -> list[Tensor]:
     torch._check(longest >= mine)
     wide = {"dtype": torch.int64, "device": mask.device}
 
-    def of_reach(name: str) -> Tensor:
-        if name == "sent":
-            return torch.empty(size(0), **wide)
-        if name == "spans":
-            return torch.empty(2, 5, **wide)
-        if name == "of_cut":
-            return torch.empty(mine, dtype=torch.bool, device=mask.device)
-        return torch.empty(size(2), 0, device=mask.device)
+    def of_reach() -> list[Tensor]:
+        numbers = [torch.empty(size(2), 0, device=mask.device) for _ in range(2 * ranks.size + 1)]
+        reach = ReachInputs(
+            sent=torch.empty(size(0), **wide),
+            left=numbers[0],
+            spans=torch.empty(2, 5, **wide),
+            of_cut=torch.empty(mine, dtype=torch.bool, device=mask.device),
+            sends=numbers[1 : ranks.size + 1],
+            receives=numbers[ranks.size + 1 :],
+        )
+        return reach.flat()
 
     with mode:
         told = ShardedInputs(
@@ -178,5 +181,4 @@ def routing_fakes(packed: Graph) -> list[Tensor]:
             shards=torch.empty(tokens, **wide),
             longest=torch.empty(longest, 0, device=mask.device),
         )
-        reaches = [ReachInputs.made_by(of_reach, ranks.size) for _ in packed.requirements.attention]
-        return [*told, *(each for reach in reaches for each in reach.flat())]
+        return [*told, *(each for _ in packed.requirements.attention for each in of_reach())]

@@ -58,6 +58,8 @@ class Ranks(NamedTuple):
     size: int
     local_outputs: bool = False
     """Whether outputs are of this rank's tokens alone; otherwise they are whole on every rank."""
+    by_work: bool = False
+    """Whether ranks are to have equally much to do; otherwise they have equally many tokens."""
 
 
 @dataclass
@@ -98,7 +100,7 @@ class Graph:
     local_outputs: list[int] = field(default_factory=list)
     """Which outputs are ``(1, T_r, ...)``, of this rank's tokens."""
     work: Work | None = None
-    """With ranks: what there is to do for a token."""
+    """What there is to do for a token, if ranks' parts are made by it."""
     no_mask: str | None = None
     """Without padding: why nothing is taken for its mask."""
 

@@ -26,7 +26,7 @@ class Pairs(NamedTuple):
 
 
 class Work(NamedTuple):
-    """FLOPs of a forward. What moves bytes alone is left out."""
+    """FLOPs of a forward. What moves bytes alone is left out, and so are experts."""
 
     token: int
     """For each token, whatever its document."""

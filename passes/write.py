@@ -37,7 +37,8 @@ def write(graph: Graph) -> Graph:
     """
     if graph.ranks is not None:
         of_sharded.refuse_what_looks_across_ranks(graph)
-        graph = replace(graph, work=work_of(graph))
+        if graph.ranks.by_work:
+            graph = replace(graph, work=work_of(graph))
     writer = _Writer(graph)
     return replace(graph, gm=writer.run(), local_outputs=writer.local_outputs)
 
@@ -69,12 +70,10 @@ class _Writer:
         if graph.ranks is None:
             return Packed(self._write, of_packed.Inputs(*map(given, Packed.INPUTS)), *of)
         inputs = of_sharded.Inputs(*map(given, Sharded.INPUTS))
-        reaches = {
-            causal: of_sharded.ReachInputs.made_by(
-                lambda name, kind="before" if causal else "around": given(f"{name}_{kind}"), graph.ranks.size
-            )
-            for causal in graph.requirements.attention
-        }
+        reaches = {}
+        for causal in graph.requirements.attention:
+            names = of_sharded.ReachInputs.names("before" if causal else "around", graph.ranks.size)
+            reaches[causal] = of_sharded.ReachInputs.of(list(map(given, names)))
         return Sharded(self._write, inputs, reaches, *of, graph.ranks)
 
     def run(self) -> fx.GraphModule:
@@ -161,7 +160,7 @@ class _Writer:
     def _write_call(self, call: Call, reading: Reading) -> fx.Node:
         if call.target is operator.getitem and isinstance(call.args[0], Call) and call.args[0].is_mixer:
             mixer = self.packed.mixer(call.args[0])
-            if len(mixer.target._schema.returns) == 1:  # type: ignore[union-attr]
+            if len(mixer.target._schema.returns) == 1:  # type: ignore[attr-defined]
                 return self._write_told(mixer, reading)  # its form has no other result
         return self._write_told(self.packed.mixer(call) if call.is_mixer else call, reading)
 

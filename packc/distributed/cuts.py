@@ -19,7 +19,7 @@ def equal_work(offsets: Sequence[int], size: int, work: Work, least: int) -> tup
     tokens, total = len(ends), int(ends[-1])
     cuts = [0]
     for rank in range(1, size):
-        wanted = int(torch.searchsorted(ends, total * rank // size))
+        wanted = int(torch.searchsorted(ends, total * rank // size, right=True))
         cuts.append(min(max(wanted, cuts[-1] + least), tokens - least * (size - rank)))
     return (*cuts, tokens)
 

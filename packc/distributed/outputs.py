@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from packc.distributed.plans import Plan
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Cut:
     """How the batch was cut that an output is of."""
 
     plan: Plan

@@ -7,7 +7,6 @@ gradient of the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,10 +54,15 @@ class ReachInputs(NamedTuple):
     receives: list[Any]
 
     @classmethod
-    def made_by(cls, make: Callable[[str], Any], ranks: int) -> ReachInputs:
-        """Of what ``make`` gives by name, in the order in which the graph takes them."""
-        singles = [make(name) for name in cls._fields[:-2]]
-        return cls(*singles, *([make(f"{name}_{rank}") for rank in range(ranks)] for name in cls._fields[-2:]))
+    def names(cls, kind: str, ranks: int) -> list[str]:
+        """In the order in which the graph takes them."""
+        several = [f"{name}_{rank}" for name in cls._fields[-2:] for rank in range(ranks)]
+        return [f"{name}_{kind}" for name in (*cls._fields[:-2], *several)]
+
+    @classmethod
+    def of(cls, flat: list[Any]) -> ReachInputs:
+        singles, several = flat[: len(cls._fields) - 2], flat[len(cls._fields) - 2 :]
+        return cls(*[*singles, several[: len(several) // 2], several[len(several) // 2 :]])
 
     def flat(self) -> list[Any]:
         return [*self[:-2], *self.sends, *self.receives]
