@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from packc.fake_tensors import has_values
 from packc.ops.untraced import untraced
@@ -23,12 +22,13 @@ from packc.private_torch import private_torch
 
 with private_torch():
     from torch._C import _disabled_torch_function_impl
+    from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
 _CHANGED = (
-    "packc computes logits when they are first read, and {what} changed after the forward pass: read them before the"
-    " optimizer's step (logits.detach().clone() keeps them), or set packc.lazy_logits to False"
+    "packc computes logits when they are first read, and the weights of the head changed after the forward pass: read"
+    " logits before the optimizer's step (logits.detach().clone() keeps them), or set packc.lazy_logits to False"
 )
 _SAMPLES = 128
 
@@ -111,14 +111,16 @@ class LazyLogits(Tensor):
                 return LazyLogits(x.values_of.copy(dtype), x.shape, dtype, x.device)
         read: dict[int, LazyLogits] = {}
 
-        def values(logits: LazyLogits) -> Tensor:
-            found = logits.values_of()
-            read[id(found)] = logits
+        def values(x: Any) -> Any:
+            if not isinstance(x, LazyLogits):
+                return x
+            found = x.values_of()
+            read[id(found)] = x
             return found
 
-        args, kwargs = tree_map_only(LazyLogits, values, (args, kwargs or {}))
+        args, kwargs = tree_map(values, (args, kwargs or {}))
         # What was written to in place is returned as the tensor that it was.
-        return tree_map_only(Tensor, lambda result: read.get(id(result), result), op(*args, **kwargs))
+        return tree_map(lambda result: read.get(id(result), result), op(*args, **kwargs))
 
     # torch.compile takes it apart into this, and puts it together again.
     @property
@@ -193,7 +195,7 @@ class _Autocast(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A tensor as it was in the forward pass.
+    """A weight as it was in the forward pass.
 
     Whoever writes to ``x.data``, as some optimizers and FSDP do, leaves the version alone. So a few entries are kept.
     """
@@ -228,17 +230,13 @@ class PackedLogits(torch.autograd.Function):
         ctx.tail, ctx.shape, ctx.autocast = tail, shape, _Autocast.of(hidden.device.type)
         ctx.save_for_backward(hidden, index, weight, bias)
         ctx.set_materialize_grads(False)
-        named = {"a hidden state": hidden, "the head's weight": weight, "the head's bias": bias}
-        seen = {name: _Seen.of(x) for name, x in named.items() if x is not None}
-        autocast = ctx.autocast
+        states, head, autocast = hidden.detach(), [_Seen.of(x) for x in (weight, bias) if x is not None], ctx.autocast
 
         def make() -> Tensor:
-            for name, each in seen.items():
-                if not each.is_as_it_was():
-                    raise RuntimeError(_CHANGED.format(what=name))
-            given = [seen[name].tensor if name in seen else None for name in named]
+            if not all(each.is_as_it_was() for each in head):
+                raise RuntimeError(_CHANGED)
             with torch.no_grad(), autocast.again():
-                return tail.logits(shape, given[0], index, *given[1:])
+                return tail.logits(shape, states, index, *(each.tensor for each in head))
 
         return LazyLogits(Values(make), shape, tail.dtype, hidden.device)
 

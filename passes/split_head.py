@@ -55,7 +55,9 @@ class Tail:
         """B and L of a batch."""
         return tuple(size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self.sizes)
 
-    def logits(self, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def logits(
+        self, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """The padded logits, ``(B, L, V)``."""
         result = aten.linear.default(hidden, weight, bias)
         for op, args, kwargs in self.steps:

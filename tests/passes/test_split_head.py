@@ -88,7 +88,12 @@ def is_split(model, **options):
     return any(node.target is OP for node in packed.graph.nodes)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+QUICK = ("labels padded", "smoothed", "capped and scaled")
+
+
+@pytest.mark.parametrize(
+    "loss", [loss if loss in QUICK else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES]
+)
 def test_a_loss_without_its_logits_equals_eager(loss):
     model, inputs = Model(LOSSES[loss]), batch()
     assert is_split(model)
