@@ -95,13 +95,13 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, values_of: Values, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> LazyLogits:
-        logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         logits.values_of = values_of
         return logits
 
     @classmethod
     @untraced
-    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         x = args[0] if args else None
         if isinstance(x, LazyLogits):
             if op in (aten.detach.default, aten.alias.default):
@@ -141,11 +141,11 @@ class LazyLogits(Tensor):
     def __repr__(self, **how: Any) -> str:  # type: ignore[override]
         if type(self.filled) is not Tensor:  # in a trace, of which torch prints everything
             return f"LazyLogits({self.filled!r})"
-        return super().__repr__(**how)  # type: ignore[no-untyped-call]
+        return super().__repr__(**how)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if not self.is_leaf:
-            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]  # which says why it cannot
+            return super().__deepcopy__(memo)  # which says why it cannot
         return memo.setdefault(id(self), self.clone())
 
 

@@ -98,7 +98,7 @@ def split_head(gm: fx.GraphModule, *, lazily: bool) -> list[Tail]:
         if tail is not None:
             tails.append(tail)
             output = gm.graph.output_node()
-            output.replace_input_with(outputs[tail.output], head.linear.args[0])
+            output.replace_input_with(outputs[tail.output], head.linear.args[0])  # type: ignore[arg-type]
         for node in reversed([node for node in gm.graph.nodes if node in made]):
             gm.graph.erase_node(node)
     gm.recompile()
@@ -212,9 +212,9 @@ def _tail(graph: fx.Graph, output: int, linear: fx.Node) -> Tail | None:
     weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     return Tail(
         output=output,
-        weight=inputs.index(weight),  # type: ignore[arg-type]
-        bias=None if bias is None else inputs.index(bias),  # type: ignore[arg-type]
-        index=inputs.index(index),  # type: ignore[arg-type]
+        weight=inputs.index(weight),
+        bias=None if bias is None else inputs.index(bias),
+        index=inputs.index(index),
         sizes=where,  # type: ignore[arg-type]
         steps=tuple(reversed(steps)),
         dtype=_dtype(value_of(weight), steps),
