@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packc.fake_tensors import has_values
 from packc.ops.untraced import untraced
-from packc.passes import Tail
+from packc.passes import Autocast, Tail
 from packc.private_torch import private_torch
 
 with private_torch():
@@ -179,21 +179,6 @@ for _name in ("numpy", "__array__", "tolist", "data_ptr", "__reduce_ex__", "__dl
 # ---- how they are computed -------------------------------------------------------------------------------------------
 
 
-class _Autocast(NamedTuple):
-    """As it was in the forward pass."""
-
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def of(cls, device: str) -> _Autocast:
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def again(self) -> torch.autocast:
-        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
-
-
 class _Seen(NamedTuple):
     """A weight as it was in the forward pass.
 
@@ -220,6 +205,10 @@ def _some(x: Tensor) -> Tensor:
     return x.flatten()[:: max(1, x.numel() // _SAMPLES)]
 
 
+def _in(autocast: Autocast) -> torch.autocast:
+    return torch.autocast(*autocast, cache_enabled=False)
+
+
 class PackedLogits(torch.autograd.Function):
     """``(B, L, V)`` logits of packed hidden states, not computed yet."""
 
@@ -227,7 +216,7 @@ class PackedLogits(torch.autograd.Function):
     def forward(
         ctx: Any, tail: Tail, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.tail, ctx.shape, ctx.autocast = tail, shape, _Autocast.of(hidden.device.type)
+        ctx.tail, ctx.shape, ctx.autocast = tail, shape, tail.autocast or Autocast.around(hidden.device.type)
         ctx.save_for_backward(hidden, index, weight, bias)
         ctx.set_materialize_grads(False)
         states, head, autocast = hidden.detach(), [_Seen.of(x) for x in (weight, bias) if x is not None], ctx.autocast
@@ -235,7 +224,7 @@ class PackedLogits(torch.autograd.Function):
         def make() -> Tensor:
             if not all(each.is_as_it_was() for each in head):
                 raise RuntimeError(_CHANGED)
-            with torch.no_grad(), autocast.again():
+            with torch.no_grad(), _in(autocast):
                 return tail.logits(shape, states, index, *(each.tensor for each in head))
 
         return LazyLogits(Values(make), shape, tail.dtype, hidden.device)
@@ -251,7 +240,7 @@ class PackedLogits(torch.autograd.Function):
             for x, is_wanted in zip(ctx.saved_tensors, wanted, strict=True)
         ]
         of = [x for x, is_wanted in zip(given, wanted, strict=True) if is_wanted]
-        with torch.enable_grad(), ctx.autocast.again():
+        with torch.enable_grad(), _in(ctx.autocast):
             logits = ctx.tail.logits(ctx.shape, *given)
         found = iter(torch.autograd.grad(logits, of, grad, create_graph=again))
         return (None, None, *(next(found) if is_wanted else None for is_wanted in wanted))
