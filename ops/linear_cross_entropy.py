@@ -192,7 +192,7 @@ def _backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     def losses(*given: Tensor) -> Tensor:
-        return _reference(*given[:2], given[2] if bias is not None else None, *others)[0]
+        return _reference(given[0], given[1], given[2] if bias is not None else None, *others)[0]
 
     inputs = (x, weight) if bias is None else (x, weight, bias)
     found = torch.func.vjp(losses, *inputs)[1](grad)
@@ -239,10 +239,10 @@ def _autocast(device: str) -> Any:
     def cast(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            x, weight, bias = (
+            given = [
                 each if each is None or each.dtype is torch.float64 else each.to(dtype) for each in (x, weight, bias)
-            )
-            return torch.ops.packc.linear_cross_entropy.default(x, weight, bias, *others)
+            ]
+            return torch.ops.packc.linear_cross_entropy.default(*given, *others)
 
     return cast
 

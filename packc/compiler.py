@@ -15,7 +15,7 @@ from torch import fx
 from packc import config, totals
 from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_something
 from packc.compilation import ends_in_a_graph_break
-from packc.ddp import in_buckets, refuse_pieces
+from packc.ddp import in_buckets, keeps_weights, refuse_pieces
 from packc.distributed.context import of_block, only_in_this_block
 from packc.inner_backend import compiled_when_called, inner_backend
 from packc.lazy_logits import with_lazy_logits
@@ -192,9 +192,9 @@ class _Compiling:
     def _without_logits(
         self, gm: fx.GraphModule, compile_it: Callable[[fx.GraphModule], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        # Without gradients, who calls wants logits; behind a graph break, what reads them may be compiled.
-        lazily = config.lazy_logits and torch.is_grad_enabled() and not ends_in_a_graph_break(self.gm)
-        tails = split_head(gm, lazily=lazily)
+        # Who takes no gradients wants logits; behind a graph break, what reads them may be in another graph.
+        wanted = not torch.is_grad_enabled() or ends_in_a_graph_break(self.gm)
+        tails = split_head(gm, lazily=config.lazy_logits and not wanted and keeps_weights())
         return with_lazy_logits(compile_it(gm), tails)
 
     def unpacked(

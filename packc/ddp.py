@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,12 +108,21 @@ def refuse_pieces() -> None:
     """
     if torch._dynamo.config.optimize_ddp not in (True, "ddp_optimizer"):
         return
-    active = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # how Dynamo finds out
-    if active is None or active() is None or (moved := _moved()) is None:
+    if not _is_in_forward() or (moved := _moved()) is None:
         return
     reason = f"{moved}; set torch._dynamo.config.optimize_ddp = False to pack under DistributedDataParallel"
     _warn_once(f"packc leaves a DistributedDataParallel model unpacked: {reason}")
     raise NotPackable(reason)
+
+
+def _is_in_forward() -> bool:
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", None)  # how Dynamo finds out
+    return active is not None and active() is not None
+
+
+def keeps_weights() -> bool:
+    """Whether weights are there after the forward. FSDP and its like free them, and nothing on a weight says so."""
+    return not (dist.is_available() and dist.is_initialized()) or _is_in_forward()
 
 
 @functools.cache

@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from packc.fake_tensors import has_values
 from packc.ops.untraced import untraced
-from packc.passes import Tail
+from packc.passes import Autocast, Tail
 from packc.private_torch import private_torch
 
 with private_torch():
     from torch._C import _disabled_torch_function_impl
+    from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
 _CHANGED = (
-    "packc computes logits when they are first read, and {what} changed after the forward pass: read them before the"
-    " optimizer's step (logits.detach().clone() keeps them), or set packc.lazy_logits to False"
+    "packc computes logits when they are first read, and the weights of the head changed after the forward pass: read"
+    " logits before the optimizer's step (logits.detach().clone() keeps them), or set packc.lazy_logits to False"
 )
 _SAMPLES = 128
 
@@ -95,13 +95,13 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, values_of: Values, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> LazyLogits:
-        logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         logits.values_of = values_of
         return logits
 
     @classmethod
     @untraced
-    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         x = args[0] if args else None
         if isinstance(x, LazyLogits):
             if op in (aten.detach.default, aten.alias.default):
@@ -111,14 +111,16 @@ class LazyLogits(Tensor):
                 return LazyLogits(x.values_of.copy(dtype), x.shape, dtype, x.device)
         read: dict[int, LazyLogits] = {}
 
-        def values(logits: LazyLogits) -> Tensor:
-            found = logits.values_of()
-            read[id(found)] = logits
+        def values(x: Any) -> Any:
+            if not isinstance(x, LazyLogits):
+                return x
+            found = x.values_of()
+            read[id(found)] = x
             return found
 
-        args, kwargs = tree_map_only(LazyLogits, values, (args, kwargs or {}))
+        args, kwargs = tree_map(values, (args, kwargs or {}))
         # What was written to in place is returned as the tensor that it was.
-        return tree_map_only(Tensor, lambda result: read.get(id(result), result), op(*args, **kwargs))
+        return tree_map(lambda result: read.get(id(result), result), op(*args, **kwargs))
 
     # torch.compile takes it apart into this, and puts it together again.
     @property
@@ -139,11 +141,11 @@ class LazyLogits(Tensor):
     def __repr__(self, **how: Any) -> str:  # type: ignore[override]
         if type(self.filled) is not Tensor:  # in a trace, of which torch prints everything
             return f"LazyLogits({self.filled!r})"
-        return super().__repr__(**how)  # type: ignore[no-untyped-call]
+        return super().__repr__(**how)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if not self.is_leaf:
-            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]  # which says why it cannot
+            return super().__deepcopy__(memo)  # which says why it cannot
         return memo.setdefault(id(self), self.clone())
 
 
@@ -177,23 +179,8 @@ for _name in ("numpy", "__array__", "tolist", "data_ptr", "__reduce_ex__", "__dl
 # ---- how they are computed -------------------------------------------------------------------------------------------
 
 
-class _Autocast(NamedTuple):
-    """As it was in the forward pass."""
-
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def of(cls, device: str) -> _Autocast:
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def again(self) -> torch.autocast:
-        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
-
-
 class _Seen(NamedTuple):
-    """A tensor as it was in the forward pass.
+    """A weight as it was in the forward pass.
 
     Whoever writes to ``x.data``, as some optimizers and FSDP do, leaves the version alone. So a few entries are kept.
     """
@@ -218,6 +205,10 @@ def _some(x: Tensor) -> Tensor:
     return x.flatten()[:: max(1, x.numel() // _SAMPLES)]
 
 
+def _in(autocast: Autocast) -> torch.autocast:
+    return torch.autocast(*autocast, cache_enabled=False)
+
+
 class PackedLogits(torch.autograd.Function):
     """``(B, L, V)`` logits of packed hidden states, not computed yet."""
 
@@ -225,20 +216,16 @@ class PackedLogits(torch.autograd.Function):
     def forward(
         ctx: Any, tail: Tail, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.tail, ctx.shape, ctx.autocast = tail, shape, _Autocast.of(hidden.device.type)
+        ctx.tail, ctx.shape, ctx.autocast = tail, shape, tail.autocast or Autocast.around(hidden.device.type)
         ctx.save_for_backward(hidden, index, weight, bias)
         ctx.set_materialize_grads(False)
-        named = {"a hidden state": hidden, "the head's weight": weight, "the head's bias": bias}
-        seen = {name: _Seen.of(x) for name, x in named.items() if x is not None}
-        autocast = ctx.autocast
+        states, head, autocast = hidden.detach(), [_Seen.of(x) for x in (weight, bias) if x is not None], ctx.autocast
 
         def make() -> Tensor:
-            for name, each in seen.items():
-                if not each.is_as_it_was():
-                    raise RuntimeError(_CHANGED.format(what=name))
-            given = [seen[name].tensor if name in seen else None for name in named]
-            with torch.no_grad(), autocast.again():
-                return tail.logits(shape, given[0], index, *given[1:])
+            if not all(each.is_as_it_was() for each in head):
+                raise RuntimeError(_CHANGED)
+            with torch.no_grad(), _in(autocast):
+                return tail.logits(shape, states, index, *(each.tensor for each in head))
 
         return LazyLogits(Values(make), shape, tail.dtype, hidden.device)
 
@@ -253,7 +240,7 @@ class PackedLogits(torch.autograd.Function):
             for x, is_wanted in zip(ctx.saved_tensors, wanted, strict=True)
         ]
         of = [x for x, is_wanted in zip(given, wanted, strict=True) if is_wanted]
-        with torch.enable_grad(), ctx.autocast.again():
+        with torch.enable_grad(), _in(ctx.autocast):
             logits = ctx.tail.logits(ctx.shape, *given)
         found = iter(torch.autograd.grad(logits, of, grad, create_graph=again))
         return (None, None, *(next(found) if is_wanted else None for is_wanted in wanted))

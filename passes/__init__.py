@@ -21,7 +21,7 @@ from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.sources import argument_path
-from packc.passes.split_head import Tail, split_head
+from packc.passes.split_head import Autocast, Tail, split_head
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
 from packc.passes.unpacked import boundaries_of, has_rows, is_step, knows_documents, mixers_of
 from packc.passes.widen_losses import widen_losses
@@ -30,6 +30,7 @@ from packc.passes.written_out_attention import written_out_attention
 from packc.passes.zeros import zeros
 
 __all__ = [
+    "Autocast",
     "Boundary",
     "Graph",
     "NoMask",

@@ -34,6 +34,17 @@ _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _NONE, _MEAN, _SUM = range(3)  # as torch.nn._reduction.get_enum has them
 
 
+class Autocast(NamedTuple):
+    device: str
+    dtype: torch.dtype
+    enabled: bool
+
+    @classmethod
+    def around(cls, device: str) -> Autocast:
+        """The one that is on here."""
+        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+
 @dataclass(frozen=True)
 class Tail:
     """Logits that are not computed: how they are, when somebody reads them."""
@@ -50,12 +61,16 @@ class Tail:
     steps: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any]], ...]
     """Ops that follow on the linear layer, each on what the one before it gives and its own further arguments."""
     dtype: torch.dtype
+    autocast: Autocast | None = None
+    """Under which the linear layer runs; None: under the one around the graph."""
 
     def rows(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """B and L of a batch."""
         return tuple(size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self.sizes)
 
-    def logits(self, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def logits(
+        self, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """The padded logits, ``(B, L, V)``."""
         result = aten.linear.default(hidden, weight, bias)
         for op, args, kwargs in self.steps:
@@ -67,6 +82,7 @@ class _Head(NamedTuple):
     """A linear layer whose result a loss reads."""
 
     linear: fx.Node
+    autocast: Autocast | None
     scale: float
     cap: float
     dtype: torch.dtype
@@ -79,51 +95,61 @@ def split_head(gm: fx.GraphModule, *, lazily: bool) -> list[Tail]:
     Args:
         lazily: logits that are returned too are taken out, as what this function returns.
     """
-    plain, tails = _in_plain_mode(gm.graph), []
+    modes, tails = _modes(gm.graph), []
     for loss in list(gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default)):
-        head = _head(loss)
-        if head is None or not plain.issuperset((head.linear, loss)):
+        head = _head(loss, modes)
+        if head is None:
             continue
         made = _made_of(head.linear, loss)
-        if made is None or not plain.issuperset(made) or loss.args[1] in made:
+        if made is None or not made <= modes.keys() or loss.args[1] in made:
             continue
         outputs: Any = gm.graph.output_node().args[0]
         returned = [n for n, value in enumerate(outputs) if value in made]
-        tail = _tail(gm.graph, returned[0], head.linear) if len(returned) == 1 else None
+        tail = _tail(gm.graph, returned[0], head) if len(returned) == 1 else None
         if returned and (tail is None or not lazily):
             continue
         _write(gm.graph, loss, head)
         if tail is not None:
             tails.append(tail)
             output = gm.graph.output_node()
-            output.replace_input_with(outputs[tail.output], head.linear.args[0])
+            output.replace_input_with(outputs[tail.output], head.linear.args[0])  # type: ignore[arg-type]
         for node in reversed([node for node in gm.graph.nodes if node in made]):
             gm.graph.erase_node(node)
     gm.recompile()
     return tails
 
 
-def _in_plain_mode(graph: fx.Graph) -> set[fx.Node]:
-    """What runs with the gradients and the autocast that are on around the graph."""
-    plain, depth, grad = set(), 0, True
+def _modes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """The autocasts that are entered in the graph and are on around each node; nothing of nodes without gradients."""
+    modes, on, grad = {}, list[fx.Node](), True
     for node in graph.nodes:
         if switches_mode(node):
             name = getattr(node.target, "__name__", "")
             if name == "_set_grad_enabled":
                 grad = bool(node.args[0])
-            elif name in ("_enter_autocast", "_exit_autocast"):
-                depth += 1 if name == "_enter_autocast" else -1
+            elif name == "_enter_autocast":
+                on.append(node)
+            elif name == "_exit_autocast":
+                on.remove(node.args[0])
             else:
                 break
-        elif depth == 0 and grad:
-            plain.add(node)
-    return plain
+        elif grad:
+            modes[node] = tuple(on)
+    return modes
+
+
+def _autocast(entered: tuple[fx.Node, ...], device: str) -> Autocast | None:
+    """The innermost one of a device; None where that is the one around the graph."""
+    given = next((node.args for node in reversed(entered) if node.args[0] == device), None)
+    if given is None:
+        return None
+    return Autocast(device, given[1] or torch.get_autocast_dtype(device), bool(given[2]))  # type: ignore[arg-type]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _head(loss: fx.Node) -> _Head | None:
+def _head(loss: fx.Node, modes: dict[fx.Node, tuple[fx.Node, ...]]) -> _Head | None:
     """The linear layer of a loss of ``(T, V)`` logits, if nothing but scaling, a cap and casts lies between."""
     steps: list[fx.Node] = []
     node: Any = loss.args[0]
@@ -135,10 +161,16 @@ def _head(loss: fx.Node) -> _Head | None:
     weight = node.args[1]
     if not _is_input(weight) or not all(_is_input(bias) for bias in node.args[2:] if bias is not None):
         return None
+    if node not in modes or loss not in modes:
+        return None
+    device = value_of(weight).device.type
+    autocast, of_loss = (_autocast(modes[each], device) for each in (node, loss))
+    if autocast != of_loss:
+        return None
     (V, D), dtype = value_of(weight).shape, value_of(weight).dtype
     if not isinstance(V, int) or not isinstance(D, int) or V < _WIDE * D:
         return None
-    factors, flat, wide = [1.0], False, torch.is_autocast_enabled(value_of(weight).device.type)
+    factors, flat, wide = [1.0], False, (autocast or Autocast.around(device)).enabled
     for step in reversed(steps):
         if step.target is aten.to.dtype and step.args[1] in (torch.float32, dtype) and len(step.args) == 2:
             wide |= step.args[1] is torch.float32
@@ -156,7 +188,7 @@ def _head(loss: fx.Node) -> _Head | None:
     if not flat or (len(factors) == 2 and factors[1] <= 0):
         return None
     scale, cap = (factors[0], 0.0) if len(factors) == 1 else (factors[0] * factors[1], factors[1])
-    return _Head(node, scale, cap, torch.float32 if wide else dtype)
+    return _Head(node, autocast, scale, cap, torch.float32 if wide else dtype)
 
 
 def _flattens_tokens(view: fx.Node, V: int) -> bool:
@@ -190,9 +222,9 @@ def _is_entrywise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in op.tags or op in _AS_IT_IS or op is aten.to.dtype
 
 
-def _tail(graph: fx.Graph, output: int, linear: fx.Node) -> Tail | None:
+def _tail(graph: fx.Graph, output: int, head: _Head) -> Tail | None:
     """The logits as they are returned, where they are scattered last."""
-    inputs = list(graph.find_nodes(op="placeholder"))
+    inputs, linear = list(graph.find_nodes(op="placeholder")), head.linear
     outputs: Any = graph.output_node().args[0]
     unpacked: fx.Node = outputs[output]
     if unpacked.target is not _UNPACK:
@@ -210,20 +242,21 @@ def _tail(graph: fx.Graph, output: int, linear: fx.Node) -> Tail | None:
     weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     return Tail(
         output=output,
-        weight=inputs.index(weight),  # type: ignore[arg-type]
-        bias=None if bias is None else inputs.index(bias),  # type: ignore[arg-type]
-        index=inputs.index(index),  # type: ignore[arg-type]
+        weight=inputs.index(weight),
+        bias=None if bias is None else inputs.index(bias),
+        index=inputs.index(index),
         sizes=where,  # type: ignore[arg-type]
         steps=tuple(reversed(steps)),
-        dtype=_dtype(value_of(weight), steps),
+        dtype=_dtype(value_of(weight), head.autocast, steps),
+        autocast=head.autocast,
     )
 
 
-def _dtype(weight: Tensor, steps: list[Any]) -> torch.dtype:
+def _dtype(weight: Tensor, autocast: Autocast | None, steps: list[Any]) -> torch.dtype:
     """Of logits, after the last of the casts that follow."""
     cast = next((args[0] for op, args, _ in steps if op is aten.to.dtype), None)
-    device = weight.device.type
-    return cast or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+    autocast = autocast or Autocast.around(weight.device.type)
+    return cast or (autocast.dtype if autocast.enabled else weight.dtype)
 
 
 def _where(size: Any, inputs: list[fx.Node]) -> int | tuple[int, int] | None:

@@ -22,6 +22,7 @@ def index_fakes(packed: Graph) -> tuple[Tensor, Tensor]:
     and never guarded on; but where a row is one document, N is B."""
     mask, wanted = packed.mask.meta["val"], packed.requirements
     mode = detect_fake_mode([mask])  # a subclass, too, is made of fakes
+    assert mode is not None
     shape_env = mode.shape_env
     if shape_env is None:
         shape_env = mode.shape_env = ShapeEnv()

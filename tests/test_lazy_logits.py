@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from harness import (
-    BOTH,
     FULL,
     LEFT,
-    ONE_ROW,
     RIGHT,
     PlainLM,
     assert_same_step,
@@ -23,7 +21,6 @@ from harness import (
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import packc
 from packc.lazy_logits import LazyLogits, PackedLogits
 from packc.ops import linear_cross_entropy
 from packc.passes import Tail
@@ -63,7 +60,7 @@ def is_untouched(logits):
 def small(family):
     import transformers
 
-    options = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "use_cache": False}
+    options = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 1 + (family == "Bamba"), "use_cache": False}
     attention = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     scan = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
     families = {
@@ -77,14 +74,14 @@ def small(family):
     return shaken(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("Bamba", "Gemma2", "Granite")]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("Llama", "Bamba", "Gemma2", "Granite")]
 
 
-@pytest.mark.parametrize("family", ["Mamba", "Llama", *SLOW])
+@pytest.mark.parametrize("family", ["Mamba", *SLOW])
 def test_a_training_step_equals_eager(family):
     model = small(family)
     compiled = compiled_with(model, **{"packc.strict": False})
-    for rows in (RIGHT, ONE_ROW) if family != "Mamba" else (RIGHT, LEFT, BOTH, FULL):
+    for rows in (RIGHT, LEFT if family == "Mamba" else FULL):
         batch = batch_of(rows, 128)
         assert is_untouched(compiled(**batch).logits)
         assert_same_step(train_step(compiled, batch), exact_step(model, batch), batch["attention_mask"])
@@ -111,6 +108,7 @@ def test_gradients_through_the_loss_and_through_logits_add_up(pair):
         assert (value.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_around_the_model_recomputes_it(pair, reentrant):
     inputs, found = inputs_of(), []
@@ -189,7 +187,7 @@ USES = {
     "a loss": lambda x: F.cross_entropy(x.view(-1, V), torch.arange(24)),
     "written to": in_place,
     "copied before it is written to": copied_before_a_write,
-    "a function with a backward of its own": Square.apply,
+    "a function with a backward of its own": lambda x: Square.apply(x),
     "a compiled function": of_a_graph,
     "its gradient": lambda x: torch.autograd.grad(x.pow(3).sum(), x, create_graph=True)[0],
     "a checkpoint": lambda x: checkpoint(torch.sin, x, use_reentrant=False),
@@ -206,15 +204,20 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
-def test_they_are_right_wherever_they_are_read(pair, use):
+def test_they_are_right_wherever_they_are_read(pair, subtests):
+    for name, use in USES.items():
+        with subtests.test(name):
+            assert_right(pair, use)
+
+
+def assert_right(pair, use):
     compiled, exact = pair
     inputs = inputs_of()
     logits = compiled(*inputs)[1]
     assert is_untouched(logits)
-    found, expected = USES[use](logits), USES[use](padded(exact(*inputs)[1], inputs[1]))
+    found, expected = use(logits), use(padded(exact(*inputs)[1], inputs[1]))
     assert found.requires_grad == expected.requires_grad
-    tolerance = 1e-3 if "half" in USES[use].__code__.co_names else 1e-5
+    tolerance = 1e-3 if "half" in use.__code__.co_names else 1e-5
     assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
     if not found.requires_grad:
         return
@@ -271,19 +274,29 @@ def test_derivatives_of_the_second_order_go_through_them():
 # ---- what has changed since ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", ["in place", "behind autograd's back", "freed"])
-def test_logits_of_weights_that_have_changed_raise(write):
-    model = PlainLM(V)
-    logits = compiled_with(model)(*inputs_of())[1]
-    with torch.no_grad():
-        if write == "in place":
-            model.head.weight[0, 0] += 1
-        elif write == "freed":  # as FSDP frees what it has gathered
-            model.head.weight.untyped_storage().resize_(0)
-        else:
-            model.head.weight.data.mul_(1.01)
-    with pytest.raises(RuntimeError, match=r"the head's weight changed after the forward pass.*packc.lazy_logits"):
-        logits.sum()
+def in_place_of(weight):
+    weight[0, 0] += 1
+
+
+def behind_autograds_back(weight):
+    weight.data.mul_(1.01)
+
+
+def freed(weight):
+    """As FSDP frees what it has gathered."""
+    weight.untyped_storage().resize_(0)
+
+
+def test_logits_of_weights_that_have_changed_raise(subtests):
+    model, inputs = PlainLM(V), inputs_of()
+    compiled = compiled_with(model)
+    for write in (in_place_of, behind_autograds_back, freed):
+        with subtests.test(write.__name__):
+            logits = compiled(*inputs)[1]
+            with torch.no_grad():
+                write(model.head.weight)
+            with pytest.raises(RuntimeError, match=r"weights of the head changed.*set packc.lazy_logits"):
+                logits.sum()
 
 
 def test_what_was_read_before_the_weights_change_stays(pair):
@@ -339,6 +352,12 @@ def test_fake_tensors_come_through():
     assert logits.shape == (3, 8, V)
 
 
-def test_explain_says_what_it_said():
-    report = packc.explain(PlainLM(V))(*inputs_of())
-    assert (report.tokens, report.fallback) == (15, None)
+def test_where_somebody_else_than_ddp_may_free_weights_they_are_computed_at_once(tmp_path):
+    inputs = inputs_of()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert type(compiled_with(PlainLM(V))(*inputs)[1]) is torch.Tensor
+        torch._dynamo.reset()
+        assert is_untouched(compiled_with(torch.nn.parallel.DistributedDataParallel(PlainLM(V)))(*inputs)[1])
+    finally:
+        torch.distributed.destroy_process_group()

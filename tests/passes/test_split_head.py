@@ -88,7 +88,12 @@ def is_split(model, **options):
     return any(node.target is OP for node in packed.graph.nodes)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+QUICK = ("labels padded", "smoothed", "capped and scaled")
+
+
+@pytest.mark.parametrize(
+    "loss", [loss if loss in QUICK else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES]
+)
 def test_a_loss_without_its_logits_equals_eager(loss):
     model, inputs = Model(LOSSES[loss]), batch()
     assert is_split(model)
@@ -143,11 +148,38 @@ def test_few_classes_are_not_worth_it():
     assert not is_split(model)
 
 
-class Switched(Model):
+class Cast(Model):
+    """Under an autocast of its own, as accelerate puts one around ``forward``."""
+
     def forward(self, ids, attention_mask, labels):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return super().forward(ids, attention_mask, labels)
 
 
-def test_a_head_under_autocast_of_its_own_stays():
-    assert not is_split(Switched(flat))
+def test_a_head_under_an_autocast_in_the_graph_is_read_under_it_again():
+    model, inputs = Cast(flat), batch()
+    (tail,) = split(model)[1]
+    assert tail.autocast == ("cpu", torch.bfloat16, True)
+    lazy, at_once = (
+        torch.compile(model, backend="packc", options={"packc.inner": "aot_eager", "packc.lazy_logits": each})(*inputs)
+        for each in (True, False)
+    )
+    assert lazy[1].dtype is at_once[1].dtype is torch.bfloat16
+    torch.testing.assert_close(lazy[0], at_once[0])
+    torch.testing.assert_close(lazy[1] + 0, at_once[1])
+
+
+class HeadCast(Model):
+    def forward(self, ids, attention_mask, labels):
+        hidden = packc.ops.causal_conv1d(self.tokens(ids) * attention_mask[..., None], self.taps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.head(hidden)
+        return self.loss(logits, labels), logits
+
+
+def test_a_head_under_another_autocast_than_the_loss_stays():
+    assert not is_split(HeadCast(flat))
+
+
+def test_what_takes_no_gradient_stays():
+    assert not is_split(Model(torch.no_grad()(flat)))
