@@ -31,5 +31,21 @@ def test_one_stream_on_two_processes_has_the_losses_of_one():
         assert float(on_ranks) == pytest.approx(float(on_one), rel=1e-4)
 
 
+def test_generation_packs_its_prompts():
+    small = ["--steps=1", "--batch-size=3", "--max-length=24", "--hidden-size=16", "--new-tokens=3"]
+    environment = {**os.environ, "PACKC_INNER": "aot_eager", "PACKC_STRICT": "1"}
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "generate.py", *small], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "tokens as stock's: True" in ran.stdout
+    assert "in 1 packed calls" in ran.stdout
+
+
 def test_every_example_is_tested():
-    assert {file.name for file in EXAMPLES.glob("*.py")} == {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == {
+        "generate.py",
+        "train_loop.py",
+        "hf_trainer.py",
+        "lasp_torchrun.py",
+    }

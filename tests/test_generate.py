@@ -17,7 +17,7 @@ from families import build
 
 SHORT, LONG = ["000111", "111111", "000001"], ["0001111111", "0111111111", "0000000001", "1111111111"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "use_cache": True}
-SLOW = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "qwen3_next", "llama", "lfm2", "nemotron_h", "gemma3")
+SLOW = ("bamba", "mamba2", "falcon_mamba", "falcon_h1", "qwen3_next", "llama", "lfm2", "nemotron_h", "gemma3")
 
 
 def shaken(family):
@@ -61,7 +61,7 @@ def assert_generates_as_stock(model, compiled_from, rows):
         torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5 * value.abs().max().item())
 
 
-@pytest.mark.parametrize("family", ["bamba", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
+@pytest.mark.parametrize("family", ["mamba", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
 def test_tokens_and_caches_are_those_of_stock(family):
     model, stock = shaken(family), shaken(family)
     model.compile(backend="packc", options={"packc.inner": "aot_eager", "packc.strict": True})
@@ -101,11 +101,11 @@ class Convolved(nn.Module):
         return packc.ops.causal_conv1d(x.transpose(1, 2), self.taps), state
 
 
-@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("bias", [False, True])
 def test_last_inputs_of_a_convolution_are_those_of_stock(bias):
     model, backend = Convolved(bias=bias), RecordingBackend()
     compiled = torch.compile(model, backend=backend)
-    for rows in (SHORT, RIGHT, HOLE, EMPTY_ROW, ["0000111", "1110000"]):
+    for rows in (SHORT, RIGHT, HOLE, EMPTY_ROW):
         batch = torch.randint(1, 32, masks(rows).shape), masks(rows)
         (out, state), (wanted, wanted_state) = compiled(*batch), model(*batch)
         torch.testing.assert_close(state, wanted_state)
