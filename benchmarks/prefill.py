@@ -3,13 +3,16 @@
 Rows of up to 512 tokens padded on the left, half of all positions padding. Stock models of families.py (hidden size
 256, 4 layers, fp32, Inductor) generate one token, which is the prefill alone: the last logits, and a cache with every
 row's states, keys and values. Two copies of a model take turns, both with packc's ops: one packed, one left unpacked.
-Process CPU time and wall time; medians.
+Process CPU time and wall time, malloc as train.py sets it; medians, and the median of each turn's ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -22,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import packc
+from packc.demo.contender import ALLOCATOR
 from packc.passes import NotPackable
 
 ROWS, LENGTH = 8, 512
@@ -37,30 +41,33 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: tries this script, no figures")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     if unknown := set(options.families) - FAMILIES.keys():
         parser.error(f"no family {', '.join(sorted(unknown))}")
     table, found = Table(title="prefill, ms"), {}
     for column in ("", "packed", "unpacked", "ratio", "ratio of CPU time"):
         table.add_column(column)
     for family in options.families or DEFAULT:
-        found[family] = times = measure(family, options)
-        wall, cpu = (times["unpacked"][kind] / times["packed"][kind] for kind in ("wall", "cpu"))
-        ms = [f"{1e3 * times[name]['wall']:.0f}" for name in ("packed", "unpacked")]
-        table.add_row(family, *ms, f"{wall:.2f}", f"{cpu:.2f}")
+        seconds = measure(family, options)
+        ratios = {kind: median(map(truediv, *of.values())) for kind, of in seconds.items()}
+        found[family] = {kind: {name: median(each) for name, each in of.items()} for kind, of in seconds.items()}
+        ms = [f"{1e3 * found[family]['wall'][name]:.0f}" for name in ("packed", "unpacked")]
+        table.add_row(family, *ms, *(f"{ratio:.2f}" for ratio in ratios.values()))
     Console().print(table)
     if options.output:
         options.output.write_text(json.dumps(found, indent=1))
 
 
-def measure(family: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds of wall and of CPU time, packed and unpacked."""
+def measure(family: str, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Seconds of wall and of CPU time of each turn, unpacked and packed."""
     hidden, layers, length = (32, 2, 16) if options.quick else (256, 4, LENGTH)
     batch = left_padded(length)
-    models = {name: build(family, hidden, layers).eval() for name in ("packed", "unpacked")}
+    models = {name: build(family, hidden, layers).eval() for name in ("unpacked", "packed")}
     models["unpacked"].load_state_dict(models["packed"].state_dict())
     models["packed"].compile(backend="packc", options={"packc.strict": True})
     models["unpacked"].compile(backend="packc")
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in models}
+    seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in models} for kind in ("wall", "cpu")}
     for number in range((1 if options.quick else options.rounds) + WARM_UP):
         tokens = []
         for name, model in models.items():
@@ -69,9 +76,9 @@ def measure(family: str, options: argparse.Namespace) -> dict[str, dict[str, flo
             took = perf_counter() - began[0], process_time() - began[1]
             if number >= WARM_UP:
                 for kind, time in zip(("wall", "cpu"), took, strict=True):
-                    seconds[name][kind].append(time)
+                    seconds[kind][name].append(time)
         assert torch.equal(*tokens), f"{family}: other tokens"
-    return {name: {kind: median(times) for kind, times in of.items()} for name, of in seconds.items()}
+    return seconds
 
 
 def left_padded(length: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The examples run as they stand, on sizes that take seconds and without code generation, which would take a minute."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_long_stream_in_chunks_has_one_loss_and_needs_less_memory():
     assert memory[-1] < memory[0]
 
 
+def test_generation_packs_its_prompts():
+    small = ["--steps=1", "--batch-size=3", "--max-length=24", "--hidden-size=16", "--new-tokens=3"]
+    environment = {**os.environ, "PACKC_INNER": "aot_eager", "PACKC_STRICT": "1"}
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "generate.py", *small], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "tokens as stock's: True" in ran.stdout
+    assert "in 1 packed calls" in ran.stdout
+
+
 def test_every_example_is_tested():
-    tested = {"train_loop.py", "hf_trainer.py", "lasp_torchrun.py", "sequence_parallel.py", "long_stream.py"}
-    assert {file.name for file in EXAMPLES.glob("*.py")} == tested
+    tested = re.findall(r'"(\w+\.py)"', Path(__file__).read_text())
+    assert {file.name for file in EXAMPLES.glob("*.py")} == set(tested)

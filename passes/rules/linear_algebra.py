@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import FLAT, OTHER, Axis, Layout, covers_tokens, same_size, show, value_of
-from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.axes import FLAT, OTHER, SEQ, Axis, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, either_is_zero, register_rule
 
 aten = torch.ops.aten
@@ -33,7 +33,17 @@ def linear(op: Op) -> Reading:
 @register_rule(aten.mm.default, aten.matmul.default, aten.bmm.default, zero=either_is_zero)
 def matmul(op: Op) -> Reading:
     """a (..., M, K) @ b (..., K, N), leading axes broadcast: one is a weight, or both have the same tokens."""
-    return _product(op, *op.args[:2])
+    reading = _product(op, *op.args[:2])
+    weight, x = op.args[:2]
+    if value_of(weight).ndim == 2 and x in reading.operands and reading.operands[x][-2:] == (OTHER, SEQ):
+        # Channels first: the op itself would copy its result to lie so, which what reads it token by token undoes.
+        tokens_first = Call(aten.linear.default, (_transposed(x), weight), {})
+        reading.call = _transposed(tokens_first)
+    return reading
+
+
+def _transposed(x: fx.Node | Call) -> Call:
+    return Call(aten.transpose.int, (x, -2, -1), {})
 
 
 @register_rule(aten.baddbmm.default)
