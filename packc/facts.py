@@ -116,6 +116,7 @@ def _in_cpp(rows: Rows) -> bool:
         and dispatch.wanted_kernels() in ("auto", "cpu")
         and _NUMBERS.issuperset(each.dtype for each in asked)
         and _INTEGERS.issuperset(each.dtype for each in given)
+        and all(each.is_cpu for each in given)  # the others are where the mask is
         and rows.mask.numel() > 0
         and cpu_library.load("batch")
     )
