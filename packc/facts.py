@@ -56,21 +56,21 @@ class Rows:
     """How many tokens the compiled graph is made for; where there are fewer, all rows stay whole."""
 
 
-class OfRow(NamedTuple):
-    """Facts of one row; its columns in this order."""
+class OfRows(NamedTuple):
+    """Facts of each row, ``(B,)``; a row's are in this order."""
 
-    first: int
+    first: Tensor
     """Token."""
-    end: int
+    end: Tensor
     """One past the last token."""
-    count: int
-    """Of tokens. All three are 0 where there is none."""
-    other_values: int
+    tokens: Tensor
+    """How many there are. All three are 0 where there is none."""
+    other_values: Tensor
     """Whether the mask has any but 0 and 1."""
-    first_label: int
+    first_label: Tensor
     """That counts; L if none does."""
-    end_label: int
-    beyond: int
+    end_label: Tensor
+    beyond: Tensor
     """Whether another mask has a token where this one has none."""
 
 
@@ -79,7 +79,7 @@ class Facts:
     """Of a batch, on the host."""
 
     rows: Sequence[Sequence[int]]
-    """The fields of :class:`OfRow`, as plain lists: there are many."""
+    """Of each the fields of :class:`OfRows`."""
     in_cpp: bool = False
     """Whether the C++ library told them, and can make the index."""
     begins: Tensor = field(default_factory=lambda: _NOWHERE)
@@ -118,6 +118,7 @@ def _in_cpp(rows: Rows) -> bool:
         and dispatch.wanted_kernels() in ("auto", "cpu")
         and _NUMBERS.issuperset(each.dtype for each in asked)
         and _INTEGERS.issuperset(each.dtype for each in given)
+        and all(each.is_cpu for each in given)  # the others are where the mask is
         and rows.mask.numel() > 0
         and cpu_library.load("batch")
     )
@@ -142,8 +143,8 @@ def _in_one_walk(rows: Rows) -> Facts:
 
 
 def _of_columns(columns: Tensor) -> Facts:
-    of_rows = columns[:, : len(OfRow._fields)].tolist()
-    documents = columns[:, len(OfRow._fields) :]
+    of_rows = columns[:, : len(OfRows._fields)].tolist()
+    documents = columns[:, len(OfRows._fields) :]
     if not documents.shape[1]:
         return Facts(of_rows)
     of_documents = documents[:, :_OF_DOCUMENTS].any(0).tolist()
@@ -155,14 +156,14 @@ def _columns(rows: Rows) -> Tensor:
     documents, and at each position whether one begins there behind another."""
     mask, length = rows.mask, rows.mask.shape[1]
     if mask.numel() == 0:
-        return torch.zeros(mask.shape[0], len(OfRow._fields), dtype=torch.int64, device=mask.device)
+        return torch.zeros(mask.shape[0], len(OfRows._fields), dtype=torch.int64, device=mask.device)
     real = mask != 0
     first, end, count = _extent(real)
     first_label, end_label, _ = _extent(_live(rows.labels, real))
     beyond = torch.zeros_like(real[:, 0])
     for other in rows.inside:
         beyond = beyond | ((other.reshape(real.shape) != 0) & ~real).any(1)
-    of_row = OfRow(
+    of_rows = OfRows(
         first,
         end,
         count,
@@ -171,7 +172,7 @@ def _columns(rows: Rows) -> Tensor:
         end_label=end_label,
         beyond=beyond,
     )
-    columns = [each.to(torch.int64)[:, None] for each in of_row]
+    columns = [each.to(torch.int64)[:, None] for each in of_rows]
     if rows.boundaries:
         found, *of_documents = _documents(rows, real)
         columns += [each.to(torch.int64).expand(len(real))[:, None] for each in of_documents]

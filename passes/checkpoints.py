@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
 
 from packc.passes.reasons import NotPackable
@@ -21,6 +20,7 @@ from packc.private_torch import private_torch
 
 with private_torch():
     from torch._higher_order_ops.wrap import tag_activation_checkpoint
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 # What a node is of which one op must be saved and another need not.

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from harness import BOTH, RIGHT, PlainLM, batch_of
+from harness import BOTH, RIGHT, PlainLM, batch_of, tiny_mamba
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,6 +48,18 @@ def ddp_gradients(rank, combine, dynamic):
         model.zero_grad()
         compiled(*batches()[rank].values())[0].backward()
     return {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+
+
+def weighted_by_tokens(rank):
+    """Gradients where each rank's loss is divided by the labels of both, and losses are summed."""
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 500
+    model = tiny_mamba(layers=1)
+    call = outside(model, options={"packc.inner": "aot_eager", "packc.strict": True})
+    batch = batches()[rank]
+    labels = (batch["labels"][:, 1:] != -100).sum()
+    dist.all_reduce(labels)
+    (call(**batch, num_items_in_batch=labels).loss * WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
 class Block(nn.Module):

@@ -60,6 +60,12 @@ def test_what_does_not_scale_is_listed_by_event():
     assert "aten::mm" in table
 
 
+@pytest.mark.slow
+def test_what_a_call_costs_is_told_by_shape_and_batch():
+    table = run("overhead.py", "--inner=aot_eager", "--calls=2").splitlines()
+    assert [line.split()[2] for line in table[2:]] == ["mask", "labels", "documents"] * 3
+
+
 def test_models_are_measured_a_line_each_and_not_twice(tmp_path):
     arguments = ("models.py", "--quick", "--stock=eager", f"--output={tmp_path}")
     run(*arguments, "llama", PACKC_INNER="aot_eager")

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from harness import PlainLM, RecordingBackend, batch_of, masks, tiny_mamba
+from harness import (
+    PlainLM,
+    RecordingBackend,
+    assert_same_step,
+    batch_of,
+    exact_step,
+    masks,
+    tiny_mamba,
+    train_step,
+)
 from messages import REPOSITORY
 from torch.nn import functional as F
 
@@ -81,6 +90,30 @@ def training_loop(names, patch):
     assert written[19]["packc/tokens"] == 150
     assert written[19]["packc/left_out"] == pytest.approx(1 - 15 / 24)
     assert written[19]["packc/whole_rows"] == 0
+
+
+def weighed_loss(names, patch):
+    class Weighed(Model):
+        def forward(self, input_ids, labels, attention_mask, num_items_in_batch):
+            mean = super().forward(input_ids, labels, attention_mask).loss
+            return SimpleNamespace(loss=mean * (labels[:, 1:] != -100).sum() / num_items_in_batch)
+
+    model, batch = Weighed(layers=1), batch_of(ROWS)
+    names.update(model=model, batch=batch)
+    yield
+    expected = model(**batch, num_items_in_batch=torch.tensor(12)).loss
+    torch.testing.assert_close(names["loss"], expected)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def selective_checkpoints(names, patch):
+    names.update(torch=torch, model=tiny_mamba(layers=1))
+    yield
+    names["model"].compile(backend="packc")
+    batch = batch_of(ROWS)
+    step = train_step(names["model"], batch)
+    names["model"].gradient_checkpointing_disable()
+    assert_same_step(step, exact_step(names["model"], batch), batch["attention_mask"])
 
 
 def one_rank(names, patch):
@@ -161,6 +194,8 @@ SETUPS = {
     "documents to pack": documents_to_pack,
     "rows of documents": rows_of_documents,
     "training loop": training_loop,
+    "weighed loss": weighed_loss,
+    "selective checkpoints": selective_checkpoints,
     "one rank": one_rank,
     "a model on one rank": model_on_one_rank,
     "rule": rule,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SMALL = ["--steps=10", "--batch-size=3", "--max-length=48", "--hidden-size=16", "--layers=1"]
+SIZES = ["--batch-size=3", "--max-length=48", "--hidden-size=16", "--layers=1"]
+SMALL = ["--steps=10", *SIZES]
 
 
 @pytest.mark.parametrize(("name", "says"), [("train_loop.py", "step  10"), ("hf_trainer.py", "train_loss")])
@@ -19,6 +20,32 @@ def test_example(name, says):
     assert ran.returncode == 0, ran.stderr
     assert says in ran.stdout
     assert "packc left" not in ran.stderr  # nothing fell back
+
+
+TRAINERS = {  # what each prints at its end; PACKC_STRICT sees to it that it was packed
+    "accelerate_loop.py": "step  10",
+    "lightning_module.py": "val_loss",
+    "trl_trainers.py sft": "eval_loss",
+    "trl_trainers.py padding-free": "eval_loss",
+    "trl_trainers.py dpo": "eval_rewards/margins",
+    "trl_trainers.py reward": "eval_margin",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TRAINERS)
+def test_trainers_of_other_libraries(command):
+    library = command.split("_")[0]
+    pytest.importorskip(library)
+    name, *kind = command.split()
+    environment = {**os.environ, "PACKC_INNER": "aot_eager", "PACKC_STRICT": "1"}
+    steps = "--steps=10" if library == "accelerate" else "--steps=4"
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / name, *kind, steps, *SIZES], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert TRAINERS[command] in ran.stdout
+    assert "packc left" not in ran.stderr
 
 
 def test_one_stream_on_two_processes_has_the_losses_of_one():
@@ -70,5 +97,5 @@ def test_generation_packs_its_prompts():
 
 
 def test_every_example_is_tested():
-    tested = re.findall(r'"(\w+\.py)"', Path(__file__).read_text())
+    tested = re.findall(r'"(\w+\.py)\b', Path(__file__).read_text())
     assert {file.name for file in EXAMPLES.glob("*.py")} == set(tested)

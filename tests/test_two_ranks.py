@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from harness import PlainLM
-from rank_work import LMOfBlocks, batches, ddp_gradients, fsdp_gradients, in_place, inside, outside
+from harness import PlainLM, tiny_mamba
+from rank_work import LMOfBlocks, batches, ddp_gradients, fsdp_gradients, in_place, inside, outside, weighted_by_tokens
 from two_ranks import on_two_ranks
 
 
@@ -44,3 +44,12 @@ def test_each_block_packs_under_fsdp(tmp_path, compile_blocks):
     got = on_two_ranks(fsdp_gradients, tmp_path, compile_blocks)
     torch.manual_seed(0)
     assert_same_gradients(got, expected_gradients(LMOfBlocks(), batches()))
+
+
+@pytest.mark.slow
+def test_with_num_items_in_batch_every_token_of_both_ranks_weighs_the_same(tmp_path):
+    got = on_two_ranks(weighted_by_tokens, tmp_path)
+    model = tiny_mamba(layers=1)
+    together = {name: torch.cat([batch[name] for batch in batches()]) for name in batches()[0]}
+    model(**together).loss.backward()
+    assert_same_gradients(got, {name: p.grad for name, p in model.named_parameters()})

@@ -1,4 +1,4 @@
-// What a batch is asked before it is packed, and the index it is packed by: packc/batches.py says in plain torch what
+// What a batch is asked before it is packed, and the index it is packed by: packc/facts.py says in plain torch what
 // the columns mean. A dozen small ops are one walk over mask and labels here.
 
 #include <ATen/Dispatch.h>
@@ -53,7 +53,7 @@ void add_live(Flags& live, at::TensorList labels, at::IntArrayRef ignored) {
     });
 }
 
-// (B, 7): the fields of OfRow.
+// (B, 7): the fields of OfRows.
 Tensor batch_facts(const Tensor& mask, at::TensorList labels, at::IntArrayRef ignored, at::TensorList inside) {
   const int64_t B = mask.size(0), L = mask.size(1);
   Flags real(B * L), live(labels.empty() ? 0 : B * L);

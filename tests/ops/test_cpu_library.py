@@ -149,6 +149,15 @@ def test_nothing_is_loaded_that_another_user_could_have_written(source, tmp_path
         cpu_library.build(source, tmp_path / "cache")
 
 
+def test_a_folder_above_may_be_everybodys_only_where_nobody_can_replace_what_is_anothers(source, tmp_path):
+    library = cpu_library.build(source, tmp_path / "cache")
+    tmp_path.chmod(0o1777)
+    assert cpu_library.build(source, tmp_path / "cache") == library
+    tmp_path.chmod(0o777)
+    with pytest.raises(cpu_library.BuildError, match=f"other users may write to {tmp_path},"):
+        cpu_library.build(source, tmp_path / "cache")
+
+
 def test_a_library_is_for_its_owner_alone_to_write_whatever_the_umask(source, tmp_path):
     before = os.umask(0)
     try:
