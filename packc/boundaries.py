@@ -132,8 +132,9 @@ def of_streams(around: Sequence[Given], streams: Sequence[Sequence[str]]) -> lis
         meant = [n for n, paths in enumerate(streams) if any(p.split(".")[-len(wanted) :] == wanted for p in paths)]
         if len(meant) != 1:
             known = sorted(path for paths in streams for path in paths)
-            said = "no packed sequence" if not meant else "several sequences"
-            raise ValueError(f"packc.documents: {each.of!r} is of {said}; inputs of sequences are {known}")
+            raise ValueError(
+                f"packc.documents: {each.of!r} is of {len(meant)} packed sequences; the inputs of such are {known}"
+            )
         found[meant[0]].append(each)
     return found
 

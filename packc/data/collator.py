@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from packc.data.carried import CONTINUES
+
 _IDS, _LABELS, _MASK = "input_ids", "labels", "attention_mask"
 _IGNORED = -100
 
@@ -30,6 +32,9 @@ class PackingCollator:
         seq_idx: flat, add ``seq_idx`` (1, T), int32: the number of each token's document.
         cu_seq_lens: flat, add ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (N + 1,), int32, and ``max_length_q`` and
             ``max_length_k``: where documents begin, and tokens of the longest.
+
+    Examples with ``continues``, pieces of documents (:class:`Pieces`), give a ``continues`` ``(N,)``, int64. Positions
+    are a piece's own, and the label of its first token is ignored: a cut costs one prediction.
 
     Called with a list of examples, each a mapping from ``input_ids`` and whatever else there is one of per token
     (``labels``, ``token_type_ids``, ...) to lists or tensors of integers; labels are the ids where there are none. An
@@ -56,8 +61,12 @@ class PackingCollator:
         self.seq_idx, self.cu_seq_lens = seq_idx, cu_seq_lens
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        documents = [self._document(example) for example in examples]
-        return self._padded(documents) if self.form == "padded" else self._flat(documents)
+        parts = [{name: part for name, part in example.items() if name != CONTINUES} for example in examples]
+        documents = [self._document(each) for each in parts]
+        batch = self._padded(documents) if self.form == "padded" else self._flat(documents)
+        if CONTINUES in examples[0]:
+            batch[CONTINUES] = torch.tensor([example[CONTINUES] for example in examples])
+        return batch
 
     def _document(self, example: dict[str, Any]) -> dict[str, Tensor]:
         parts = {name: torch.as_tensor(part, dtype=torch.int64)[: self.max_length] for name, part in example.items()}

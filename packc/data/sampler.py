@@ -84,7 +84,7 @@ class PackingBatchSampler:
             raise ValueError(f"balance must be one of {sorted(_COSTS)}, not {balance!r}")
         if window < 1:
             raise ValueError(f"window must be 1 or more, not {window}")
-        self.rank, self.world_size = _ranks(rank, world_size)
+        self.rank, self.world_size = ranks_of(rank, world_size)
         self.budget, self.window, self.shuffle, self.seed = budget, window, shuffle, seed
         self.balance, self.drop_last = balance, drop_last
         self._place, self._resumes = _Place(), False
@@ -192,7 +192,7 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(str(numbers)).randrange(2**63))
 
 
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def ranks_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise ValueError("rank and world_size go together")
     if rank is None or world_size is None:

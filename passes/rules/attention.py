@@ -58,7 +58,7 @@ def _across_sequences(op: Op) -> Reading | None:
 def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
     q, k, v = op.args[:3]
-    if len(padded.operands) < 3 and any(op.layout(each) is None for each in (q, k, v)):
+    if padded.padded == _ACROSS:
         raise NotTokenwise(_ACROSS)
     if not isinstance(seen, Band):
         raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")

@@ -100,5 +100,5 @@ def _inputs(w: Writer) -> None:
         w.input("y", (*BATCH_SEQ, features(w.width)), "values")
     if w.chance(0.15):
         other = w.input("z", (*BATCH_SEQ, features(w.width)), "values")
-        w.masked[other.name] = w.choose("ref_mask", "ref_mask", "mask")
+        w.masked[other.name] = w.choose("ref_mask", "ref_attention_mask", "ref_attention_mask", "mask")
         w.input(w.masked[other.name], BATCH_SEQ, "mask", dtype=of_mask)
