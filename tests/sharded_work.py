@@ -292,7 +292,7 @@ def opcheck(group: Any, name: str) -> None:
         routing = plan.cu_seqlens, plan.places, plan.documents, plan.ranks
         last = initial_state, output_final_state, plan.size, plan.group, plan.exchange, plan.near
         calls.append((getattr(torch.ops.packc, f"{declared.name}_sharded").default, (*arguments, *routing, *last)))
-        return torch.zeros(0), torch.zeros(2, 0)
+        return torch.zeros(0), torch.zeros(plan.documents.shape[1], 0)
 
     shard = {name: x.requires_grad_() for name, x in only(mixer, inputs, cut.shard(group.rank())).items()}
     with mock.patch.object(type(plan), "_run", note):
