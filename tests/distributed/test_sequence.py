@@ -41,7 +41,8 @@ def test_loss_logits_and_gradients_are_those_of_one_process(ranks, name, size):
         assert max(here) - min(here) <= 1
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_attention_sees_what_it_sees_on_one_process(ranks, size):
     batches = [["11111111111", "11111110000", "11000000000"], ["111111111111", "110000000000"]]
     for errors, *_ in ranks.run(worst_errors, size, "attends", batches[: 4 - size], timeout=400):
@@ -108,10 +109,10 @@ def test_documents_within_rows(ranks):
 
 
 def test_outputs_of_a_ranks_own_tokens(ranks):
-    for errors, tokens, outside in ranks.run(of_its_own_tokens, 3):
+    for errors, tokens, outside in ranks.run(of_its_own_tokens, 2):
         assert max(errors.values()) < 1e-4, errors
         assert sum(tokens) == 51
-        assert tokens[0] > tokens[1] > 2  # of the longest document, later tokens see more
+        assert tokens[0] < tokens[1]  # who has the short document, whose tokens see fewer
         assert outside.startswith("RuntimeError: a model, or one of its class, that was compiled for one packc")
 
 
