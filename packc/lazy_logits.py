@@ -30,7 +30,8 @@ _CHANGED = (
     "packc computes logits when they are first read, and the weights of the head changed after the forward pass: read"
     " logits before the optimizer's step (logits.detach().clone() keeps them), or set packc.lazy_logits to False"
 )
-_SAMPLES = 128
+_SAMPLES = 16
+"""Along each axis of a weight."""
 
 
 def with_lazy_logits(compiled: Callable[..., Any], tails: Sequence[Tail]) -> Callable[..., Any]:
@@ -202,7 +203,7 @@ class _Seen(NamedTuple):
 
 
 def _some(x: Tensor) -> Tensor:
-    return x.flatten()[:: max(1, x.numel() // _SAMPLES)]
+    return x[tuple(slice(None, None, max(1, size // _SAMPLES)) for size in x.shape)]
 
 
 def _in(autocast: Autocast) -> torch.autocast:

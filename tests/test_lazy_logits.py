@@ -342,6 +342,7 @@ def test_under_autocast_they_are_what_they_would_have_been():
     torch.testing.assert_close(loss, same)
 
 
+@pytest.mark.slow
 def test_fake_tensors_come_through():
     from torch._subclasses import FakeTensorMode
 
