@@ -15,6 +15,8 @@ namespace {
 
 using at::Tensor;
 using Flags = std::vector<uint8_t>; // of B * L positions, row by row
+// Bytes may alias whatever they are written beside, and a loop that reloads all of it is no vector loop.
+using Bytes = uint8_t* __restrict__;
 
 template <typename Body>
 void for_values(const Tensor& x, const Flags& positions, const Body& body) {
@@ -48,8 +50,10 @@ void add_live(Flags& live, at::TensorList labels, at::IntArrayRef ignored) {
       // Integers are compared as such, a bool among them, as torch does.
       using Number = std::conditional_t<std::is_integral_v<Value>, int64_t, Value>;
       const auto ignore = static_cast<Number>(ignored[n]);
-      for (size_t i = 0; i < live.size(); ++i)
-        live[i] |= static_cast<Number>(x[i]) != ignore;
+      const auto positions = static_cast<int64_t>(live.size());
+      const Bytes counts = live.data();
+      for (int64_t i = 0; i < positions; ++i)
+        counts[i] |= static_cast<Number>(x[i]) != ignore;
     });
 }
 
@@ -58,21 +62,26 @@ Tensor batch_facts(const Tensor& mask, at::TensorList labels, at::IntArrayRef ig
   const int64_t B = mask.size(0), L = mask.size(1);
   Flags real(B * L), live(labels.empty() ? 0 : B * L);
   std::vector<uint8_t> other(B), beyond(B);
-  for_values(mask, real, [&](const auto* x) {
-    for (int64_t b = 0; b < B; ++b) {
+  for_values(mask, real, [&, B, L](const auto* x) {
+    for (int64_t b = 0; b < B; ++b, x += L) {
+      const Bytes row = real.data() + b * L;
       uint8_t odd = 0;
-      for (int64_t i = b * L; i < (b + 1) * L; ++i) {
-        real[i] = x[i] != 0;
-        odd |= real[i] & (x[i] != 1);
+      for (int64_t l = 0; l < L; ++l) {
+        row[l] = x[l] != 0;
+        odd |= (x[l] != 0) & (x[l] != 1);
       }
       other[b] = odd;
     }
   });
   add_live(live, labels, ignored);
   for (const Tensor& mask_inside : inside)
-    for_values(mask_inside, real, [&](const auto* x) {
-      for (int64_t i = 0; i < B * L; ++i)
-        beyond[i / L] |= x[i] != 0 && !real[i];
+    for_values(mask_inside, real, [&, B, L](const auto* x) {
+      for (int64_t b = 0; b < B; ++b, x += L) {
+        uint8_t some = 0;
+        for (int64_t l = 0; l < L; ++l)
+          some |= (x[l] != 0) & !real[b * L + l];
+        beyond[b] |= some;
+      }
     });
   Tensor facts = at::empty({B, 7}, at::kLong);
   auto* fact = facts.mutable_data_ptr<int64_t>();
