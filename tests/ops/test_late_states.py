@@ -112,12 +112,15 @@ def test_late_is_as_good_as_in_time(recurrence, lengths, on_host, kernels, monke
     assert_equal(*(list(each.values())[:-1] for each in (late, grads)), 1e-5)
 
 
-@pytest.mark.parametrize("lengths", [(150, 5, 80)])
-def test_in_fp64(recurrence, lengths):
-    case = Case(recurrence, lengths, torch.float64)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_in_other_dtypes(recurrence, dtype, tolerance):
+    case = Case(recurrence, (150, 5, 80), dtype)
     results, late = case.forward(case.states), case.forward(case.without(case.states, 0))
     op(recurrence, "enter")(*case.enter(late))
-    assert_equal(late, results, 1e-12)
+    assert_equal(late, results, tolerance)
+    grads, late = case.backward(results[2:], case.dfinal), case.backward(results[2:], case.without(case.dfinal, 2))
+    op(recurrence, "leave")(*case.leave(late))
+    assert_equal(*(list(each.values())[:-1] for each in (late, grads)), tolerance)
 
 
 def test_opcheck(recurrence):
