@@ -130,7 +130,7 @@ def _modes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
             elif name == "_enter_autocast":
                 on.append(node)
             elif name == "_exit_autocast":
-                on.remove(node.args[0])
+                on = [each for each in on if each is not node.args[0]]
             else:
                 break
         elif grad:

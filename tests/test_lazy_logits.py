@@ -67,14 +67,13 @@ def small(family):
         "Mamba": {"state_size": 4, "time_step_rank": 4},
         "Llama": attention,
         "Bamba": {**attention, **scan, "attn_layer_indices": [1]},
-        "Gemma2": {**attention, "head_dim": 8, "final_logit_softcapping": 3.0},
         "Granite": {**attention, "logits_scaling": 2.0},
     }
     config = getattr(transformers, f"{family}Config")(**options, **families[family])
     return shaken(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("Llama", "Bamba", "Gemma2", "Granite")]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("Llama", "Bamba", "Granite")]
 
 
 @pytest.mark.parametrize("family", ["Mamba", *SLOW])
@@ -91,7 +90,7 @@ def test_a_training_step_equals_eager(family):
 def test_a_training_step_under_inductor_equals_eager():
     model = small("Llama")
     compiled = torch.compile(model, backend="packc", options={"packc.strict": True}, fullgraph=True)
-    for rows in (RIGHT, FULL, [row * 2 for row in RIGHT]):
+    for rows in (RIGHT, FULL, ["".join(2 * token for token in row) for row in RIGHT]):
         batch = batch_of(rows, 128)
         assert_same_step(train_step(compiled, batch), exact_step(model, batch), batch["attention_mask"])
 
