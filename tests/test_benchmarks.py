@@ -69,3 +69,8 @@ def test_models_are_measured_a_line_each_and_not_twice(tmp_path):
     assert line["loss, relative difference"] < 1e-5
     assert "llama" in (tmp_path / "models.md").read_text()
     assert (tmp_path / "models.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_prefill_is_measured_packed_and_unpacked():
+    assert "llama" in run("prefill.py", "--quick", "llama", PACKC_INNER="aot_eager")
