@@ -81,3 +81,8 @@ def test_models_are_measured_a_line_each_and_not_twice(tmp_path):
 def test_steps_that_use_the_loss_alone_are_compared():
     table = run("logits.py", "--quick")
     assert "packc, logits at once" in table
+
+
+@pytest.mark.slow
+def test_prefill_is_measured_packed_and_unpacked():
+    assert "llama" in run("prefill.py", "--quick", "llama", PACKC_INNER="aot_eager")
