@@ -41,7 +41,7 @@ def attention_masks(graph: Graph) -> Graph:
     Where the length is symbolic, masks are tried at other lengths too: beyond every number in what makes them, where a
     window or a table may end. One that cannot be is guarded to be no longer than the longest tried.
     """
-    seen = _tried(graph, HidesPadding, _seen_through)
+    seen: dict[fx.Node, Seen] = _tried(graph, HidesPadding, _seen_through)
     hides_keys = {mask for mask, hides in _tried(graph, HidesKeys, _hides_keys).items() if hides}
     return replace(graph, seen=seen, hides_keys=hides_keys)
 

@@ -6,6 +6,7 @@ Of tensors that a graph holds, AOTAutograd takes only those that Dynamo told it 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -57,7 +58,8 @@ def constants(graph: Graph) -> Graph:
 
 
 def _made(graph: Graph, like: fx.Node, value: Tensor) -> fx.Node:
-    make, of = graph.gm.graph.call_function, {"dtype": value.dtype, "device": value.device}
+    make = graph.gm.graph.call_function
+    of: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     if value.ndim == 0:
         return make(aten.scalar_tensor.default, (value.item(),), of)
     if value.numel() == 0:

@@ -45,7 +45,7 @@ def cut_late(graph: Graph) -> Graph:
             with gm.graph.inserting_before(node):
                 made = _later(gm.graph, node, base, cuts)
             node.replace_all_uses_with(made)
-            cuts[made] = base._replace(whole=made.args[0])
+            cuts[made] = _Cut(made.all_input_nodes[0], base.front, base.back)
             changed = True
     if changed:
         gm.graph.eliminate_dead_code()

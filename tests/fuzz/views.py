@@ -101,6 +101,8 @@ def squeezed(w: Writer) -> None:
         text, left = "squeeze()", [axis for axis, one in zip(new, ones, strict=True) if not one]
     else:
         text, left = f"squeeze({w.choose(at, at - len(new))})", list(value.axes)
+    if not any(axis.kind == "B" for axis in left):  # of one row: its positions are all tokens
+        left = [Axis("T", axis.size) if axis.kind == "L" else axis for axis in left]
     if left:
         w.add(f"{value.name}.unsqueeze({at}).{text}", left, value)
 
