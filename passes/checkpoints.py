@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
 
+from packc.passes.autocast_regions import UnderAutocast
 from packc.passes.reasons import NotPackable
 from packc.private_torch import private_torch
 
@@ -32,7 +33,7 @@ _STRONGEST_FIRST = (
 )
 
 
-class InlineCheckpoints(fx.Interpreter):
+class InlineCheckpoints(UnderAutocast):
     """Runs the body of a checkpoint in place, its nodes tagged: to be recomputed, or as its policy says.
 
     Raises:

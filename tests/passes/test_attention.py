@@ -350,3 +350,23 @@ def test_autocast_casts_for_packed_attention_too():
     real = mask.bool()
     torch.testing.assert_close(actual[real], expected[real], rtol=2e-2, atol=2e-2)
     assert [m.op for m in packc.explain(model)(x, mask).mixers] == [CONV, ATTENTION]
+
+
+def test_operands_that_autocast_leaves_in_two_dtypes_pack():
+    """Queries and keys are turned in fp32, values come from a linear layer, and a new cache is joined on."""
+    torch._dynamo.reset()
+    weight, turn = torch.randn(H * D, H * D) / 4, torch.randn(L, 1).cos()
+
+    def model(x, attention_mask):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS)
+            q, v = F.linear(x, weight), F.linear(x, weight)
+            v = torch.cat([torch.tensor([], dtype=v.dtype), heads(v)], -2)
+            q = heads(q * turn)
+            return F.scaled_dot_product_attention(q, q, v, attn_mask=causal(attention_mask)).transpose(1, 2).flatten(2)
+
+    x, mask = torch.randn(B, L, H * D), masks(RIGHT)
+    actual, expected = torch.compile(model, backend="packc", options=STRICT)(x, mask), model(x, mask)
+    real = mask.bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=2e-2, atol=2e-2)
+    assert actual.dtype == expected.dtype == torch.bfloat16
