@@ -63,7 +63,7 @@ def compared(model, compiled, batch):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("written_out", [False, True], ids=["op", "written out"])
+@pytest.mark.parametrize("written_out", [pytest.param(False, id="op", marks=pytest.mark.slow), True])
 def test_both_sequences_are_packed_around_it(written_out):
     model = Translator(written_out)
     compiled = torch.compile(model, backend="packc", options=DEBUG, dynamic=True)

@@ -200,3 +200,16 @@ def test_one_name_may_not_be_of_several_sequences():
         pytest.raises(ValueError, match="of 2 packed"),
     ):
         fast(*batch)
+
+
+def test_features_are_taken_along_an_axis_in_each():
+    """The number of the first one's tokens is unknown in the graph in which the second one is found."""
+
+    def function(x, x_attention_mask, y, y_attention_mask):
+        made = towers(x, x_attention_mask, y, y_attention_mask)
+        return tuple(each.take_along_dim(each.argsort(-1)[..., :1], 2) for each in made)
+
+    given = inputs(RIGHT, OTHER)
+    got, want = torch.compile(function, backend="packc", options=DEBUG)(*given), function(*given)
+    for result, expected, real in zip(got, want, given[1::2], strict=True):
+        torch.testing.assert_close(result[real == 1], expected[real == 1])

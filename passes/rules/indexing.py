@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from packc.passes.axes import OTHER, Layout, covers_tokens, show, value_of
-from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.axes import OTHER, Layout, covers_tokens, same_size, show, value_of
+from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, broadcast_layout, first_is_zero, register_rule
 
 aten = torch.ops.aten
@@ -21,8 +21,15 @@ def gather(op: Op) -> Reading:
     layout = op.layout(x)
     if not covers_tokens(layout) or layout is None or op.layout(index) != layout:
         raise NotTokenwise(f"gathers from {show(layout)} by {show(op.layout(index))}")
-    op.refuse_token_axes(list(range(len(layout))) if dim is None else [op.dim(dim, len(layout))], layout)
-    return Reading(layout, {x: layout, index: layout})
+    along = list(range(len(layout))) if dim is None else [op.dim(dim, len(layout))]
+    op.refuse_token_axes(along, layout)
+    reading = Reading(layout, {x: layout, index: layout})
+    if op.target is aten.take_along_dim.default:  # which would compare the number of tokens with one, to broadcast
+        sizes = enumerate(zip(value_of(x).shape, value_of(index).shape, strict=True))
+        if not all(same_size(a, b) for axis, (a, b) in sizes if axis not in along):
+            raise NotTokenwise(f"gathers from {show(layout)} by an index that is broadcast")
+        reading.call = Call(aten.gather.default, (x, along[0], index), {})
+    return reading
 
 
 @register_rule(aten.index_select.default, zero=first_is_zero)
