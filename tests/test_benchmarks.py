@@ -23,6 +23,7 @@ def run(name, *arguments, **environment):
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_ops_are_measured_into_a_table_and_a_plot(tmp_path):
     run("ops.py", "--device=cpu", "--tokens=256", "--channels=64", "--rounds=1", f"--output={tmp_path}")
     rows = list(csv.DictReader((tmp_path / "ops-cpu.csv").open()))
@@ -34,6 +35,7 @@ def test_ops_are_measured_into_a_table_and_a_plot(tmp_path):
     assert (tmp_path / "ops-cpu.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_packmambas_protocol_gives_one_loss_three_ways(tmp_path):
     run(
         "packmamba.py",
@@ -66,6 +68,7 @@ def test_what_a_call_costs_is_told_by_shape_and_batch():
     assert [line.split()[2] for line in table[2:]] == ["mask", "labels", "documents"] * 3
 
 
+@pytest.mark.slow
 def test_models_are_measured_a_line_each_and_not_twice(tmp_path):
     arguments = ("models.py", "--quick", "--stock=eager", f"--output={tmp_path}")
     run(*arguments, "llama", PACKC_INNER="aot_eager")

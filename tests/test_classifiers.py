@@ -20,7 +20,7 @@ STEMS = {"jamba": "Jamba", "zamba": "Zamba", "zamba2": "Zamba2", "llama": "Llama
 STEMS |= {"qwen3_next": "Qwen3Next", "qwen3_5": "Qwen3_5"}
 ON = ("ForSequenceClassification", "ForTokenClassification")
 KINDS = [(family, on) for family in STEMS for on in ON if hasattr(transformers, STEMS[family] + on)]
-BY_DEFAULT = (("jamba", ON[0]), ("llama", ON[1]), ("bert", ON[0]))
+BY_DEFAULT = (("llama", ON[1]), ("bert", ON[0]))
 each_kind = pytest.mark.parametrize(
     ("family", "on"), [pytest.param(*kind, marks=() if kind in BY_DEFAULT else pytest.mark.slow) for kind in KINDS]
 )

@@ -85,6 +85,7 @@ def test_a_long_stream_in_chunks_has_one_loss_and_needs_less_memory():
     assert memory[-1] < memory[0]
 
 
+@pytest.mark.slow
 def test_generation_packs_its_prompts():
     small = ["--steps=1", "--batch-size=3", "--max-length=24", "--hidden-size=16", "--new-tokens=3"]
     environment = {**os.environ, "PACKC_INNER": "aot_eager", "PACKC_STRICT": "1"}

@@ -216,6 +216,7 @@ def test_losses_of_cut_hidden_values_pack(name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_other_shapes_compile_nothing_new():
     model = Headed(next_tokens)
     compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True}, fullgraph=True)

@@ -93,6 +93,7 @@ def test_nothing_runs_padded(family):
     assert report.boundaries == []
 
 
+@pytest.mark.slow
 def test_other_shapes_compile_nothing_new():
     model = tiny_model("bamba").train()
     compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})

@@ -79,7 +79,9 @@ def test_the_packed_graph_calls_only_overloads_that_the_autograd_cache_knows():
     assert not any(node.op in ("call_method", "call_module") for node in backend.after[-1].graph.nodes)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", pytest.param("falcon_mamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["mamba", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mamba2", "falcon_mamba"))]
+)
 def test_other_shapes_compile_nothing_new(family):
     """One compile for the first shape, one when the length varies, one when the batch size does."""
     model = FAMILIES[family]()

@@ -117,7 +117,8 @@ def test_a_token_is_gathered_once_and_scattered_once(implementation):
     assert backend.op_count(torch.ops.packc.begin_row_wise.default) == 0
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_generated_code_serves_every_shape(implementation):
     model = shaken(Experts(implementation))
     compiled = torch.compile(model, backend="packc", options={"packc.strict": True}, fullgraph=True)

@@ -23,7 +23,7 @@ BATCHES = [
 RIGHT_PADDED = [["11111111111", "11111110000", "11000000000"], ["111111111111", "110000000000"]]
 TABLE = (Path(__file__).parents[2] / "docs" / "families.md").read_text().splitlines()
 FAMILIES = [row.split("|")[1].strip() for row in TABLE if row.split("|")[-2:-1] and "yes" in row.split("|")[-2]]
-QUICK = [("mixers", 3), ("mamba", 2)]
+QUICK = [("mixers", 3)]
 ALL = [(name, size) for name in ("plain", "mixers", "mamba", "checkpointed", "mamba2") for size in (2, 3)]
 
 
