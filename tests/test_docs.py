@@ -73,9 +73,11 @@ def documents_to_pack(names, patch):
 
 
 def rows_of_documents(names, patch):
-    labels = names["ids"].clone()
+    ids = batch_of(ROWS)["input_ids"]
+    labels = ids.clone()
     labels[:, [0, 5]] = -100
-    names.update(labels=labels, cu_seqlens=torch.tensor([0, 5, 8, 13, 16, 21, 24]))
+    names.update(model=torch.compile(Model(layers=1), backend="packc"), ids=ids, labels=labels)
+    names.update(cu_seqlens=torch.tensor([0, 5, 8, 13, 16, 21, 24]))
     yield
     assert names["loss"].isfinite()
 

@@ -87,6 +87,7 @@ def test_left_padding_stays_out(family):
     assert packc.explain(tiny(family))(**batch).tokens == batch["attention_mask"].sum()
 
 
+@pytest.mark.slow
 @each_family
 def test_generation_with_a_cache_gives_the_tokens_of_eager(family):
     model, prompt = tiny(family).eval(), batch_of(RIGHT[:1] * 2)["input_ids"]

@@ -32,6 +32,7 @@ def run(cache: Path) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_inductor_trains_over_many_shapes_and_a_second_process_compiles_nothing(tmp_path):
     first, second = run(tmp_path), run(tmp_path)
     assert (first["hit"], first["bypass"]) == (0, 0)

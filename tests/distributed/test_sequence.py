@@ -104,6 +104,7 @@ def test_nothing_crosses_from_one_document_to_another(ranks):
         assert found == (False, False, False)
 
 
+@pytest.mark.slow
 def test_documents_within_rows(ranks):
     for worst in ranks.run(documents_in_rows, 3):
         assert worst < 1e-5

@@ -27,7 +27,7 @@ def stock():
     return in_a_fresh_process("stock")
 
 
-@pytest.mark.parametrize("order", ["packc-first", "model-first"])
+@pytest.mark.parametrize("order", ["packc-first", pytest.param("model-first", marks=pytest.mark.slow)])
 def test_whichever_is_imported_first_only_packc_sees_its_ops(order, stock):
     traced = in_a_fresh_process(order)
     for_packc = traced.pop("packc's backend")

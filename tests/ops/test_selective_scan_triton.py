@@ -49,7 +49,9 @@ def test_agrees_with_the_fp64_reference(B, L, D, N, G):
     assert_all_close(scan_and_grads(inputs, initial_state=state), reference(inputs, state=state))
 
 
-@pytest.mark.parametrize("lengths", [[70], [3, 61, 6], [64, 6]])
+@pytest.mark.parametrize(
+    "lengths", [[3, 61, 6], *(pytest.param(each, marks=pytest.mark.slow) for each in ([70], [64, 6]))]
+)
 def test_a_row_in_segments_agrees_with_the_fp64_reference(lengths):
     inputs, state = make_inputs(L=70, D=2, N=1), torch.randn(len(lengths), 2, 1)
     assert triton_forward.segment_tokens(1, 70, 1, 64, inputs["u"].device) == 64
@@ -57,6 +59,7 @@ def test_a_row_in_segments_agrees_with_the_fp64_reference(lengths):
     assert_all_close(results, reference(inputs, offsets(lengths), state))
 
 
+@pytest.mark.slow
 def test_the_number_of_segments_does_not_matter(monkeypatch):
     inputs, documents = make_inputs(L=70, D=2, N=1), offsets([66, 4])
     in_segments = scan_and_grads(inputs, documents)
@@ -133,6 +136,7 @@ def test_the_backward_is_deterministic():
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @given(lengths=st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=4))
 def test_packed_equals_each_document_alone(lengths):

@@ -91,7 +91,7 @@ def error(results, exact):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_decoder_with_eager_attention_packs(dtype):
     import transformers
 
