@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import json, torch, packc
 from harness import BOTH, LEFT, RIGHT, assert_same_step, batch_of, exact_step, tiny_mamba, train_step
 from torch._dynamo.utils import counters
-
-import pytest
 torch.manual_seed(0)
 model = tiny_mamba(layers=1)
 compiled = torch.compile(model, backend="packc", options={"packc.strict": True})
