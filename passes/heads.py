@@ -174,7 +174,13 @@ class Heads:
             return read == [node.args[0]] and value_of(value).ndim > rank
         if node.target is aten.cross_entropy_loss.default:
             return read == [node.args[0]] and rank == 1 and value_of(node).ndim == 1
-        return is_entrywise(node) and len(shape) == value_of(value).ndim
+        return is_entrywise(node) and all(self._lies_along(each, places, len(shape)) for each in read)
+
+    @staticmethod
+    def _lies_along(value: fx.Node, places: fx.Node, rank: int) -> bool:
+        """Whether it has an entry for each place where a result of so many axes has it: not along other axes."""
+        sizes, wanted = value_of(value).shape, value_of(places).shape
+        return len(sizes) == rank and all(map(same_size, sizes[: len(wanted)], wanted))
 
     def _moved(self, node: fx.Node, value: fx.Node, places: fx.Node) -> fx.Node | None:
         """The places of the entries where an op takes some, or counts them another way."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import BOTH, HOLE, LEFT, RIGHT, PlainLM, batch_of, tiny_mamba
+from harness import BOTH, HOLE, LEFT, RIGHT, PlainLM, batch_of, masks, tiny_mamba
 from torch import nn
 from torch.nn import functional as F
 
@@ -224,3 +224,17 @@ def test_other_shapes_compile_nothing_new():
     for number, rows in enumerate(shapes):
         with torch._dynamo.config.patch(error_on_recompile=number > 2):
             step(model, compiled, rows)
+
+
+def test_entries_that_one_row_alone_lines_up_along_other_axes_do_not_stay_in_their_places():
+    """``(1, L, 1) - (1, L)`` is ``(1, L, L)``: of each position the difference to all others, padding among them."""
+    taps = torch.randn(1, 2)
+
+    def differences(x, attention_mask):
+        x = packc.ops.causal_conv1d(x * attention_mask[..., None], taps)
+        return x - x.select(2, 0)
+
+    x, mask = torch.randn(1, 6, 1), masks(["111100"])
+    compiled = torch.compile(differences, backend="packc", options=DEBUG)
+    torch.testing.assert_close(compiled(x, mask), differences(x, mask))
+    assert "is not zero at padding" in packc.explain(differences)(x, mask).fallback
