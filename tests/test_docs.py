@@ -235,6 +235,10 @@ def test_what_explain_prints():
     assert not found.failed, said.getvalue()
 
 
+def test_readme_says_what_to_write_for_the_switch_of_trainer_that_cannot_work():
+    assert "torch_compile_backend" in (REPOSITORY / "README.md").read_text()
+
+
 def commands(pattern):
     """What follows ``pattern`` in commands of README and docs, as a shell would split it."""
     found = [each for file in FILES for each in re.findall(pattern + r"([^\n`&]*)", file.read_text())]
