@@ -50,7 +50,7 @@ def boundaries_around() -> dict[str, Tensor]:
         if not arguments.skipped:
             if runs_graph or arguments.boundaries or arguments.others:
                 held = frame.f_locals
-                if runs_graph or isinstance(held.get("self"), nn.Module):
+                if runs_graph or isinstance(held.get(arguments.names[0]), nn.Module):
                     for holder in _holders(arguments, held, inside_any=runs_graph):
                         _take(found, holder)
             runs_graph = False

@@ -230,6 +230,18 @@ def test_blocks_that_get_no_boundaries_keep_the_documents_of_their_model_apart(n
     torch.testing.assert_close(fast(ids, **{name: given[name]}).logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "length"), [(1, 2), (2, 2), (2, 5)])
+def test_a_module_around_a_block_is_looked_at_whatever_it_calls_itself(rows, length):
+    block = torch.compile(lambda x: scan(x), backend=packc.backend, options=DEBUG)
+
+    class Model(torch.nn.Module):
+        def forward(model, x, **given):  # noqa: N805
+            return block(x)
+
+    x, seq_idx = torch.randn(rows, length, 2), (torch.arange(length) > 0).int().expand(rows, -1)
+    torch.testing.assert_close(Model()(x, seq_idx=seq_idx), alone(scan, x, [[1, length - 1]] * rows))
+
+
 def test_what_is_recomputed_outside_of_its_model_does_not_forget_its_documents():
     block = torch.compile(lambda x: scan(x), backend=packc.backend, options=DEBUG)
 
