@@ -89,6 +89,8 @@ def latent(hidden: int, layers: int) -> dict[str, Any]:
     }
 
 
+# Fused attention neither caps scores, as gemma2 does, nor knows the sinks of gpt_oss.
+written_out = {"attn_implementation": "eager"}
 FAMILIES = {
     "mamba": Family("MambaForCausalLM", lambda h, n: {}),
     "falcon_mamba": Family("FalconMambaForCausalLM", lambda h, n: {}),
@@ -244,6 +246,11 @@ FAMILIES = {
         "MixtralForCausalLM", lambda h, n: {**headed(h, n), "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", lambda h, n: {**headed(h, n), **experts(h, n)}),
+    "gemma2": Family("Gemma2ForCausalLM", lambda h, n: {**headed(h, n), "sliding_window": 64, **written_out}),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        lambda h, n: {**headed(h, n), **written_out, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "gpt2": Family("GPT2LMHeadModel", lambda h, n: {"n_embd": h, "n_layer": n, "n_head": 4}),
     "bert": Family(
         "BertForMaskedLM",

@@ -35,6 +35,7 @@ READ: tuple[Pass, ...] = (
     passes.cut_late,  # logits cut along the sequence after what is computed of them
     passes.widen_losses,  # next-token losses over whole rows
     passes.written_out_attention,  # softmax(q @ k) @ v as one op
+    passes.attention_as_written,  # any other attention written out, a node each
     passes.find_masks,  # the inputs that may be the padding mask; for documents alone find_rows, of tokens
 )
 FIND: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
@@ -55,6 +56,7 @@ _MAY_BE_SKIPPED = (
     passes.cut_late,
     passes.widen_losses,
     passes.written_out_attention,
+    passes.attention_as_written,
     passes.pack_attention,
 )
 

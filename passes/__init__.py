@@ -3,6 +3,7 @@
 Each is a function of a :class:`~packc.passes.graph.Graph` that returns one.
 """
 
+from packc.passes.attention_as_written import attention_as_written
 from packc.passes.attention_masks import attention_masks
 from packc.passes.causal_convs import causal_convs
 from packc.passes.choose import choose
@@ -42,6 +43,7 @@ __all__ = [
     "Tail",
     "WrongMask",
     "argument_path",
+    "attention_as_written",
     "attention_masks",
     "boundaries_of",
     "causal_convs",

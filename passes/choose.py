@@ -19,9 +19,10 @@ from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.heads import follow_heads
 from packc.passes.module_names import module_path
+from packc.passes.outlined import ops_of
 from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
-from packc.passes.row_wise import ops_of, writes_elsewhere
+from packc.passes.row_wise import writes_elsewhere
 from packc.passes.rules.row_ends import end_taken
 
 

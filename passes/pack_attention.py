@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from packc.passes.asks import HidesPadding
@@ -14,6 +15,8 @@ from packc.passes.reading import Call, NotTokenwise
 from packc.passes.rules.attention import varlen_attention
 from packc.passes.rules.registry import Op
 from packc.passes.visible import Band
+
+aten = torch.ops.aten
 
 
 def pack_attention(graph: Graph) -> Graph:
@@ -24,6 +27,8 @@ def pack_attention(graph: Graph) -> Graph:
     """
     tokens = replace(graph.tokens, readings=dict(graph.tokens.readings))
     for node, reading in graph.tokens.readings.items():
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
         masks = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
         causal: bool = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)  # type: ignore
         seen = graph.seen.get(masks[0]) if masks else Band(causal)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,26 +11,22 @@ from torch._ops import OpOverload
 import packc.ops.row_wise  # noqa: F401  (the marks)
 from packc.passes.graph import Graph, is_item, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
+from packc.passes.outlined import Outlined
 from packc.passes.reasons import NotPackable
 
 BEGIN = torch.ops.packc.begin_row_wise.default
 _END = torch.ops.packc.end_row_wise.default
 
 
-class RowWise:
-    """Target of a node ``(*rows, *others) -> rows``: the function of rows, as a graph of its own."""
+class RowWise(Outlined):
+    """A function of rows, ``(*rows, *others) -> rows``."""
+
+    name = "a function of rows"
 
     def __init__(self, body: fx.Graph, rows: int) -> None:
-        self.body = body
+        super().__init__(body)
         self.rows = rows
         """How many of the arguments, the first ones, are rows."""
-        self.__name__ = "row_wise"
-
-    def __call__(self, *args: Any) -> Any:
-        return fx.GraphModule(torch.nn.Module(), self.body)(*args)
-
-    def __str__(self) -> str:
-        return "a function of rows"
 
 
 def row_wise(graph: Graph) -> Graph:
@@ -85,11 +80,6 @@ def _written(node: fx.Node) -> fx.Node:
     while isinstance(written.target, OpOverload) and written.target._schema.returns[0].alias_info is not None:
         written = written.args[0]
     return written
-
-
-def ops_of(node: fx.Node) -> Iterable[fx.Node]:
-    """The node itself, or those inside it."""
-    return node.target.body.nodes if isinstance(node.target, RowWise) else [node]
 
 
 def _outline(graph: fx.Graph, end: fx.Node) -> None:

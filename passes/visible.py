@@ -54,6 +54,9 @@ class Pairs:
     def add(self, mask: Tensor, real: Tensor, documents: Tensor | None = None) -> bool:
         """Note what tokens see through an attention mask; False if one of them sees padding.
 
+        One that sees nothing through a mask that is added to scores sees everything, padding included: softmax gives
+        each key a share.
+
         Args:
             mask: (B or 1, heads or 1, L or 1, L), bool, or floating and added to scores.
             real: (B, L), bool: at tokens.
@@ -66,6 +69,8 @@ class Pairs:
         tokens = queries & keys
         seen = shown & tokens
         if mask.dtype != torch.bool:
+            if bool((real[:, None] & ~seen.any(3)).any()):
+                return False
             self.exact &= not bool((seen & (mask != 0)).any())
         documents = torch.zeros_like(real) if documents is None else documents
         same = (documents[:, :, None] == documents[:, None, :])[:, None]

@@ -17,9 +17,9 @@ from packc.passes.forms import packed as of_packed
 from packc.passes.forms import sharded as of_sharded
 from packc.passes.graph import Graph, is_item, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
+from packc.passes.outlined import Outlined
 from packc.passes.positions import knows_only_positions
 from packc.passes.reading import Call, PaddedNumel, Reading
-from packc.passes.row_wise import RowWise
 from packc.passes.rules.row_ends import end_taken
 from packc.passes.work import work_of
 
@@ -97,7 +97,7 @@ class _Writer:
         return written
 
     def _write(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        if isinstance(target, RowWise):
+        if isinstance(target, Outlined):
             return self._write_body(target.body, args)
         node = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:
@@ -131,7 +131,7 @@ class _Writer:
         return self.packed.leave_end(self.in_packed[source], layout, size)
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        if isinstance(node.target, RowWise):
+        if isinstance(node.target, Outlined):
             return self._write(node.target, *map(self._padded, node.args))  # type: ignore[arg-type]
         copied = self.graph.node_copy(node, self._padded)
         copied.meta = _carried(node)

@@ -18,9 +18,9 @@ from packc.passes.forms.form import Write
 from packc.passes.forms.packed import Packed
 from packc.passes.graph import Graph, Ranks
 from packc.passes.module_names import module_path
+from packc.passes.outlined import ops_of
 from packc.passes.reading import Call
 from packc.passes.reasons import NotPackable
-from packc.passes.row_wise import ops_of
 
 
 class Inputs(NamedTuple):

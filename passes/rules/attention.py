@@ -6,10 +6,11 @@ import operator
 from dataclasses import replace
 
 import torch
+from torch import fx
 
 from packc.ops.varlen_attention.dropout import SEEDS
 from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft
-from packc.passes.axes import BATCH, OTHER, SEQ, Whole, same_size, show, value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, Layout, Whole, same_size, show, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 from packc.passes.visible import Band, Seen
@@ -53,6 +54,22 @@ def _across_sequences(op: Op) -> Reading | None:
         asks: list[Ask] = [] if mask is None else [HidesKeys(mask)]
         return Reading(Whole.OF_OTHERS, {k: _HEADS_FIRST, v: _HEADS_FIRST}, padded=_ACROSS, asks=asks)
     return None
+
+
+def as_written(op: Op) -> Reading:
+    """Of :class:`packc.passes.attention_as_written.AsWritten`."""
+    q, transposed, v, mask, *others = op.args
+    layouts: dict[fx.Node, Layout] = {q: _HEADS_FIRST, transposed: (BATCH, OTHER, OTHER, SEQ), v: _HEADS_FIRST}
+    for each, wanted in layouts.items():
+        if op.layout(each) != wanted:
+            raise NotTokenwise(
+                f"attends with {each.name} {show(op.layout(each))} where {show(wanted)} is one sequence's"
+            )
+    for each in others:
+        if op.layout(each) == _HEADS_FIRST:  # of each query, as sinks may be
+            layouts[each] = _HEADS_FIRST
+    op.only_labelled(*layouts, mask)
+    return Reading(_HEADS_FIRST, layouts, padded="caps scores or has sinks: runs padded", asks=[HidesPadding(mask)])
 
 
 def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:

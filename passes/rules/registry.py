@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from packc.passes.attention_as_written import AsWritten
 from packc.passes.axes import Axis, Layout, covers_tokens, is_tensor, same_size, show, value_of
 from packc.passes.graph import Tokens
 from packc.passes.reading import Call, NotTokenwise, Reading
@@ -126,6 +127,10 @@ def rule_for(target: Any) -> Rule | None:
         from packc.passes.rules.row_wise import row_wise
 
         return row_wise
+    if isinstance(target, AsWritten):
+        from packc.passes.rules.attention import as_written
+
+        return as_written
     if not isinstance(target, OpOverload):
         return None
     if target in RULES:

@@ -28,7 +28,6 @@ NOT = {
     "a mask that is scaled": lambda q, mask: ((q @ q.mT + mask) * 2).softmax(-1) @ q,
     "two masks": lambda q, mask: (scores(q, mask) + mask).softmax(-1) @ q,
     "over queries": lambda q, mask: scores(q, mask).softmax(-2) @ q,
-    "capped": lambda q, mask: (scores(q, 0).tanh() + mask).softmax(-1) @ q,
     "read by others": lambda q, mask: (lambda p: p @ q + p.amax(-1, True))(scores(q, mask).softmax(-1)),
     "the other way round": lambda q, mask: q.mT @ scores(q, mask).softmax(-1),
 }
