@@ -19,7 +19,7 @@ from packc.passes.axes import covers_tokens, is_made_of_integers
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.heads import follow_heads
 from packc.passes.module_names import module_path
-from packc.passes.outlined import ops_of
+from packc.passes.outlined import is_random
 from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
 from packc.passes.row_wise import writes_elsewhere
@@ -164,9 +164,3 @@ def is_computed_packed(operand: fx.Node, tokens: Tokens) -> bool:
     state is that happens to lie along the tokens."""
     from_op = operand in tokens.readings or is_item(operand)
     return from_op and not reads_as_is(operand, tokens)
-
-
-def is_random(node: fx.Node) -> bool:
-    targets = [each.target for each in ops_of(node)]
-    overloads = [each for each in targets if isinstance(each, torch._ops.OpOverload)]
-    return any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads)

@@ -15,8 +15,10 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from packc.passes.asks import HidesPadding
 from packc.passes.axes import (
     BATCH,
+    OTHER,
     SEQ,
     TOKENS,
     covers_tokens,
@@ -75,17 +77,25 @@ class Heads:
             return
         if node.op == "output":
             for value in read:
-                if self.graph.padding and value not in self.zero:
+                if (self.graph.padding and value not in self.zero) or value in self.graph.tokens.readings:
                     raise self._refusal(node, value)
             self.returned.update(read)
             return
-        if node in self.graph.tokens.readings or not isinstance(node.target, OpOverload):
+        if all(self._is_of_queries(node, value) for value in read):
+            return
+        if node in self.packed_only or not isinstance(node.target, OpOverload):
             raise self._refusal(node, read[0])
         with self.graph.gm.graph.inserting_before(node):
             places = {self.places.get(value) or self._all_places(node, value) for value in read}
             if len(places) > 1:
                 raise self._refusal(node, read[0])
-            self._follow(node, read, places.pop())
+            if node in self.graph.tokens.readings:
+                # Along other axes, as a mask is of keys. It is only ever read padded: whoever read it packed is refused.
+                if not self._keeps_places(node, read, *places):
+                    raise self._refusal(node, read[0])
+                self.places[node] = places.pop()
+            else:
+                self._follow(node, read, places.pop())
 
     def _follow(self, node: fx.Node, read: list[fx.Node], places: fx.Node) -> None:
         mask = self._mask(node, read, places)
@@ -126,6 +136,15 @@ class Heads:
         """Whether it keeps the end of rows whose padding nobody reads, or that mixers see to."""
         return is_kept_end(node, self.graph.tokens.layout) and not self._is_one_position(node)
 
+    def _is_of_queries(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether attention adds a value to its scores, made of each query's own place: ``(B, heads, L, keys)``."""
+        reading = self.graph.tokens.readings.get(node)
+        asked = reading is not None and any(isinstance(ask, HidesPadding) and ask.mask is value for ask in reading.asks)
+        if not asked or value not in self.places:
+            return False
+        with self.graph.gm.graph.inserting_before(node):
+            return self.places[value] is self._places_of_heads(value_of(value).shape[1])
+
     def _refusal(self, node: fx.Node, value: fx.Node) -> NotPackable:
         reason = self.graph.tokens.refusals.get(node, "reads padding")
         where = module_path(node) or "the model"
@@ -134,11 +153,24 @@ class Heads:
 
     def _all_places(self, node: fx.Node, value: fx.Node) -> fx.Node:
         layout = self.graph.tokens.layout(value) or ()
+        if layout[:3] == (BATCH, OTHER, SEQ):
+            return self._places_of_heads(value_of(value).shape[1])
         if layout[:1] != (TOKENS,) and layout[:2] != (BATCH, SEQ):
             raise self._refusal(node, value)
+        return self._flat_places() if layout[0] is TOKENS else self._places_of_rows()
+
+    def _flat_places(self) -> fx.Node:
         ones = self._make(aten.ones_like.default, (self._of_places(),), dtype=torch.int64)
-        flat = self._make(aten.sub.Tensor, (self._make(aten.cumsum.default, (self._flat(ones), 0)), 1))
-        return flat if layout[0] is TOKENS else self._make(aten.view_as.default, (flat, ones))
+        return self._make(aten.sub.Tensor, (self._make(aten.cumsum.default, (self._flat(ones), 0)), 1))
+
+    def _places_of_rows(self) -> fx.Node:
+        """(B, L)"""
+        return self._make(aten.view_as.default, (self._flat_places(), self._of_places()))
+
+    def _places_of_heads(self, heads: int) -> fx.Node:
+        """(B, heads, L)"""
+        rows = self._make(aten.unsqueeze.default, (self._places_of_rows(), 1))
+        return self._make(aten.expand.default, (rows, [-1, heads, -1]))
 
     def _mask(self, node: fx.Node, read: list[fx.Node], places: fx.Node) -> fx.Node | None:
         """What an op multiplies the value by, an entry a place, if that is a mask made from the inputs."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from packc.passes.axes import hint_of, value_of
+from packc.passes.axes import covers_tokens, hint_of, is_tensor, value_of
 from packc.passes.graph import Graph
-from packc.passes.sources import argument_path
+from packc.passes.sources import argument_path, is_parameter
 
 _POSITIONS = "position_ids"
 _MOST_NODES = 500
@@ -32,7 +32,7 @@ class MaskGraph:
     positions: list[fx.Node]
     """Inputs that say which position in its document a token has, (B, L) or (1, L)."""
     others: list[fx.Node]
-    """Further inputs."""
+    """Further inputs, and what the model computes of tokens: biases may be made of it."""
 
     def run(
         self, padding: Tensor, positions: Tensor, fill: Callable[[list[int], torch.dtype], Tensor], at: Sizes
@@ -77,7 +77,7 @@ class MaskGraph:
 
 def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
     """What makes a value; None if that cannot be run by itself."""
-    needed, queue = set[fx.Node](), [value]
+    needed, queue, of_tokens = set[fx.Node](), [value], _computed_of_tokens(graph)
     while queue:
         if len(needed) > _MOST_NODES:
             return None
@@ -87,17 +87,32 @@ def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
         needed.add(node)
         if _is_number(value_of(node)):
             continue  # a size is known without what has it
+        if node in of_tokens:
+            continue
         constant = node.op in ("placeholder", "get_attr") and isinstance(value_of(node), Tensor)
         if not constant and (node.op != "call_function" or node.is_impure()):
             return None
         queue.extend(node.all_input_nodes)
     nodes = [node for node in graph.gm.graph.nodes if node in needed]
-    inputs = [node for node in nodes if node.op == "placeholder" and isinstance(value_of(node), Tensor)]
+    begins = [node for node in nodes if node.op == "placeholder" or node in of_tokens]
+    inputs = [node for node in begins if isinstance(value_of(node), Tensor)]
     padding = graph.mask if graph.padding else None
     positions = [
         node for node in inputs if argument_path(node).split(".")[-1] == _POSITIONS and value_of(node).ndim == 2
     ]
     return MaskGraph(nodes, padding, positions, [node for node in inputs if node not in (padding, *positions)])
+
+
+def _computed_of_tokens(graph: Graph) -> set[fx.Node]:
+    """Numbers of each token in which a weight meets the tokens."""
+    weights, met = set[fx.Node](), set[fx.Node]()
+    for node in graph.gm.graph.nodes:
+        of_weights = is_parameter(node) or not weights.isdisjoint(node.all_input_nodes)
+        if of_weights and node not in graph.tokens.readings:
+            weights.add(node)
+        elif of_weights and is_tensor(node) and value_of(node).is_floating_point():
+            met.add(node)
+    return {node for node in met if covers_tokens(graph.tokens.layout(node))}
 
 
 def shape_of(value: Tensor, at: Sizes) -> list[int]:

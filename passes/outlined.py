@@ -29,3 +29,9 @@ class Outlined:
 def ops_of(node: fx.Node) -> Iterable[fx.Node]:
     """The node itself, or those inside it."""
     return node.target.body.nodes if isinstance(node.target, Outlined) else [node]
+
+
+def is_random(node: fx.Node) -> bool:
+    targets = [each.target for each in ops_of(node)]
+    overloads = [each for each in targets if isinstance(each, torch._ops.OpOverload)]
+    return any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads)

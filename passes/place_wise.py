@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from packc.passes.axes import value_of
+from packc.passes.axes import is_tensor, value_of
+from packc.passes.rules import rule_for
+from packc.passes.rules.pointwise import pointwise
 
 aten = torch.ops.aten
 
-_ENTRYWISE = {
-    *(aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default),
-    *(aten.detach.default, aten.dropout.default),
-}
 _ALONG_AN_AXIS = {
     *(aten.softmax.int, aten.log_softmax.int, aten.gather.default, aten.slice.Tensor, aten.select.int),
     *(aten.squeeze.dim, aten.unsqueeze.default, aten.logsumexp.default, aten.sum.dim_IntList, aten.mean.dim),
@@ -24,8 +21,7 @@ _ALONG_AN_AXIS = {
 
 def is_entrywise(node: fx.Node) -> bool:
     """Whether every entry of the result is made of the entries at its place, up to broadcasting."""
-    target = node.target
-    return isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or target in _ENTRYWISE)
+    return is_tensor(node) and rule_for(node.target) is pointwise
 
 
 def works_behind(node: fx.Node, rank: int) -> bool:

@@ -17,11 +17,12 @@ from torch import Tensor, fx
 
 from packc.passes.axes import same_size, value_of
 from packc.passes.graph import Graph, call_like
+from packc.passes.outlined import is_random
+from packc.passes.place_wise import is_entrywise
 
 aten = torch.ops.aten
 
 _LOSSES = {aten.cross_entropy_loss.default: (3, 4), aten.nll_loss_nd.default: (3, 4)}  # (reduction, ignore_index)
-_ELEMENTWISE = {aten.to.dtype, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.log_softmax.int}
 _FLATTENS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
@@ -71,11 +72,16 @@ def _chain_to_slice(logits: Any) -> tuple[fx.Node, list[fx.Node]] | None:
         elif node.target in _FLATTENS:
             if value_of(node).ndim != 2 or not same_size(value_of(node).shape[1], value_of(node.args[0]).shape[-1]):
                 return None
-        elif node.target not in _ELEMENTWISE and node.target is not aten.transpose.int:
+        elif node.target not in (aten.transpose.int, aten.log_softmax.int) and not _is_entrywise_of_one(node):
             return None
         steps.append(node)
         node = node.args[0]
     return None
+
+
+def _is_entrywise_of_one(node: fx.Node) -> bool:
+    """Whether an op computes each entry of its first argument's alone, and draws nothing."""
+    return is_entrywise(node) and node.all_input_nodes == [node.args[0]] and not is_random(node)
 
 
 def _keep_positions_apart(steps: list[fx.Node]) -> bool:

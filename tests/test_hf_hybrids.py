@@ -75,6 +75,21 @@ def test_a_decoder_of_attention_alone_packs_whole(family):
     assert (report.tokens, report.boundaries, [mixer.op for mixer in report.mixers]) == (15, [], [ATTENTION] * 2)
 
 
+@pytest.mark.slow
+def test_attention_with_biases_of_each_token_is_packed_around():
+    import transformers
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": None}
+    config = transformers.InklingForCausalLM.config_class(**sizes, **heads, experts_implementation="eager")
+    model = shaken(transformers.InklingForCausalLM(config))
+    compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
+    for rows in (RIGHT, LEFT, HOLE):
+        batch = batch_of(rows)
+        assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+    assert packc.explain(model)(**batch_of(RIGHT)).tokens == 15
+
+
 @one_family_now_the_others_slow
 def test_code_is_generated_for_a_training_step(family):
     model, batch = tiny_model(family).train(), batch_of(RIGHT)

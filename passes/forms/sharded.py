@@ -13,12 +13,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from packc.passes.choose import is_random
 from packc.passes.forms.form import Write
 from packc.passes.forms.packed import Packed
 from packc.passes.graph import Graph, Ranks
 from packc.passes.module_names import module_path
-from packc.passes.outlined import ops_of
+from packc.passes.outlined import is_random, ops_of
 from packc.passes.reading import Call
 from packc.passes.reasons import NotPackable
 

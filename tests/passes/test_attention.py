@@ -19,6 +19,7 @@ from packc.passes.visible import Band
 
 B, L, H, D = 3, 8, 2, 4
 TAPS = torch.randn(H * D, 3, generator=torch.Generator().manual_seed(1))
+WEIGHT = torch.randn(H * D, H * D, generator=torch.Generator().manual_seed(3))
 STRICT = {"packc.inner": "aot_eager", "packc.strict": True}
 CONV, ATTENTION = "packc.causal_conv1d.default", "aten.scaled_dot_product_attention.default"
 CAUSAL = torch.ones(L, L, dtype=torch.bool).tril()  # to the graph, an input that may hold anything
@@ -145,6 +146,51 @@ def test_one_made_of_another_mask_does_not():
         return attend(x, attention_mask, causal(ref_mask))
 
     assert "is not seen to hide padding" in reason_of(model, torch.randn(B, L, H * D), masks(RIGHT), masks(LEFT))
+
+
+def biased(x, m, weight, bias):
+    """Relative positions by what the model computes of tokens, as a bias: hidden where the mask hides."""
+    x = packc.ops.causal_conv1d(x * m[..., None], TAPS, activation="silu")
+    places = torch.arange(x.shape[1])
+    distances = (places[:, None] - places).clamp(0, D - 1).expand(x.shape[0], H, -1, -1)
+    mask = torch.where(causal(m), bias(heads(F.linear(x, weight)), distances), torch.finfo(x.dtype).min)
+    mixed = F.scaled_dot_product_attention(heads(x), heads(x.cos()), heads(x.sin()), attn_mask=mask)
+    return F.layer_norm(x + mixed.transpose(1, 2).flatten(2), (H * D,))
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_bias_of_each_query_leaves_the_rest_packed(dynamic):
+    torch._dynamo.reset()
+
+    def model(x, attention_mask, weight):
+        return biased(x, attention_mask, weight, lambda h, distances: (h / 2).gather(3, distances))
+
+    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=dynamic)
+    x, weight = torch.randn(B, L, H * D), torch.nn.Parameter(WEIGHT)
+    for rows in (RIGHT, LEFT, BOTH):
+        given = masks(rows), weight
+        torch.testing.assert_close(step(compiled, x, *given), step(model, x, *given), rtol=1e-4, atol=1e-5)
+    report = packc.explain(model)(x, *given)
+    assert [mixer.op for mixer in report.mixers if mixer.packed] == [CONV]
+    assert ATTENTION in [boundary.node for boundary in report.boundaries]
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        lambda h, distances: h.gather(3, distances).mT,
+        lambda h, distances: h.cumsum(2).gather(3, distances),
+        lambda h, distances: h.gather(3, distances) - h.gather(3, distances).amax(2, keepdim=True),
+        lambda h, distances: h.gather(3, distances).flip(2),
+    ],
+    ids=["each key", "queries before", "all queries", "another query"],
+)
+def test_a_bias_of_other_tokens_does_not(bias):
+    def model(x, attention_mask, weight):
+        return biased(x, attention_mask, weight, bias)
+
+    given = torch.randn(B, L, H * D), masks(RIGHT), torch.nn.Parameter(WEIGHT)
+    assert "is not zero at padding" in reason_of(model, *given)
 
 
 def test_causal_attention_without_a_mask_keeps_left_padding():
