@@ -59,10 +59,15 @@ def choose(op: str, q: Tensor) -> str:
 # Where documents end is data, which formulas do not see: they count one document of T tokens, an upper bound.
 
 
+def pairs_before(T: int, window: int | None) -> int:
+    """Of T tokens, each with itself and those before it."""
+    seen = T if window is None else torch.sym_min(T, window)
+    return T * seen - seen * (seen - 1) // 2
+
+
 def _pairs(T: int, causal: bool, window: int | None) -> int:
     """Of a query and a key that it sees, in one document."""
-    seen = T if window is None else torch.sym_min(T, window)
-    before = T * seen - seen * (seen - 1) // 2  # itself included
+    before = pairs_before(T, window)
     return before if causal else 2 * before - T
 
 
