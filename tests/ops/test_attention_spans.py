@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
-from varlen_attention_data import error, with_grads
+from varlen_attention_data import error, offsets, with_grads
 
 from packc import config
+from packc.ops import varlen_attention
 from packc.ops.varlen_attention import cuda, spans_cuda, spans_reference
 
 spans_op = torch.ops.packc.attention_spans.default
@@ -216,6 +217,79 @@ def test_flops_are_those_of_one_span(causal, window, pairs):
 def test_spans_that_meet_or_end_outside_are_refused(kernels, spans):
     with pytest.raises(ValueError, match="spans must rise, one behind the other"):
         run(inputs([(5, 8)]), torch.tensor(spans), True, None)
+
+
+# ---- documents of two rows: varlen_attention with cu_seqlens_k -------------------------------------------------------
+
+ROWS = [3, 0, 4, 70, 130], [5, 4, 0, 130, 70]
+
+
+@pytest.mark.parametrize(("causal", "window"), SEEN)
+def test_a_document_sees_the_one_of_its_number_from_its_last_key_back(kernels, causal, window):
+    lengths = list(zip(*ROWS, strict=True))
+    leaves = inputs(lengths)
+    options = {"causal": causal, "window": window, "scale": 0.3}
+    cu_seqlens, cu_seqlens_k = map(offsets, ROWS)
+    found = with_grads(varlen_attention(*leaves, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options), leaves)
+    for mine, expected in zip(found, dense(leaves, spans_of(lengths), causal, window), strict=True):
+        assert error(mine, expected) < 2e-6
+    assert not found[0][:, 3:7].any()  # of the third document, which has no keys
+
+
+def test_equal_documents_are_those_of_one_row():
+    leaves, cu_seqlens = inputs([(3, 3), (70, 70)]), offsets([3, 70])
+    for options in ({}, {"causal": False}, {"window": 7}, {"dropout_p": 0.4, "seed": torch.tensor(3)}):
+        one = with_grads(varlen_attention(*leaves, cu_seqlens=cu_seqlens, **options), leaves)
+        options["cu_seqlens_k"] = cu_seqlens.long()
+        two = with_grads(varlen_attention(*leaves, cu_seqlens=cu_seqlens, **options), leaves)
+        assert all(map(torch.equal, one, two))
+
+
+def test_rows_meet_documents_as_documents_do():
+    lengths = [(4, 5), (4, 2), (4, 9)]
+    q, k, v = inputs(lengths)
+    cu_seqlens_k = offsets([5, 2, 9])
+    packed = varlen_attention(q, k, v, cu_seqlens=offsets([4] * 3), cu_seqlens_k=cu_seqlens_k, causal=False)
+    rows = torch.ops.packc.cross_attention(q.view(3, 4, 4, 16), k, v, None, cu_seqlens_k, None, 0.0, None)
+    assert torch.equal(rows.flatten(0, 1)[None], packed)
+
+
+def test_a_compiled_step_serves_documents_of_all_lengths():
+    step = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
+    for n, rows in enumerate(([[5, 3, 4], [2, 8, 1]], [[9, 8], [1, 6]], [[1, 2, 3, 30], [7, 7, 1, 9]])):
+        leaves, (a, b) = inputs(list(zip(*rows, strict=True))), map(offsets, rows)
+        with torch._dynamo.config.patch(error_on_recompile=n > 1):
+            out = step(*leaves, cu_seqlens=a, cu_seqlens_k=b)
+        expected = varlen_attention(*leaves, cu_seqlens=a, cu_seqlens_k=b)
+        for mine, theirs in zip(with_grads(out, leaves), with_grads(expected, leaves), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_opcheck_of_what_documents_become():
+    (q, k, v), (a, b) = inputs([(2, 3), (4, 1)]), (offsets([2, 4]), offsets([3, 1]))
+    torch.library.opcheck(torch.ops.packc.document_spans.default, (a, b, 6, 4))
+    arguments = (q.detach(), k.detach(), v.detach(), a, b, None, 0.0, None)
+    torch.library.opcheck(torch.ops.packc.cross_attention.default, arguments, test_utils=("test_schema",))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cu_seqlens_k": torch.tensor([0, 4, 8, 8])}, ValueError, r"as long as cu_seqlens \(3,\); got \(4,\)"),
+        ({"cu_seqlens_k": torch.tensor([0, 4, 9])}, ValueError, "cu_seqlens_k must rise from 0 to L = 8"),
+        ({"cu_seqlens_k": torch.tensor([0.0, 4, 8])}, TypeError, "cu_seqlens_k must be int32 or int64"),
+        ({"cu_seqlens": torch.tensor([0, 4, 8])}, ValueError, "cu_seqlens must rise from 0 to L = 5"),
+        ({"mask_mod": lambda b, h, i, j: i == j}, ValueError, "cu_seqlens_k is not taken with mask_mod"),
+        ({"k": torch.empty(1, 8, 2, 9)}, ValueError, r"k must be .* \(1, T_k, H_kv, 16\); got \(1, 8, 2, 9\)"),
+        ({"v": torch.empty(1, 7, 2, 9)}, ValueError, r"v must be .* \(1, 8, 2, V\); got \(1, 7, 2, 9\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    q, k, v = inputs([(5, 8)])
+    given = {"cu_seqlens": torch.tensor([0, 2, 5]), "cu_seqlens_k": torch.tensor([0, 4, 8])}
+    arguments = {"q": q, "k": k, "v": v, **given} | change
+    with pytest.raises(error, match=message):
+        varlen_attention(**arguments)
 
 
 # ---- on CUDA ---------------------------------------------------------------------------------------------------------
