@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from packc.passes.asks import HidesPadding
+from packc.passes.asks import HidesKeys, HidesPadding
 from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise
 from packc.passes.rules.attention import varlen_attention
@@ -24,9 +24,9 @@ def pack_attention(graph: Graph) -> Graph:
     """
     tokens = replace(graph.tokens, readings=dict(graph.tokens.readings))
     for node, reading in graph.tokens.readings.items():
-        masks = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
+        masks = [ask.mask for ask in reading.asks if isinstance(ask, (HidesPadding, HidesKeys))]
         causal: bool = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)  # type: ignore
-        seen = graph.seen.get(masks[0]) if masks else Band(causal)
+        seen = {**graph.seen, **graph.hides_keys}.get(masks[0]) if masks else Band(causal)
         if reading.padded is None or seen is None:
             continue
         try:
