@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor, name: str = "x") -> None:
-    """Raises if ``cu_seqlens`` cannot divide ``x (B, L, ...)``. Reads no data, so it may be traced."""
+def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor, name: str = "x", own: str = "cu_seqlens") -> None:
+    """Raises if ``cu_seqlens``, called ``own``, cannot divide ``x (B, L, ...)``. Reads no data, so it may be traced."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
+        raise TypeError(f"{own} must be int32 or int64, not {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1:
-        raise ValueError(f"cu_seqlens must have shape (N + 1,), not {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{own} must have shape (N + 1,), not {tuple(cu_seqlens.shape)}")
     if differ(x.shape[0], 1):
-        raise ValueError(f"with cu_seqlens, {name} must be one packed row (1, L, ...), not {tuple(x.shape)}")
+        raise ValueError(f"with {own}, {name} must be one packed row (1, L, ...), not {tuple(x.shape)}")
     if guard_or_false(cu_seqlens.shape[0] == 0):
-        raise ValueError("cu_seqlens must have shape (N + 1,), not (0,)")
+        raise ValueError(f"{own} must have shape (N + 1,), not (0,)")
     if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, {name} on {x.device}")
+        raise ValueError(f"{own} is on {cu_seqlens.device}, {name} on {x.device}")
 
 
 def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
@@ -48,10 +48,10 @@ def offsets(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
     return starts
 
 
-def check_offsets(starts: Tensor, L: int) -> None:
+def check_offsets(starts: Tensor, L: int, name: str = "cu_seqlens") -> None:
     """Raises unless the documents cover the ``L`` tokens in order."""
     if starts[0] != 0 or starts[-1] != L or (starts.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, not {starts.tolist()}")
+        raise ValueError(f"{name} must rise from 0 to L = {L}, not {starts.tolist()}")
 
 
 def of_token(starts: Tensor, tokens: int) -> Tensor:

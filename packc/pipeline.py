@@ -90,7 +90,8 @@ def packed_graph(graph: Graph, *, for_documents: bool = False) -> Graph:
 def _by_mask(graph: Graph, skipped: set[Pass]) -> Graph:
     """By the likeliest mask; by the next, should that be none."""
     reasons: list[NoMask | NotPackable] = []
-    for mask in graph.masks:
+    masks = graph.masks if graph.ranks is not None else _attended_first(graph)
+    for mask in masks:
         try:
             packed = _packed(replace(graph, mask=mask), skipped)
         except (NoMask, NotPackable) as reason:
@@ -98,8 +99,20 @@ def _by_mask(graph: Graph, skipped: set[Pass]) -> Graph:
             continue
         if packed.ranks is not None:  # of one sequence; others are the same on all
             return packed
-        return _with_further_streams(packed, [each.name for each in graph.masks], skipped)
+        return _with_further_streams(packed, [each.name for each in masks], skipped)
     raise reasons[0]
+
+
+def _attended_first(graph: Graph) -> list[fx.Node]:
+    """The masks, those last whose tokens attend to other sequences: keys are packed before their queries."""
+
+    def attends(mask: fx.Node) -> bool:
+        try:
+            return passes.attends_to_others(passes.layout(replace(graph, mask=mask)))
+        except NotPackable:
+            return False
+
+    return sorted(graph.masks, key=attends) if len(graph.masks) > 1 else graph.masks
 
 
 def _with_further_streams(packed: Graph, masks: list[str], skipped: set[Pass]) -> Graph:

@@ -21,6 +21,7 @@ from packc.passes.pack_attention import pack_attention
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.requirements import Requirements, requirements
 from packc.passes.row_wise import row_wise, without_marks
+from packc.passes.rules.attention import attends_to_others
 from packc.passes.sources import argument_path
 from packc.passes.split_head import Autocast, Tail, split_head
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
@@ -43,6 +44,7 @@ __all__ = [
     "Tail",
     "WrongMask",
     "argument_path",
+    "attends_to_others",
     "attention_as_written",
     "attention_masks",
     "boundaries_of",

@@ -20,7 +20,7 @@ from packc.passes.asks import HidesKeys, HidesPadding
 from packc.passes.axes import value_of
 from packc.passes.graph import Graph
 from packc.passes.mask_graphs import MaskGraph, Sizes, made_from, number, shape_of
-from packc.passes.visible import Pairs, Seen, visible
+from packc.passes.visible import Band, Other, Pairs, Seen, visible
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def attention_masks(graph: Graph) -> Graph:
     window or a table may end. One that cannot be is guarded to be no longer than the longest tried.
     """
     seen: dict[fx.Node, Seen] = _tried(graph, HidesPadding, _seen_through)
-    hides_keys = {mask for mask, hides in _tried(graph, HidesKeys, _hides_keys).items() if hides}
-    return replace(graph, seen=seen, hides_keys=hides_keys)
+    return replace(graph, seen=seen, hides_keys=_tried(graph, HidesKeys, _keys_seen))
 
 
 def _tried(
@@ -62,28 +61,44 @@ def _tried(
     return results
 
 
-def _hides_keys(graph: Graph, attention_mask: fx.Node) -> bool:
-    """Whether a mask ``(B or 1, heads or 1, queries or 1, L)`` hides padded keys in every row that has tokens."""
+def _keys_seen(graph: Graph, attention_mask: fx.Node) -> Seen | None:
+    """What a mask ``(B or 1, heads or 1, queries or 1, L)`` that hides padded keys shows in every row that has tokens:
+    all that are none, or not. None of one that shows padding."""
     made = made_from(graph, attention_mask)
     batch, length = graph.sizes
     if made is None or made.padding is None:
-        return False
+        return None
     lengths = list(_other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
-    return all(_hides_keys_at(made, batch, length, sizes) for sizes in ({}, *lengths))
+    queries = value_of(attention_mask).shape[-2:-1]
+    # As many queries as keys, where their number is another symbol.
+    of_queries = [size.node.expr for size in queries if isinstance(size, torch.SymInt)]
+    shown = []
+    for sizes in ({}, *lengths):
+        longest = dict.fromkeys(of_queries, sizes[length.node.expr]) if sizes else {}
+        shown.append(_keys_seen_at(made, batch, length, {**longest, **sizes}))
+        if shown[-1] is None:
+            return None
+    return Band(causal=False) if all(shown) else Other.TOKENS
 
 
-def _hides_keys_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> bool:
+def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> bool | None:
+    """Whether all tokens are seen as they are; None if padding is."""
     shape = shape_of(value_of(made.nodes[-1]), sizes)
     batch, length = (int(number(size, sizes)) for size in (batch, length))
     if len(shape) != 4 or shape[3] != length or shape[0] not in (1, batch) or _elements(made, sizes) > _LARGEST:
-        return False
-    positions = torch.arange(length).expand(batch, length)
+        return None
+    positions, every = torch.arange(length).expand(batch, length), True
     for padding in _paddings(batch, length):
-        hidden = ~padding & padding.any(1, keepdim=True)
+        has_tokens = padding.any(1, keepdim=True)
+        hidden, tokens = (~padding & has_tokens)[:, None, None], (padding & has_tokens)[:, None, None]
         for fill in _FILLS if made.others else _FILLS[:1]:
-            if bool((visible(made.run(padding, positions, fill, sizes)) & hidden[:, None, None]).any()):
-                return False
-    return True
+            mask = made.run(padding, positions, fill, sizes)
+            shown = visible(mask)
+            if bool((shown & hidden).any()):
+                return None
+            as_they_are = shown if mask.dtype == torch.bool else mask == 0
+            every &= not bool((tokens & ~as_they_are).any())
+    return every
 
 
 def _seen_through(graph: Graph, attention_mask: fx.Node) -> Seen | None:

@@ -83,8 +83,8 @@ class Graph:
     """Values known to be zero at padding."""
     seen: dict[fx.Node, Seen] = field(default_factory=dict)
     """What attention masks that hide padding let tokens see."""
-    hides_keys: set[fx.Node] = field(default_factory=set)
-    """Attention masks that hide padding from another sequence's queries."""
+    hides_keys: dict[fx.Node, Seen] = field(default_factory=dict)
+    """What attention masks that hide padding from another sequence's queries let these see."""
     zero_before: set[fx.Node] = field(default_factory=set)
     """Values known to be zero at padding before a row's first token: these, and what mixers make of zeros."""
     forms: Forms = None  # type: ignore[assignment]

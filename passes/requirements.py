@@ -18,7 +18,7 @@ from packc.passes.pack_attention import packed_attention
 from packc.passes.reasons import Boundary, NotPackable
 from packc.passes.sequences import other_masks
 from packc.passes.sources import argument_path, is_parameter
-from packc.passes.unpacked import boundaries_of, padded_mixers
+from packc.passes.unpacked import boundaries_of, is_of_another_stream, padded_mixers
 from packc.passes.visible import Band
 
 _MAX_OPS = 64
@@ -116,7 +116,9 @@ def requirements(graph: Graph) -> Graph:
         refuse_empty=any(value_of(ask.mask).is_floating_point() for _, ask in _packed(graph, HidesKeys)),
         labels=_labels(graph),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
-        only_tokens=any(node in packed and readings[node].is_mixer for node, _ in graph.asks(HidesPadding)),
+        only_tokens=any(
+            readings[node].is_mixer for kind in (HidesPadding, HidesKeys) for node, _ in _packed(graph, kind)
+        ),
         attention=sorted({call.args[call.arguments.index("causal")] for _, call in packed_attention(graph)}),
         live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
         returns_tokens=any(
@@ -126,7 +128,7 @@ def requirements(graph: Graph) -> Graph:
         mixers=[
             (str(node.target), module_path(node))
             for node, reading in readings.items()
-            if reading.is_mixer and node in packed
+            if reading.is_mixer and node in packed and not is_of_another_stream(node)
         ],
         padded_mixers=padded_mixers(graph, packed),
         boundaries=boundaries_of(graph),

@@ -79,10 +79,10 @@ def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:
     return [
         Boundary(f"{node.target}", module_path(node), graph.tokens.refusals.get(node, elsewhere))
         for node in graph.gm.graph.nodes
-        if is_mixer(node) and node not in packed and not _is_of_another_stream(node)
+        if is_mixer(node) and node not in packed and not is_of_another_stream(node)
     ]
 
 
-def _is_of_another_stream(node: fx.Node) -> bool:
+def is_of_another_stream(node: fx.Node) -> bool:
     """Whether a mixer has been packed with its own sequence."""
     return any(each.op == "placeholder" and each.name.startswith(CU_SEQLENS) for each in node.all_input_nodes)

@@ -1,14 +1,23 @@
-"""Attention from one sequence to another runs padded; what is before and after it, in both of them, is packed."""
+"""Attention from one sequence to another: of packed queries to packed keys, where its mask is that of the keys."""
 
 import copy
 
 import pytest
 import torch
-from harness import BOTH, EMPTY_ROW, HOLE, LEFT, RIGHT, masks
+import transformers
+from harness import BOTH, EMPTY_ROW, HOLE, LEFT, RIGHT, RecordingBackend, masks
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import packc
+from packc.passes.axes import BATCH, SEQ, Whole
+from packc.passes.axes import OTHER as ANY
+from packc.passes.graph import Tokens
+from packc.passes.reading import NotTokenwise, Reading
+from packc.passes.rules.attention import _ACROSS, varlen_attention
+from packc.passes.rules.registry import Op
+from packc.passes.visible import Band
 
 DEBUG = {"packc.inner": "aot_eager"}
 OTHER = ["11000", "11111", "11110"]
@@ -64,15 +73,103 @@ def compared(model, compiled, batch):
 
 
 @pytest.mark.parametrize("written_out", [pytest.param(False, id="op", marks=pytest.mark.slow), True])
-def test_both_sequences_are_packed_around_it(written_out):
+def test_both_sequences_are_packed_and_so_is_what_is_between_them(written_out):
     model = Translator(written_out)
     compiled = torch.compile(model, backend="packc", options=DEBUG, dynamic=True)
     for rows, others in ((RIGHT, OTHER), (LEFT, AS_LONG), (BOTH, OTHER)):
         compared(model, compiled, batch_of(rows, others))
     report = packc.explain(model)(*batch_of(RIGHT, OTHER))
     assert [stream.tokens for stream in report.streams] == [15, 11]
+    assert [mixer.packed for mixer in report.mixers] == [True, True, True]
+    assert report.boundaries == []
+
+
+class Renamed(Translator):
+    """The decoder's mask has the likelier name."""
+
+    def forward(self, encoder_input_ids, encoder_attention_mask, input_ids, attention_mask):
+        return super().forward(encoder_input_ids, encoder_attention_mask, input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("kind", [Translator, Renamed])
+def test_only_outputs_are_scattered(kind):
+    backend = RecordingBackend("eager")
+    torch.compile(kind(), backend=backend)(*batch_of(RIGHT, OTHER))
+    (call,) = backend.after[-1].graph.find_nodes(op="call_function", target=torch.ops.packc.cross_attention.default)
+    assert [each.name for each in call.args[3:5]] == ["packc_cu_seqlens_1", "packc_cu_seqlens"]
+    assert backend.op_count(torch.ops.packc.unpack.default) == 2
+
+
+def test_keys_are_packed_for_queries_that_have_no_mask():
+    class Unmasked(Translator):
+        def forward(self, input_ids, attention_mask, decoder_input_ids):
+            return super().forward(input_ids, attention_mask, decoder_input_ids, torch.ones_like(decoder_input_ids))
+
+    model, batch = Unmasked(), batch_of(RIGHT, OTHER)
+    report = packc.explain(model)(*batch[:3])
+    assert [stream.mask for stream in report.streams] == ["attention_mask"]
     assert [mixer.packed for mixer in report.mixers] == [True, True]
-    assert [boundary.reason for boundary in report.boundaries] == ["attends from one sequence to another: runs padded"]
+    compiled = torch.compile(model, backend="packc", options=DEBUG)
+    torch.testing.assert_close(compiled(*batch[:3])[0], model(*batch[:3])[0], rtol=0, atol=1e-5)
+
+
+def test_a_row_without_a_query():
+    model = Translator()
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
+    compared(model, compiled, batch_of(RIGHT, ["11000", "00000", "11110"]))
+
+
+def test_a_row_reads_no_bit_of_another_row_s_keys():
+    model = Translator()
+    compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
+    batch = batch_of(RIGHT, OTHER)
+    before = [out.detach() for out in compiled(*batch)]
+    batch[0][1] = (batch[0][1] + 7) % 32
+    after = [out.detach() for out in compiled(*batch)]
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+        assert not torch.equal(a[1], b[1])
+
+
+def test_a_mask_that_hides_more_than_padding_stays_padded():
+    class Narrow(Translator):
+        def attend(self, q, k, v, visible):
+            if q.shape[2] != k.shape[2]:
+                visible = visible & (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None] + 1)
+            return super().attend(q, k, v, visible)
+
+    model = Narrow()
+    report = packc.explain(model)(*batch_of(RIGHT, OTHER))
+    assert len(report.streams) == 2
+    assert [mixer.packed for mixer in report.mixers] == [True, True]
+    assert "a mask that hides more than its padding, or adds" in report.boundaries[0].reason
+    compared(model, torch.compile(model, backend="packc", options=DEBUG), batch_of(RIGHT, OTHER))
+
+
+def test_a_bias_between_two_sequences_stays_padded():
+    class Biased(Translator):
+        def attend(self, q, k, v, visible):
+            added = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, torch.finfo(q.dtype).min)
+            if q.shape[2] != k.shape[2]:
+                added = added + 0.5 * (torch.arange(k.shape[2]) == 1)
+            return F.scaled_dot_product_attention(q, k, v, added).transpose(1, 2).flatten(2)
+
+    model = Biased()
+    report = packc.explain(model)(*batch_of(RIGHT, OTHER))
+    assert "a mask that hides more than its padding, or adds" in report.boundaries[0].reason
+    compared(model, torch.compile(model, backend="packc", options=DEBUG), batch_of(RIGHT, OTHER))
+
+
+def test_what_a_gpu_has_no_kernel_for_stays_padded():
+    graph = torch.fx.Graph()
+    q, k = graph.placeholder("q"), graph.placeholder("k")
+    node = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (q, k, k))
+    with FakeTensorMode():
+        for each, length in ((node, 5), (q, 5), (k, 8)):
+            each.meta["val"] = torch.empty(3, 2, length, 4, device="cuda")
+    of_keys = Reading(Whole.OF_OTHERS, {k: (BATCH, ANY, SEQ, ANY)}, padded=_ACROSS)
+    with pytest.raises(NotTokenwise, match="in torch.float32 on cuda: runs padded"):
+        varlen_attention(Op(node, Tokens(), 3, 8), Band(causal=False), of_keys)
 
 
 @pytest.mark.filterwarnings("ignore:packc left")
@@ -116,3 +213,54 @@ def test_documents_in_a_row_raise():
             pytest.raises(packc.NotPacked, match="attends from one sequence"),
         ):
             compiled(*batch)
+
+
+# ---- stock models ----------------------------------------------------------------------------------------------------
+
+
+def tiny(family, **more):
+    name = {"Marian": "MarianMTModel"}.get(family, f"{family}ForConditionalGeneration")
+    sizes = {"d_model": 16, "vocab_size": 32, "pad_token_id": 0, "decoder_start_token_id": 2, "dropout": 0.0}
+    if family == "T5":
+        sizes |= {"d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    else:
+        for part in ("encoder", "decoder"):
+            sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
+    torch.manual_seed(0)
+    return getattr(transformers, name)(getattr(transformers, f"{family}Config")(**sizes, **more))
+
+
+@pytest.mark.parametrize("rows", [RIGHT, pytest.param(LEFT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("Bart", {"attn_implementation": "eager"}),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("Bart", {"attn_implementation": "sdpa"}), ("Marian", {}), ("Pegasus", {}), ("T5", {}))
+        ),
+    ],
+)
+def test_losses_and_gradients_of_stock_models(family, more, rows):
+    model = tiny(family, **more)
+    ids, mask, decoder_ids, decoder_mask = batch_of(rows, OTHER)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": decoder_mask,
+        "labels": decoder_ids.masked_fill(decoder_mask == 0, -100),
+    }
+    compiled = torch.compile(model, backend="packc", options=DEBUG)
+    results = []
+    for function in (model, compiled):
+        loss = function(**batch).loss
+        used = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+        grads = torch.autograd.grad(loss, [each for _, each in used], allow_unused=True)
+        results.append([loss, *(each for each in grads if each is not None)])
+    report = packc.explain(model)(**batch)
+    assert [stream.mask for stream in report.streams] == ["attention_mask", "decoder_attention_mask"]
+    assert all(mixer.packed for mixer in report.mixers)
+    assert not any("another" in boundary.reason for boundary in report.boundaries)
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().clamp(min=1e-2).item())

@@ -27,10 +27,10 @@ struct Dropout {
   }
 
   // tile[key][query] of a chunk of queries and one of keys, where somebody sees somebody: `kept`, or 0.
-  void factors(const Pair& pair, const Chunks& chunks, int64_t of_queries, int64_t of_keys, int64_t head, float* tile)
-      const {
-    const int64_t document = chunks.all[of_queries].document;
-    const int64_t query = (of_queries - chunks.of[document]) * kChunk, key = (of_keys - chunks.of[document]) * kChunk;
+  void factors(const Pair& pair, const Spans& spans, int64_t of_queries, int64_t of_keys, int64_t head, float* tile) const {
+    const int64_t document = spans.queries.all[of_queries].document;
+    const int64_t query = (of_queries - spans.queries.of[document]) * kChunk;
+    const int64_t key = (of_keys - spans.keys().of[document]) * kChunk;
     pair.for_bands_of_rows([&](Range band, Range seeing) {
       for (int64_t j = band.begin; j < band.end; j += kWords)
         for (int64_t i = seeing.begin; i < seeing.end; i += kVec)

@@ -35,16 +35,23 @@ struct Chunk {
 // The chunks of all documents in order, and where each document's begin: those of n are of[n] .. of[n + 1].
 struct Chunks {
   std::vector<Chunk> all;
-  std::vector<int64_t> of;
+  std::vector<int64_t> of{0};
 
+  Chunks() = default;
   explicit Chunks(const Documents& documents) {
-    for (int64_t n = 0; n < documents.count(); ++n) {
-      of.push_back(static_cast<int64_t>(all.size()));
-      const int64_t start = documents.packed ? documents.starts[n] : 0, length = documents.length(n);
-      for (int64_t t = 0; t < length; t += kChunk)
-        all.push_back({n, documents.packed ? 0 : n, start + t, std::min(kChunk, length - t), t == 0, t + kChunk >= length});
-    }
+    for (int64_t n = 0; n < documents.count(); ++n)
+      add(documents.packed ? 0 : n, documents.packed ? documents.starts[n] : 0, documents.length(n));
+  }
+
+  // The next document: tokens of a row of the batch.
+  void add(int64_t row, int64_t start, int64_t length) {
+    const int64_t n = count();
+    for (int64_t t = 0; t < length; t += kChunk)
+      all.push_back({n, row, start + t, std::min(kChunk, length - t), t == 0, t + kChunk >= length});
     of.push_back(static_cast<int64_t>(all.size()));
+  }
+  int64_t count() const {
+    return static_cast<int64_t>(of.size()) - 1;
   }
 };
 

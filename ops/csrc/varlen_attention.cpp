@@ -1,5 +1,6 @@
-// packc_cpu::varlen_attention and its backward.
+// packc_cpu::varlen_attention, packc_cpu::attention_spans and their backwards.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "varlen_attention_bwd.h"
@@ -25,6 +26,62 @@ Attention problem(
       k.size(2)};
 }
 
+// What is in no span is zero.
+Tensor memory(bool all_written, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return all_written ? at::empty(sizes, options) : at::zeros(sizes, options);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Attention& p, const Spans& spans, const Dropout& dropout) {
+  const int64_t T = q.size(1);
+  Tensor out = memory(spans.all_queries, {1, T, p.heads, p.V()}, q.options());
+  Tensor logsumexp = memory(spans.all_queries, {p.heads, T}, q.options().dtype(at::kFloat));
+  const Heads outs(out);
+  float* logsumexps = logsumexp.mutable_data_ptr<float>();
+  const auto scratch = [&] { return AttentionForward(p, dropout, spans, outs, logsumexps, T); };
+  const int64_t tasks = static_cast<int64_t>(spans.queries.all.size()) * p.groups;
+  for_each_task(tasks, scratch, [&](int64_t task, AttentionForward& forward) {
+    forward.run(task / p.groups, task % p.groups);
+  });
+  return {out, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& dout,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& out,
+    const Tensor& logsumexp,
+    const Attention& p,
+    const Spans& spans,
+    const Dropout& dropout) {
+  int64_t longest = 0, full = 0;
+  for (int64_t n = 0; n < spans.queries.count(); ++n) {
+    const Range keys = spans.keys_of(n);
+    longest = std::max(longest, keys.end - keys.begin);
+    full += !keys.empty();
+  }
+  // Long documents may be few, and so may groups.
+  const bool by_head = p.heads > p.groups && full * p.groups < at::get_num_threads();
+  const int64_t places = by_head ? p.heads : p.groups, heads = p.heads / places;
+  const auto like = [&](const Tensor& x) {
+    const auto options = by_head ? x.options().dtype(at::kFloat) : x.options();
+    return memory(spans.all_keys, {1, x.size(1), places, x.size(3)}, options);
+  };
+  Tensor dq = memory(spans.all_queries, q.sizes(), q.options()), dk = like(k), dv = like(v);
+  const Tensor logsumexps = logsumexp.contiguous();
+  const AttentionBackward::Tensors tensors{
+      Heads(dout), Heads(out), logsumexps.const_data_ptr<float>(), Heads(dq), Heads(dk), Heads(dv), q.size(1)};
+  const auto scratch = [&] { return AttentionBackward(p, dropout, spans, tensors, longest); };
+  for_each_task(spans.queries.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
+    const int64_t place = task % places;
+    backward.run(task / places, Range{place * heads, (place + 1) * heads}, place);
+  });
+  if (by_head)
+    return {dq, sum_of_heads(dk, p.groups, k.scalar_type()), sum_of_heads(dv, p.groups, v.scalar_type())};
+  return {dq, dk, dv};
+}
+
 std::tuple<Tensor, Tensor> varlen_attention(
     const Tensor& q,
     const Tensor& k,
@@ -35,19 +92,8 @@ std::tuple<Tensor, Tensor> varlen_attention(
     std::optional<int64_t> window,
     double dropout_p,
     const std::optional<Tensor>& seed) {
-  const int64_t T = q.size(1);
-  const Chunks chunks{Documents(cu_seqlens, 1, T)};
-  const Attention p = problem(q, k, v, causal, scale, window);
-  const Dropout dropout(dropout_p, seed);
-  Tensor out = at::empty({1, T, p.heads, p.V()}, q.options());
-  Tensor logsumexp = at::empty({p.heads, T}, q.options().dtype(at::kFloat));
-  const Heads outs(out);
-  float* logsumexps = logsumexp.mutable_data_ptr<float>();
-  const auto scratch = [&] { return AttentionForward(p, dropout, chunks, outs, logsumexps, T); };
-  for_each_task(static_cast<int64_t>(chunks.all.size()) * p.groups, scratch, [&](int64_t task, AttentionForward& forward) {
-    forward.run(task / p.groups, task % p.groups);
-  });
-  return {out, logsumexp};
+  const Spans spans{Documents(cu_seqlens, 1, q.size(1))};
+  return forward(q, problem(q, k, v, causal, scale, window), spans, Dropout(dropout_p, seed));
 }
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
@@ -63,33 +109,41 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     std::optional<int64_t> window,
     double dropout_p,
     const std::optional<Tensor>& seed) {
-  const Documents documents(cu_seqlens, 1, q.size(1));
-  const Chunks chunks(documents);
+  const Spans spans{Documents(cu_seqlens, 1, q.size(1))};
   const Attention p = problem(q, k, v, causal, scale, window);
-  const Dropout dropout(dropout_p, seed);
-  int64_t longest = 0, full = 0;
-  for (int64_t n = 0; n < documents.count(); ++n) {
-    longest = std::max(longest, documents.length(n));
-    full += documents.length(n) > 0;
-  }
-  // Long documents may be few, and so may groups.
-  const bool by_head = p.heads > p.groups && full * p.groups < at::get_num_threads();
-  const int64_t places = by_head ? p.heads : p.groups, heads = p.heads / places;
-  const auto like = [&](const Tensor& x) {
-    return at::empty({1, x.size(1), places, x.size(3)}, by_head ? x.options().dtype(at::kFloat) : x.options());
-  };
-  Tensor dq = at::empty(q.sizes(), q.options()), dk = like(k), dv = like(v);
-  const Tensor logsumexps = logsumexp.contiguous();
-  const AttentionBackward::Tensors tensors{
-      Heads(dout), Heads(out), logsumexps.const_data_ptr<float>(), Heads(dq), Heads(dk), Heads(dv), q.size(1)};
-  const auto scratch = [&] { return AttentionBackward(p, dropout, chunks, tensors, longest); };
-  for_each_task(documents.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
-    const int64_t place = task % places;
-    backward.run(task / places, Range{place * heads, (place + 1) * heads}, place);
-  });
-  if (by_head)
-    return {dq, sum_of_heads(dk, p.groups, k.scalar_type()), sum_of_heads(dv, p.groups, v.scalar_type())};
-  return {dq, dk, dv};
+  return backward(dout, q, k, v, out, logsumexp, p, spans, Dropout(dropout_p, seed));
+}
+
+std::tuple<Tensor, Tensor> attention_spans(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& spans,
+    bool causal,
+    double scale,
+    std::optional<int64_t> window,
+    double dropout_p,
+    const std::optional<Tensor>& seed) {
+  const Spans given(spans, q.size(1), k.size(1));
+  return forward(q, problem(q, k, v, causal, scale, window), given, Dropout(dropout_p, seed));
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_spans_bwd(
+    const Tensor& dout,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& out,
+    const Tensor& logsumexp,
+    const Tensor& spans,
+    bool causal,
+    double scale,
+    std::optional<int64_t> window,
+    double dropout_p,
+    const std::optional<Tensor>& seed) {
+  const Spans given(spans, q.size(1), k.size(1));
+  const Attention p = problem(q, k, v, causal, scale, window);
+  return backward(dout, q, k, v, out, logsumexp, p, given, Dropout(dropout_p, seed));
 }
 
 } // namespace
@@ -102,8 +156,16 @@ TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
       "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, "
       "Tensor cu_seqlens, bool causal, float? scale, int? window, float dropout_p, Tensor? seed) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "attention_spans(Tensor q, Tensor k, Tensor v, Tensor spans, bool causal, float scale, int? window, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  library.def(
+      "attention_spans_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor spans, "
+      "bool causal, float scale, int? window, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   library.impl("varlen_attention", c10::DispatchKey::CPU, TORCH_FN(varlen_attention));
   library.impl("varlen_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(varlen_attention_bwd));
+  library.impl("attention_spans", c10::DispatchKey::CPU, TORCH_FN(attention_spans));
+  library.impl("attention_spans_bwd", c10::DispatchKey::CPU, TORCH_FN(attention_spans_bwd));
 }
 
 } // namespace packc

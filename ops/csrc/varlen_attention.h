@@ -1,36 +1,27 @@
-// Softmax attention within documents: what its forward and backward share.
+// Softmax attention within spans, of which documents are the usual ones: what its forward and backward share.
 //
 //   s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j   over the keys j that i sees
 //
-// Documents are cut into chunks of 64 tokens from their own start, and queries of one chunk meet keys of one chunk in a
-// tile. Tiles of scores have a row per key and a column per query: what is taken over keys is then taken lane by lane,
-// and either product that follows reads the tile in place. Only what some query sees is computed, in bands of kColumns.
+// Queries and keys of a span are cut into chunks of 64 tokens from their own start, and queries of one chunk meet keys
+// of one chunk in a tile. Tiles of scores have a row per key and a column per query: what is taken over keys is then
+// taken lane by lane, and either product that follows reads the tile in place. Only what some query sees is computed, in
+// bands of kColumns.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "chunks.h"
+#include "attention_spans.h"
 #include "gemm.h"
 
 namespace packc {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A query sees the keys that lie between `least` and `most` tokens before it: behind it, if negative.
-struct Seen {
-  int64_t least, most;
-
-  Seen(bool causal, std::optional<int64_t> window) {
-    most = window ? *window - 1 : std::numeric_limits<int64_t>::max() / 4;
-    least = causal ? 0 : -most;
-  }
-};
-
 struct Attention {
-  Heads q; // (1, T, H, K)
-  Heads k, v; // (1, T, G, K) and (1, T, G, V)
+  Heads q; // (1, T_q, H, K)
+  Heads k, v; // (1, T_k, G, K) and (1, T_k, G, V)
   float scale;
   Seen seen;
   int64_t heads, groups;
@@ -46,29 +37,21 @@ struct Attention {
   }
 };
 
-// Numbers from begin to end.
-struct Range {
-  int64_t begin, end;
+// In whole bands.
+inline Range banded(Range range) {
+  return {range.begin / kColumns * kColumns, padded(range.end)};
+}
 
-  bool empty() const {
-    return begin >= end;
-  }
-  // In whole bands.
-  Range banded() const {
-    return {begin / kColumns * kColumns, padded(end)};
-  }
-};
-
-// The queries of one chunk against the keys of another of the same document.
+// The queries of one chunk against the keys of another of the same span.
 struct Pair {
   int64_t queries, keys; // how many
   int64_t least, most; // a query in column i sees the keys in rows i - most .. i - least
 
-  Pair(const Seen& seen, const Chunk& of_queries, const Chunk& of_keys)
+  Pair(const Seen& seen, const Spans& spans, const Chunk& of_queries, const Chunk& of_keys)
       : queries(of_queries.length),
         keys(of_keys.length),
-        least(seen.least - (of_queries.begin - of_keys.begin)),
-        most(seen.most - (of_queries.begin - of_keys.begin)) {}
+        least(seen.least - (spans.place(of_queries) - of_keys.begin)),
+        most(seen.most - (spans.place(of_queries) - of_keys.begin)) {}
 
   // The columns that see one of the rows [first, end).
   Range columns(int64_t first, int64_t end) const {
@@ -77,9 +60,6 @@ struct Pair {
   // The rows that one of the columns [first, end) sees.
   Range rows(int64_t first, int64_t end) const {
     return {std::max<int64_t>(first - most, 0), std::min(end - 1 - least + 1, keys)};
-  }
-  bool none() const {
-    return rows(0, queries).empty();
   }
   bool all() const {
     return queries - 1 <= most && -(keys - 1) >= least;
@@ -97,7 +77,7 @@ struct Pair {
     for (int64_t first = 0; first < keys; first += step) {
       const Range band{first, std::min(first + step, keys)}, seeing = columns(band.begin, band.end);
       if (!seeing.empty())
-        body(band, seeing.banded());
+        body(band, banded(seeing));
     }
   }
   template <typename Body> // body(columns, rows)
@@ -115,16 +95,6 @@ struct Pair {
     return static_cast<float>(std::clamp<int64_t>(distance, -2 * kChunk, 2 * kChunk));
   }
 };
-
-// Of the chunks of a document those with a key that a query of chunk c sees.
-inline Range chunks_of_keys(const Seen& seen, const Chunks& chunks, int64_t c) {
-  const Chunk& queries = chunks.all[c];
-  const int64_t first = chunks.of[queries.document], last = chunks.of[queries.document + 1];
-  const int64_t start = chunks.all[first].begin, begin = queries.begin - start;
-  const int64_t from = std::max<int64_t>(begin - seen.most, 0) / kChunk;
-  const int64_t to = (begin + queries.length - 1 - seen.least) / kChunk + 1;
-  return {first + from, std::min(first + to, last)};
-}
 
 // tile (keys, queries) = rows (keys, channels) . columns (channels, queries), where somebody sees somebody.
 inline void multiply_seen(const Pair& pair, int64_t channels, Left rows, const float* columns, float* tile) {

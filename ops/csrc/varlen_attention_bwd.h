@@ -5,7 +5,7 @@
 //
 // Dropout's factors go into dp_ij, and into p_ij in dv_j: D_i stays what it is.
 //
-// A document and the heads of one group are a task: what the queries of a head, in order, give to a key is summed, then
+// A span and the heads of one group are a task: what the queries of a head, in order, give to a key is summed, then
 // that of the heads. So it is where every head is a task of its own, for want of others: no bit depends on which it was.
 #pragma once
 
@@ -30,10 +30,10 @@ class AttentionBackward {
   };
 
   AttentionBackward(
-      const Attention& p, const Dropout& dropout, const Chunks& chunks, const Tensors& tensors, int64_t longest)
+      const Attention& p, const Dropout& dropout, const Spans& spans, const Tensors& tensors, int64_t longest)
       : p_(p),
         dropout_(dropout),
-        chunks_(chunks),
+        spans_(spans),
         t_(tensors),
         wide_K_(padded(p.K())),
         wide_V_(padded(p.V())),
@@ -57,21 +57,19 @@ class AttentionBackward {
   }
 
   // Of some heads of one group; place: among the heads of dk and dv.
-  void run(int64_t document, Range heads, int64_t place) {
-    const Range chunks{chunks_.of[document], chunks_.of[document + 1]};
-    if (chunks.empty())
-      return;
-    const int64_t group = heads.begin / p_.heads_of_group();
-    start_ = chunks_.all[chunks.begin].begin;
+  void run(int64_t span, Range heads, int64_t place) {
+    const Chunks& of_keys = spans_.keys();
+    const Range chunks{of_keys.of[span], of_keys.of[span + 1]}, keys = spans_.keys_of(span);
+    const int64_t group = heads.begin / p_.heads_of_group(), length = keys.end - keys.begin;
+    start_ = keys.begin;
     for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-      p_.k.load(chunks_.all[c], group, k_ + row(c) * wide_K_, wide_K_);
-      p_.v.load(chunks_.all[c], group, v_ + row(c) * wide_V_, wide_V_);
+      p_.k.load(of_keys.all[c], group, k_ + row(c) * wide_K_, wide_K_);
+      p_.v.load(of_keys.all[c], group, v_ + row(c) * wide_V_, wide_V_);
     }
-    const int64_t length = row(chunks.end - 1) + chunks_.all[chunks.end - 1].length;
     for (int64_t h = heads.begin; h < heads.end; ++h) {
       std::fill_n(dk_, length * wide_K_, 0.f);
       std::fill_n(dv_, length * wide_V_, 0.f);
-      for (int64_t c = chunks.begin; c < chunks.end; ++c)
+      for (int64_t c = spans_.queries.of[span]; c < spans_.queries.of[span + 1]; ++c)
         queries(c, h);
       if (h == heads.begin) {
         std::swap(dk_, dk_sum_);
@@ -82,19 +80,19 @@ class AttentionBackward {
       }
     }
     for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-      t_.dk.store(chunks_.all[c], place, dk_sum_ + row(c) * wide_K_, wide_K_);
-      t_.dv.store(chunks_.all[c], place, dv_sum_ + row(c) * wide_V_, wide_V_);
+      t_.dk.store(of_keys.all[c], place, dk_sum_ + row(c) * wide_K_, wide_K_);
+      t_.dv.store(of_keys.all[c], place, dv_sum_ + row(c) * wide_V_, wide_V_);
     }
   }
 
  private:
-  // Of a chunk's first token, in its document.
+  // Of a chunk's first key, in its span.
   int64_t row(int64_t c) const {
-    return chunks_.all[c].begin - start_;
+    return spans_.keys().all[c].begin - start_;
   }
 
   void queries(int64_t c, int64_t h) {
-    const Chunk& queries = chunks_.all[c];
+    const Chunk& queries = spans_.queries.all[c];
     p_.q.load(queries, h, q_, wide_K_);
     p_.q.load_transposed(queries, h, qt_, kChunk);
     t_.dout.load(queries, h, do_, wide_V_);
@@ -105,15 +103,15 @@ class AttentionBackward {
       inner_[i] = dot_row(do_ + i * wide_V_, out_ + i * wide_V_, wide_V_);
     }
     std::fill_n(dq_, queries.length * wide_K_, 0.f);
-    const Range seen = chunks_of_keys(p_.seen, chunks_, c);
+    const Range seen = spans_.chunks_of_keys(p_.seen, c);
     for (int64_t of_keys = seen.begin; of_keys < seen.end; ++of_keys) {
-      const Pair pair(p_.seen, queries, chunks_.all[of_keys]);
+      const Pair pair(p_.seen, spans_, queries, spans_.keys().all[of_keys]);
       const int64_t at = row(of_keys);
       const float *k = k_ + at * wide_K_, *v = v_ + at * wide_V_;
       multiply_seen(pair, p_.K(), Left{k, wide_K_}, qt_, weights_);
       multiply_seen(pair, p_.V(), Left{v, wide_V_}, dot_, dscores_);
       if (dropout_)
-        dropout_.factors(pair, chunks_, c, of_keys, h, dropped_);
+        dropout_.factors(pair, spans_, c, of_keys, h, dropped_);
       weigh(pair);
       add_over_queries(pair, weights_, do_, wide_V_, dv_ + at * wide_V_);
       add_over_queries(pair, dscores_, q_, wide_K_, dk_ + at * wide_K_);
@@ -158,16 +156,16 @@ class AttentionBackward {
 
   const Attention& p_;
   const Dropout& dropout_;
-  const Chunks& chunks_;
+  const Spans& spans_;
   const Tensors& t_;
   const int64_t wide_K_, wide_V_;
   Tiles tiles_;
-  int64_t start_ = 0; // of the document
+  int64_t start_ = 0; // of the keys
   float *q_, *dq_, *do_, *out_; // (64, K) and (64, V)
   float *qt_, *dot_; // (K, 64) and (V, 64)
   float *weights_, *dscores_, *dropped_; // (64, 64)
   float *logsumexp_, *inner_; // (64,)
-  float *k_, *v_, *dk_, *dv_, *dk_sum_, *dv_sum_; // of all tokens of a document
+  float *k_, *v_, *dk_, *dv_, *dk_sum_, *dv_sum_; // of all keys of a span
 };
 
 // (1, T, H, D) -> (1, T, G, D) in dtype: the sum over the heads of each group, in order.

@@ -13,13 +13,13 @@ class AttentionForward {
   AttentionForward(
       const Attention& p,
       const Dropout& dropout,
-      const Chunks& chunks,
+      const Spans& spans,
       const Heads& out,
       float* logsumexp,
       int64_t tokens)
       : p_(p),
         dropout_(dropout),
-        chunks_(chunks),
+        spans_(spans),
         out_(out),
         logsumexp_(logsumexp),
         tokens_(tokens),
@@ -43,7 +43,7 @@ class AttentionForward {
 
   // The results of a chunk of queries and the heads of one group, which share k and v.
   void run(int64_t c, int64_t group) {
-    const Chunk& queries = chunks_.all[c];
+    const Chunk& queries = spans_.queries.all[c];
     for (int64_t h = 0; h < heads_; ++h) {
       const OfHead& head = of_heads_[h];
       p_.q.load_transposed(queries, group * heads_ + h, head.qt, kChunk);
@@ -51,17 +51,17 @@ class AttentionForward {
       std::fill_n(head.largest, kChunk, -kInfinity);
       std::fill_n(head.sum, kChunk, 0.f);
     }
-    const Range seen = chunks_of_keys(p_.seen, chunks_, c);
+    const Range seen = spans_.chunks_of_keys(p_.seen, c);
     for (int64_t of_keys = seen.begin; of_keys < seen.end; ++of_keys) {
-      const Chunk& keys = chunks_.all[of_keys];
-      const Pair pair(p_.seen, queries, keys);
+      const Chunk& keys = spans_.keys().all[of_keys];
+      const Pair pair(p_.seen, spans_, queries, keys);
       p_.k.load(keys, group, k_, wide_K_);
       p_.v.load(keys, group, v_, wide_V_);
       for (int64_t h = 0; h < heads_; ++h) {
         const OfHead& head = of_heads_[h];
         multiply_seen(pair, p_.K(), Left{k_, wide_K_}, head.qt, scores_);
         if (dropout_)
-          dropout_.factors(pair, chunks_, c, of_keys, group * heads_ + h, dropped_);
+          dropout_.factors(pair, spans_, c, of_keys, group * heads_ + h, dropped_);
         weigh(pair, head, of_keys == seen.begin);
         add_over_keys(pair, scores_, v_, wide_V_, head.out);
       }
@@ -121,6 +121,11 @@ class AttentionForward {
 
   void finish(const Chunk& queries, const OfHead& head, int64_t h) {
     for (int64_t i = 0; i < queries.length; ++i) {
+      if (!spans_.sees_any(p_.seen, queries, i)) {
+        std::fill_n(head.out + i * wide_V_, wide_V_, 0.f);
+        logsumexp_[h * tokens_ + queries.begin + i] = -kInfinity;
+        continue;
+      }
       // All scores were -inf: the softmax of that is NaN.
       const float sum = head.largest[i] == -kInfinity ? std::numeric_limits<float>::quiet_NaN() : head.sum[i];
       scale_row(head.out + i * wide_V_, wide_V_, 1 / sum);
@@ -131,7 +136,7 @@ class AttentionForward {
 
   const Attention& p_;
   const Dropout& dropout_;
-  const Chunks& chunks_;
+  const Spans& spans_;
   const Heads& out_;
   float* logsumexp_; // (H, T)
   const int64_t tokens_, wide_K_, wide_V_, heads_;

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from packc.ops.sharded import Plan, offsets_of
+from packc.ops.varlen_attention import across as across
 from packc.ops.varlen_attention import dropout
 from packc.ops.varlen_attention import op as op
 from packc.ops.varlen_attention.document_mask import MaskMod
@@ -23,6 +24,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     plan: Plan | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """``out[t, h] = sum_s softmax_s(scale * q[t, h] . k[s, g]) v[s, g]`` over the tokens s that t sees in its document.
 
@@ -35,8 +37,8 @@ def varlen_attention(
 
     Args:
         q: ``(1, T, H, K)``, any strides; fp32, bf16, fp16 or fp64. T may be 0.
-        k: ``(1, T, H_kv, K)`` of q's dtype; H is a multiple of H_kv.
-        v: ``(1, T, H_kv, V)`` of q's dtype.
+        k: ``(1, T, H_kv, K)`` of q's dtype; H is a multiple of H_kv. With ``cu_seqlens_k``, ``(1, T_k, H_kv, K)``.
+        v: ``(1, T, H_kv, V)`` of q's dtype, of as many tokens as k.
         cu_seqlens: ``(N + 1,)``, int32 or int64, rising from 0 to T; documents may be empty.
         plan: in the place of ``cu_seqlens``, of a stream that is cut over ranks: see :class:`packc.ops.sharded.Plan`.
             Keys and values of cut documents are exchanged. Not with ``mask_mod``.
@@ -52,6 +54,12 @@ def varlen_attention(
             multiplied by ``1 / (1 - dropout_p)``. Not with ``mask_mod``. On CUDA, and for fp64, it runs in plain torch.
         seed: int64 ``()``, on the CPU, from which it follows what is dropped, whichever implementation runs; without
             it, one is drawn from torch's generator.
+        cu_seqlens_k: ``(N + 1,)``, int32 or int64, rising from 0 to T_k, of as many documents as ``cu_seqlens``: those
+            of k and v, of other lengths than the queries' (cross-attention). Document n of the queries sees document n
+            of the keys. The last query of a document is at its last key, which is what ``causal`` and ``window`` go by,
+            as with flash attention. A query that sees no key, as of an empty document of keys, gives zero, and all its
+            gradients are. Not with ``plan`` or ``mask_mod``. On CUDA flash attention runs it in bf16 and fp16, and
+            plain torch the rest.
 
     Returns:
         ``out (1, T, H, V)``, contiguous and of q's dtype. What is kept for the backward is linear in T.
@@ -62,7 +70,14 @@ def varlen_attention(
     cu_seqlens = offsets_of(plan, cu_seqlens)
     if cu_seqlens is None:
         raise TypeError("varlen_attention: cu_seqlens must be a tensor; for one document it is [0, T]")
-    op.MIXER.shapes.check({"q": q, "k": k, "v": v}, cu_seqlens)
+    if cu_seqlens_k is None:
+        op.MIXER.shapes.check({"q": q, "k": k, "v": v}, cu_seqlens)
+    elif plan is not None or mask_mod is not None:
+        raise ValueError(
+            f"varlen_attention: cu_seqlens_k is not taken with {'plan' if plan is not None else 'mask_mod'}"
+        )
+    else:
+        op.check_tensors("varlen_attention", {"q": q, "k": k, "v": v}, cu_seqlens, cu_seqlens_k)
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1; got {window}")
     if not 0 <= dropout_p <= 1:
@@ -81,4 +96,8 @@ def varlen_attention(
         return with_mask_mod(q, k, v, cu_seqlens, causal, scale, window, mask_mod)
     if dropout_p and seed is None:
         seed = dropout.draw_seed()
+    if cu_seqlens_k is not None:
+        which = torch.ops.packc.document_spans.default(cu_seqlens, cu_seqlens_k, q.shape[1], k.shape[1])
+        options = which, causal, q.shape[3] ** -0.5 if scale is None else scale, window, dropout_p, seed
+        return torch.ops.packc.attention_spans.default(q, k, v, *options)[0]
     return torch.ops.packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window, dropout_p, seed)[0]

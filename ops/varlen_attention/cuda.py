@@ -3,7 +3,7 @@
 Neither drops weights by a seed that it is given: with dropout the reference runs.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,11 +38,11 @@ def varlen_attention(
         return q.new_empty(1, 0, H, V), q.new_empty(H, 0, dtype=torch.float32)
     if dropout_p:
         return reference.varlen_attention(q, k, v, cu_seqlens, causal, scale, window, dropout_p, seed)
-    if not _takes_flash(q, v):
+    if not takes_flash(q, v):
         from packc.ops.varlen_attention import flex
 
         return flex.varlen_attention(q, k, v, cu_seqlens, causal, scale, window)
-    return flash(q, k, v, cu_seqlens, document_mask.longest(cu_seqlens, T), causal, scale, window)
+    return flash(q, k, v, _of_documents(cu_seqlens, T), causal, scale, window)
 
 
 def varlen_attention_bwd(
@@ -66,24 +66,36 @@ def varlen_attention_bwd(
         return reference.varlen_attention_bwd(
             dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window, dropout_p, seed
         )
-    if not _takes_flash(q, v):
+    if not takes_flash(q, v):
         from packc.ops.varlen_attention import flex
 
         return flex.varlen_attention_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window)
-    L = document_mask.longest(cu_seqlens, T)
-    return flash_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, L, causal, scale, window)
+    return flash_bwd(dout, q, k, v, out, logsumexp, _of_documents(cu_seqlens, T), causal, scale, window)
+
+
+class Lengths(NamedTuple):
+    """As flash attention wants them: of queries and of keys, where documents begin, int32, and the longest one's
+    length. The last query of a document is at its last key."""
+
+    queries: Tensor
+    keys: Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+def _of_documents(cu_seqlens: Tensor, T: int) -> Lengths:
+    starts, L = cu_seqlens.int(), document_mask.longest(cu_seqlens, T)
+    return Lengths(starts, starts, L, L)
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, causal: bool, scale: float | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, causal: bool, scale: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """``L``: tokens of the longest document."""
     K, V = q.shape[3], v.shape[3]
     q, scale, _ = positive(q, scale)
     q, k, v = readable(q, k, v, size=_head(K, V))
-    starts = cu_seqlens.int()
     out, logsumexp, *_ = _flash(
-        *(q[0], k[0], v[0], starts, starts, L, L),
+        *(q[0], k[0], v[0], *lengths),
         dropout_p=0.0,
         return_debug_mask=False,
         **_seen(causal, window),
@@ -99,8 +111,7 @@ def flash_bwd(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    cu_seqlens: Tensor,
-    L: int,
+    lengths: Lengths,
     causal: bool,
     scale: float | None,
     window: int | None,
@@ -108,9 +119,8 @@ def flash_bwd(
     K, V = q.shape[3], v.shape[3]
     q, scale, sign = positive(q, scale)
     dout, q, k, v, out = readable(dout, q, k, v, out, size=_head(K, V))
-    starts = cu_seqlens.int()
     dq, dk, dv = _flash_bwd(
-        *(dout[0], q[0], k[0], v[0], out[0], logsumexp, starts, starts, L, L),
+        *(dout[0], q[0], k[0], v[0], out[0], logsumexp, *lengths),
         dropout_p=0.0,
         rng_state=q.new_zeros(2, dtype=torch.uint64),  # of the dropout that there is not
         unused=q.new_empty(0),
@@ -121,7 +131,7 @@ def flash_bwd(
     return dq[None, ..., :K].contiguous(), dk[None, ..., :K].contiguous(), dv[None, ..., :V].contiguous()
 
 
-def _takes_flash(q: Tensor, v: Tensor) -> bool:
+def takes_flash(q: Tensor, v: Tensor) -> bool:
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and _head(q.shape[3], v.shape[3]) <= _LARGEST_HEAD

@@ -22,12 +22,22 @@ SEEDS = 2**62
 
 def factors(seed: Tensor, document: int, H: int, L: int, dropout_p: float, like: Tensor) -> Tensor:
     """``(H, L, L)``, of head, query and key: 0 for what is dropped, ``1 / (1 - dropout_p)`` for what is kept."""
+    return factors_between(seed, document, H, range(L), range(L), dropout_p, like)
+
+
+def factors_between(
+    seed: Tensor, document: int, H: int, queries: range, keys: range, dropout_p: float, like: Tensor
+) -> Tensor:
+    """The same of some queries and keys, by their places in the document."""
     threshold = int(dropout_p * 2**32)
     kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-    head, query, key = (torch.arange(n, device=like.device) for n in (H, L, -(-L // 4)))
+    head, query = torch.arange(H, device=like.device), torch.arange(queries.start, queries.stop, device=like.device)
+    key = torch.arange(-(-keys.stop // 4), device=like.device)
     counter = torch.broadcast_tensors(query[:, None], key, head[:, None, None], torch.full_like(head[:1], document))
     seed = seed.to(like.device).reshape(())
-    words = torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1).flatten(-2)[..., :L]
+    words = torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1).flatten(-2)[
+        ..., keys.start : keys.stop
+    ]
     return torch.where(words < threshold, 0.0, kept).to(like.dtype)
 
 

@@ -22,7 +22,16 @@ from packc.ops.varlen_attention import cpu, cuda, reference
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
 
 
-def _check(op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor) -> None:
+def check_tensors(
+    op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None
+) -> None:
+    """
+    Args:
+        cu_seqlens_k: of keys that are not as many as queries.
+
+    Raises:
+        TypeError, ValueError: a dtype or a shape does not fit.
+    """
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
 
     def refused(x: Tensor, expected: str, error: type[Exception] = ValueError) -> Exception:
@@ -34,16 +43,25 @@ def _check(op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor) -> None:
     _, T, H, K = q.shape
     if H < 1 or K < 1:
         raise refused(q, "q must have H >= 1 and K >= 1")
-    if k.ndim != 4 or any(documents.differ(k.shape[i], q.shape[i]) for i in (0, 1, 3)) or k.shape[2] < 1:
-        raise refused(k, f"k must be (1, T, H_kv, K) = (1, {T}, H_kv, {K})")
+    keys = "T_k" if cu_seqlens_k is not None else T
+    same = (0, 3) if cu_seqlens_k is not None else (0, 1, 3)
+    if k.ndim != 4 or any(documents.differ(k.shape[i], q.shape[i]) for i in same) or k.shape[2] < 1:
+        raise refused(k, f"k must be (1, T, H_kv, K) = (1, {keys}, H_kv, {K})")
+    if cu_seqlens_k is not None:
+        documents.check_cu_seqlens(cu_seqlens_k, k, "k", "cu_seqlens_k")
+        if documents.differ(cu_seqlens_k.shape[0], cu_seqlens.shape[0]):
+            shapes = tuple(cu_seqlens.shape), tuple(cu_seqlens_k.shape)
+            raise ValueError("{}: cu_seqlens_k must be as long as cu_seqlens {}; got {}".format(op, *shapes))
     H_kv = k.shape[2]
     if H % H_kv:
         raise refused(k, f"q's {H} heads must be a multiple of k's H_kv")
     if v.ndim != 4 or any(documents.differ(v.shape[i], k.shape[i]) for i in (0, 1, 2)) or v.shape[3] < 1:
-        raise refused(v, f"v must be (1, T, H_kv, V) = (1, {T}, {H_kv}, V)")
+        raise refused(v, f"v must be (1, T, H_kv, V) = (1, {k.shape[1]}, {H_kv}, V)")
     for name in ("k", "v"):
         if tensors[name].dtype != q.dtype:
             raise refused(tensors[name], f"{name} must be of q's dtype {q.dtype}", TypeError)
+        if tensors[name].device != q.device:
+            raise ValueError(f"{op}: {name} is on {tensors[name].device}, q on {q.device}")
 
 
 def choose(op: str, q: Tensor) -> str:
@@ -59,10 +77,15 @@ def choose(op: str, q: Tensor) -> str:
 # Where documents end is data, which formulas do not see: they count one document of T tokens, an upper bound.
 
 
+def pairs_before(T: int, window: int | None) -> int:
+    """Of T tokens, each with itself and those before it."""
+    seen = T if window is None else torch.sym_min(T, window)
+    return T * seen - seen * (seen - 1) // 2
+
+
 def _pairs(T: int, causal: bool, window: int | None) -> int:
     """Of a query and a key that it sees, in one document."""
-    seen = T if window is None else torch.sym_min(T, window)
-    before = T * seen - seen * (seen - 1) // 2  # itself included
+    before = pairs_before(T, window)
     return before if causal else 2 * before - T
 
 
@@ -84,7 +107,7 @@ MIXER = declare(
         out="B L H V",
         keeps={"out": "B L H V", "logsumexp": "H L"},
         groups=Groups("G", "H", "q's {H} heads must be a multiple of k's {G}"),
-        check=_check,
+        check=check_tensors,
         implementations=_IMPLEMENTATIONS,
         choose=choose,
         forward=lambda kernels, *args: kernels.varlen_attention(*args),

@@ -1,109 +1,75 @@
 """``packc::attention_spans`` and its backward: some queries of a packed row, each stretch with a stretch of keys.
 
 Beside ``packc::varlen_attention``, whose documents have their queries and keys at the same places: of a document that
-is cut, there are more keys than queries. Blocks of queries meet all their keys in one product.
+is cut, there are more keys than queries, and what one sequence asks of another lies in two rows. As that op does, it
+keeps its inputs, ``out`` and ``logsumexp (H, T)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from packc.ops import derivatives
 from packc.ops.flops import flop_formula
 from packc.ops.mixer import state_dtype
+from packc.ops.varlen_attention import cpu, spans_cuda, spans_reference
+from packc.ops.varlen_attention.op import choose, pairs_before
 
-_BLOCK = 256
 _arguments = "Tensor q, Tensor k, Tensor v"
-_options = "Tensor spans, bool causal, float scale, SymInt? window"
+_options = "Tensor spans, bool causal, float scale, SymInt? window, float dropout_p, Tensor? seed"
+# On CUDA spans are read on the host, which no CUDA graph can hold.
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 _lib = torch.library.Library("packc", "FRAGMENT")
-_lib.define(f"attention_spans({_arguments}, {_options}) -> Tensor")
-_lib.define(f"attention_spans_bwd(Tensor dout, {_arguments}, {_options}) -> (Tensor dq, Tensor dk, Tensor dv)")
+_lib.define(f"attention_spans({_arguments}, {_options}) -> (Tensor out, Tensor logsumexp)", tags=_tags)
+_lib.define(
+    f"attention_spans_bwd(Tensor dout, {_arguments}, Tensor out, Tensor logsumexp, {_options}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_tags,
+)
+_implementations: dict[str, Any] = {"reference": spans_reference, "cpu": cpu, "triton": spans_cuda}
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
-    """``spans (S, 5)``: queries from, to, keys from, to, and at which key query 0 is; none meets another.
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``q (1, T, H, K)``, ``k (1, T_k, G, K)``, ``v (1, T_k, G, V)``.
 
-    ``q (1, T, H, K)``, ``k (1, T_k, G, K)``, ``v (1, T_k, G, V)``. The result, ``(1, T, H, V)``, is zero
-    at queries in no span.
+    ``spans (S, 5)``, integers: queries from, to, keys from, to, and at which key query 0 is. Stretches rise; empty ones
+    may be anywhere. The result, ``(1, T, H, V)``, is zero at queries that are in no span or see no key, and so are
+    gradients of keys that nobody sees. ``logsumexp`` is for the backward.
+
+    Raises:
+        ValueError: spans do not rise, or end behind T or T_k.
     """
-    heads = q.shape[2]
-    out = q.new_zeros((1, q.shape[1], heads, v.shape[3]))
-    for queries, keys, visible in _blocks(spans, causal, window):
-        wide_q, wide_k, wide_v = _heads(q, queries, heads), _heads(k, keys, heads), _heads(v, keys, heads)
-        scores = (wide_q @ wide_k.mT * scale).masked_fill(~visible, -torch.inf)
-        out[0, queries] = rearrange(scores.softmax(-1) @ wide_v, "h t v -> t h v").to(q.dtype)
-    return out
+    return _implementations[choose("varlen_attention", q)].attention_spans(q, k, v, *rest)
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, groups = q.shape[2], k.shape[2]
-    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (x.new_zeros(x.shape, dtype=state_dtype(q)) for x in (k, v))
-    for queries, keys, visible in _blocks(spans, causal, window):
-        wide_q, wide_k, wide_v = _heads(q, queries, heads), _heads(k, keys, heads), _heads(v, keys, heads)
-        wide_dout = _heads(dout, queries, heads)
-        p = (wide_q @ wide_k.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1)
-        dp = wide_dout @ wide_v.mT
-        # From no results of the forward, which a derivative of this would take for constants.
-        dscores = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq[0, queries] = rearrange(dscores @ wide_k, "h t k -> t h k").to(q.dtype)
-        dk[0, keys] += reduce(dscores.mT @ wide_q, "(g h) t d -> t g d", "sum", g=groups)
-        dv[0, keys] += reduce(p.mT @ wide_dout, "(g h) t d -> t g d", "sum", g=groups)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+def _backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _implementations[choose("varlen_attention", q)].attention_spans_bwd(dout, q, *rest)
 
 
-def _blocks(spans: Tensor, causal: bool, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries, the keys that some of them see, and which sees which."""
-    for begin, end, first, last, shift in spans.tolist():
-        for a in range(begin, end, _BLOCK):
-            b = min(a + _BLOCK, end)
-            low = first if window is None else max(first, a + shift - window + 1)
-            high = min(last, b + shift) if causal else last
-            if not causal and window is not None:
-                high = min(high, b + shift + window - 1)
-            ahead = (
-                torch.arange(low, high, device=spans.device) - torch.arange(a, b, device=spans.device)[:, None] - shift
-            )
-            visible = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
-            if window is not None:
-                visible &= ahead.abs() < window
-            yield slice(a, b), slice(low, high), visible
-
-
-def _heads(x: Tensor, tokens: slice, heads: int) -> Tensor:
-    """``(H, t, ...)`` in the dtype of the arithmetic, groups repeated."""
-    return repeat(x[0, tokens].to(state_dtype(x)), "t g d -> (g h) t d", h=heads // x.shape[2])
-
-
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[2], q.shape[1]), dtype=state_dtype(q))
 
 
 def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup(ctx: Any, args: tuple[Any, ...], out: Tensor) -> None:
-    q, k, v, spans, *ctx.options = args
-    ctx.save_for_backward(q, k, v, spans)
+def _setup(ctx: Any, args: tuple[Any, ...], found: tuple[Tensor, Tensor]) -> None:
+    q, k, v, spans, *ctx.options, seed = args
+    ctx.save_for_backward(q, k, v, *found, spans, seed)
+    ctx.mark_non_differentiable(found[1])
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.packc.attention_spans_bwd.default(dout, *ctx.saved_tensors, *ctx.options), *[None] * 4)
+def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
+    *tensors, seed = ctx.saved_tensors
+    return (*torch.ops.packc.attention_spans_bwd.default(dout, *tensors, *ctx.options, seed), *[None] * 6)
 
 
 def _register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -118,14 +84,35 @@ derivatives.register(_lib, "attention_spans", _forward, _setup, _gradients)
 derivatives.register_gradients(_lib, "attention_spans_bwd", _backward)
 
 
-# Which queries see which keys is data: as if all saw all.
+# Which queries see which keys is data: as if there were one span of all, and its queries the last of its keys.
+
+
+def _pairs(T: int, T_k: int, causal: bool, window: int | None) -> int:
+    if not causal:
+        return T * (T_k if window is None else torch.sym_min(T_k, 2 * window - 1))
+    return pairs_before(T_k, window) - pairs_before(T_k - torch.sym_min(T, T_k), window)
 
 
 @flop_formula(torch.ops.packc.attention_spans)
-def _flops(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * q[1] * k[1] * q[2] * (k[3] + v[3])
+def _flops(
+    q: Any, k: Any, v: Any, spans: Any, causal: bool, scale: float, window: int | None, *_: Any, **__: Any
+) -> int:
+    return 2 * q[2] * _pairs(q[1], k[1], causal, window) * (k[3] + v[3])
 
 
 @flop_formula(torch.ops.packc.attention_spans_bwd)
-def _backward_flops(dout: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * q[1] * k[1] * q[2] * (3 * k[3] + 2 * v[3])
+def _backward_flops(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    logsumexp: Any,
+    spans: Any,
+    causal: bool,
+    scale: float,
+    window: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * q[2] * _pairs(q[1], k[1], causal, window) * (3 * k[3] + 2 * v[3])

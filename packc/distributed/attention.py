@@ -70,14 +70,17 @@ class _Attention(torch.autograd.Function):
         sends, receives, left = sizes
         both = torch.cat([k.flatten(2), v.flatten(2)], 2).squeeze(0)
         coming = _exchange(both.index_select(0, sent), sends, receives, group)
-        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, causal, scale, window, *_NO_DROPOUT)
+        options = (causal, scale, window, *_NO_DROPOUT)
+        out, logsumexp = _packc.varlen_attention.default(q, k, v, cu_seqlens, *options)
         came = _collectives.wait_tensor.default(coming)
         reached = torch.cat([came[:left], both, came[left:]]).unsqueeze(0)
         reached_k, reached_v = _parted(reached, k, v)
-        of_spans = _packc.attention_spans.default(q, reached_k, reached_v, spans, causal, scale, window)
+        of_spans, logsumexp_of_spans = _packc.attention_spans.default(q, reached_k, reached_v, spans, *options)
+        out = torch.where(of_cut[:, None, None], of_spans, out)
+        logsumexp = torch.where(of_cut, logsumexp_of_spans, logsumexp)
         ctx.save_for_backward(q, k, v, out, logsumexp, reached_k, reached_v, cu_seqlens, sent, spans, of_cut)
-        ctx.options, ctx.sizes, ctx.group = (causal, scale, window), sizes, group
-        return torch.where(of_cut[:, None, None], of_spans, out)
+        ctx.options, ctx.sizes, ctx.group = options, sizes, group
+        return out
 
     @staticmethod
     @first_order
@@ -85,13 +88,13 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, logsumexp, *reached, cu_seqlens, sent, spans, of_cut = ctx.saved_tensors
         (sends, receives, left), is_cut = ctx.sizes, of_cut[:, None, None]
         dq_cut, dk_reached, dv_reached = _packc.attention_spans_bwd.default(
-            torch.where(is_cut, dout, 0), q, *reached, spans, *ctx.options
+            dout, q, *reached, out, logsumexp, spans, *ctx.options
         )
         found = torch.cat([dk_reached.flatten(2), dv_reached.flatten(2)], 2).squeeze(0)
         tokens = q.shape[1]
         returning = _exchange(torch.cat([found[:left], found[left + tokens :]]), receives, sends, ctx.group)
         dq, dk, dv = _packc.varlen_attention_bwd.default(
-            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options, *_NO_DROPOUT
+            torch.where(is_cut, 0, dout), q, k, v, out, logsumexp, cu_seqlens, *ctx.options
         )
         returned = _collectives.wait_tensor.default(returning)
         mine = found[left : left + tokens].index_add(0, sent, returned)

@@ -53,7 +53,9 @@ class Packed:
         return 1 if axis is BATCH else self.tokens
 
     def mixer(self, call: Call) -> Call:
-        place = call.arguments.index("cu_seqlens")
+        # What attends from one sequence to another is told of its keys first.
+        of_keys = "cu_seqlens_k" in call.arguments and call.args[call.arguments.index("cu_seqlens_k")] is None
+        place = call.arguments.index("cu_seqlens_k" if of_keys else "cu_seqlens")
         return call._replace(args=(*call.args[:place], self.cu_seqlens, *call.args[place + 1 :]))
 
     def total(self, value: fx.Node) -> fx.Node:

@@ -9,15 +9,18 @@ import torch
 from torch import fx
 
 from packc.ops.varlen_attention.dropout import SEEDS
-from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft
+from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft, OneDocument
 from packc.passes.axes import BATCH, OTHER, SEQ, Layout, Whole, same_size, show, value_of
+from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, register_rule
 from packc.passes.visible import Band, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
+_TOKENS_FIRST = (BATCH, SEQ, OTHER, OTHER)
 _ACROSS = "attends from one sequence to another: runs padded"
+_BY_ROWS = OneDocument("attends from one sequence to another, row by row")
 
 
 @register_rule(aten.scaled_dot_product_attention.default)
@@ -72,29 +75,71 @@ def as_written(op: Op) -> Reading:
     return Reading(_HEADS_FIRST, layouts, padded="caps scores or has sinks: runs padded", asks=[HidesPadding(mask)])
 
 
+def attends_to_others(graph: Graph) -> bool:
+    """Whether tokens of the mask's sequence are queries to another one."""
+    readings = graph.tokens.readings.values()
+    return any(each.padded == _ACROSS and each.results is not Whole.OF_OTHERS for each in readings)
+
+
 def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
-    q, k, v = op.args[:3]
     if padded.padded == _ACROSS:
-        raise NotTokenwise(_ACROSS)
+        return _cross_attention(op, seen, padded)
     if not isinstance(seen, Band):
         raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
-    dropout_p, seed = op.argument("dropout_p"), None
-    if dropout_p != 0:
-        if value_of(op.node).device.type != "cpu":
-            raise NotTokenwise(f"attention with dropout runs padded on {value_of(op.node).device.type}")
-        # Drawn by an op that everybody knows to draw: what is computed again for a checkpoint gets the same seed.
-        seed = Call(aten.randint.default, (SEEDS, []), {"dtype": torch.int64, "device": torch.device("cpu")})
+    seed, operands = _seed(op), _operands(op)
+    options = (seen.causal, op.argument("scale"), seen.window, op.argument("dropout_p"), seed)
+    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, *options), {})
+    out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
+    return replace(padded, call=out, padded=None, is_mixer=True)
+
+
+def _cross_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
+    """To the keys' documents, of queries in rows; these follow when their sequence is packed."""
+    if padded.results is not Whole.OF_OTHERS:
+        raise NotTokenwise(_ACROSS)
+    if not isinstance(seen, Band):
+        raise NotTokenwise(
+            "attends to another sequence by a mask that hides more than its padding, or adds to scores: runs padded"
+        )
+    result = value_of(op.node)
+    if result.device.type != "cpu" and result.dtype not in (torch.bfloat16, torch.float16):
+        raise NotTokenwise(f"attends to another sequence in {result.dtype} on {result.device.type}: runs padded")
+    rows, of_keys = (value_of(each).shape[0] for each in op.args[:2])
+    if not same_size(rows, of_keys):
+        raise NotTokenwise(f"{rows} rows of queries meet {of_keys} of keys: runs padded")
+    options = op.argument("scale"), op.argument("dropout_p"), _seed(op)
+    attend = Call(torch.ops.packc.cross_attention.default, (*_operands(op), None, None, *options), {})
+    out = Call(aten.transpose.int, (attend, 1, 2), {})
+    return replace(padded, call=out, padded=None, is_mixer=True, asks=[*padded.asks, _BY_ROWS])
+
+
+@register_rule(torch.ops.packc.cross_attention.default)
+def cross_attention(op: Op) -> Reading:
+    """q (B, L, heads, channels), in rows; keys are packed."""
+    q, cu_seqlens = op.args[0], op.argument("cu_seqlens")
+    op.only_labelled(q)
+    if cu_seqlens is not None or op.layout(q) != _TOKENS_FIRST:
+        raise NotTokenwise(f"attends from {show(op.layout(q))} where (B, L, ., .) is a row's queries")
+    return Reading(_TOKENS_FIRST, {q: _TOKENS_FIRST}, op.with_args(), is_mixer=True, asks=[_BY_ROWS])
+
+
+def _seed(op: Op) -> Call | None:
+    """Drawn by an op that everybody knows to draw: what is computed again for a checkpoint gets the same seed."""
+    if op.argument("dropout_p") == 0:
+        return None
+    if value_of(op.node).device.type != "cpu":
+        raise NotTokenwise(f"attention with dropout runs padded on {value_of(op.node).device.type}")
+    return Call(aten.randint.default, (SEEDS, []), {"dtype": torch.int64, "device": torch.device("cpu")})
+
+
+def _operands(op: Op) -> list[Call]:
+    q, k, v = op.args[:3]
     heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))
     if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
         raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
     dtype = value_of(op.node).dtype  # under autocast it is not that of q
-    operands = [_tokens_first(each, dtype) for each in (q, k, v)]
-    scale = op.argument("scale")
-    options = (seen.causal, scale, seen.window, dropout_p, seed)
-    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, *options), {})
-    out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
-    return replace(padded, call=out, padded=None, is_mixer=True)
+    return [_tokens_first(each, dtype) for each in (q, k, v)]
 
 
 def _tokens_first(operand: object, dtype: torch.dtype) -> Call:

@@ -31,14 +31,6 @@ def test_only_keys_of_documents_that_reach_in_come(ranks):
     assert ranks.run(received, 4, cut, False) == [5, 4, 5, 0]
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_op_of_spans_passes_opcheck(causal, window):
-    q, k, v = (torch.randn(1, n, h, d, requires_grad=True) for n, h, d in ((7, 4, 3), (12, 2, 3), (12, 2, 5)))
-    spans = torch.tensor([[0, 4, 0, 8, 4], [5, 7, 9, 12, 4]])
-    torch.library.opcheck(torch.ops.packc.attention_spans.default, (q, k, v, spans, causal, 0.7, window))
-
-
 @pytest.mark.slow
 def test_compiled(ranks):
     cuts = [Cut([0, 2, 5, 5, 21, 21, 26, 30], [0, 9, 19, 30]), Cut([0, 30, 31, 40, 45], [0, 2, 21, 45])]

@@ -203,10 +203,11 @@ def test_private_ops_take_what_they_took(overload):
 @pytest.mark.parametrize("window", [None, 5])
 def test_flash_attention_of_cuda_takes_our_arguments(sizes, window):
     (q, k, v), cu_seqlens = inputs([20, 30], 6, 2, *sizes, dtype=torch.bfloat16, device="meta")
-    out, logsumexp = cuda.flash(q, k, v, cu_seqlens, 30, True, None, window)
+    lengths = cuda.Lengths(cu_seqlens, cu_seqlens, 30, 30)
+    out, logsumexp = cuda.flash(q, k, v, lengths, True, None, window)
     assert out.shape == (1, 50, 6, sizes[1])
     assert (logsumexp.shape, logsumexp.dtype) == ((6, 50), torch.float32)
-    grads = cuda.flash_bwd(out, q, k, v, out, logsumexp, cu_seqlens, 30, True, None, window)
+    grads = cuda.flash_bwd(out, q, k, v, out, logsumexp, lengths, True, None, window)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
     assert all(grad.is_contiguous() for grad in (out, logsumexp, *grads))
 

@@ -1,0 +1,110 @@
+"""Attention within spans on CUDA: torch's flash attention where their form is its own, the reference elsewhere.
+
+Flash attention takes documents end to end, and says where queries are among their keys: the last ones of a document are
+side by side. So it is with what one rank has of a causal document that is cut.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from packc.ops.varlen_attention import cuda, spans_reference
+from packc.ops.varlen_attention.cuda import Lengths
+from packc.ops.varlen_attention.document_mask import once_per_batch
+
+
+class Run(NamedTuple):
+    """Spans whose queries lie end to end, and whose keys do."""
+
+    queries: slice
+    keys: slice
+    lengths: Lengths
+
+
+def attention_spans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    runs = _runs_of_flash(q, v, spans, causal, window, dropout_p)
+    if runs is None:
+        return spans_reference.attention_spans(q, k, v, spans, causal, scale, window, dropout_p, seed)
+    _, T, H, _ = q.shape
+    out, logsumexp = q.new_zeros(1, T, H, v.shape[3]), q.new_zeros(H, T, dtype=torch.float32)
+    for queries, keys, lengths in runs:
+        found = cuda.flash(q[:, queries], k[:, keys], v[:, keys], lengths, causal, scale, window)
+        out[:, queries], logsumexp[:, queries] = found
+    return out, logsumexp
+
+
+def attention_spans_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    spans: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    runs = _runs_of_flash(q, v, spans, causal, window, dropout_p)
+    if runs is None:
+        kept = out, logsumexp, spans, causal, scale, window, dropout_p, seed
+        return spans_reference.attention_spans_bwd(dout, q, k, v, *kept)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    for queries, keys, lengths in runs:
+        given = (dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries])
+        of_run = logsumexp[:, queries].contiguous()
+        found = cuda.flash_bwd(*given, of_run, lengths, causal, scale, window)
+        dq[:, queries], dk[:, keys], dv[:, keys] = found
+    return dq, dk, dv
+
+
+def _runs_of_flash(
+    q: Tensor, v: Tensor, spans: Tensor, causal: bool, window: int | None, dropout_p: float
+) -> list[Run] | None:
+    if dropout_p or not cuda.takes_flash(q, v):
+        return None
+    placed = causal or window is not None
+    return once_per_batch(spans, placed, lambda: runs_of(spans, placed))
+
+
+def runs_of(spans: Tensor, placed: bool) -> list[Run] | None:
+    """None for spans that flash attention would take for others. ``placed``: it matters where a query is among keys."""
+    runs: list[list[list[int]]] = []
+    for span in spans.tolist():
+        begin, end, first, last, shift = span
+        if begin == end or first == last:
+            continue  # zeros
+        # Of more queries than keys the first ones would see nothing.
+        if placed and (end + shift != last or end - begin > last - first):
+            return None
+        if runs and runs[-1][-1][1] == begin and runs[-1][-1][3] == first:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return [_run(of_run, spans.device) for of_run in runs]
+
+
+def _run(spans: list[list[int]], device: torch.device) -> Run:
+    (begin, _, first, *_), (_, end, _, last, _) = spans[0], spans[-1]
+    starts = [
+        [span[side] - spans[0][side] for span in spans] + [stop] for side, stop in ((0, end - begin), (2, last - first))
+    ]
+    longest = [max(b - a for a, b in pairwise(of_side)) for of_side in starts]
+    queries, keys = torch.tensor(starts, dtype=torch.int32).to(device)
+    return Run(slice(begin, end), slice(first, last), Lengths(queries, keys, *longest))
