@@ -62,6 +62,11 @@ void recompute_errors(
   const auto body = [&](int64_t task, Scratch& s) {
     const Chunk& chunk = chunks.all[task / p.groups];
     const int64_t group = task % p.groups, length = chunk.length;
+    if (task + 1 < tasks) {
+      const Chunk& next = chunks.all[(task + 1) / p.groups];
+      p.q.prefetch(next, (task + 1) % p.groups);
+      p.k.prefetch(next, (task + 1) % p.groups);
+    }
     p.q.load(chunk, group, s.q, wide_K);
     p.k.load(chunk, group, s.k, wide_K);
     transpose(s.k, chunk.length, K, wide_K, s.kt);
@@ -71,6 +76,8 @@ void recompute_errors(
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
       const int64_t at = p.tile_at(chunk, h, wide_V);
       float *resolvent = w.resolvents + p.tile_at(chunk, h, kChunk), *du = w.du + at;
+      p.v.prefetch(chunk, h);
+      dout.prefetch(chunk, h);
       s.gate.head_with_pairs(chunk, h);
       s.gate.key_pairs(s.k, s.k, s.pairs);
       resolve(p, chunk, h, s.pairs, resolvent);
@@ -124,6 +131,11 @@ void correct_state_gradients(
   carry_along_documents(p, chunks, true, dfinal, dinitial, dstates, make, [&](const Carried& at, Scratch& s) {
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head, columns = at.columns, width = at.width, length = chunk.length;
+    if (at.next) {
+      p.k.prefetch(*at.next, p.group(h));
+      p.q.prefetch(*at.next, p.group(h));
+      dout.prefetch(*at.next, h);
+    }
     s.gate.head(chunk, h);
     float* du = w.du + p.tile_at(chunk, h, wide_V) + at.first;
     p.k.load(chunk, p.group(h), s.x, wide_K);

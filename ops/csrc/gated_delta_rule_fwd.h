@@ -26,6 +26,8 @@ void resolve_chunks(const GatedDeltaRule& p, const Chunks& chunks, const at::Ten
   const auto body = [&](int64_t task, Scratch& s) {
     const Chunk& chunk = chunks.all[task / p.groups];
     const int64_t group = task % p.groups;
+    if (task + 1 < tasks)
+      p.k.prefetch(chunks.all[(task + 1) / p.groups], (task + 1) % p.groups);
     p.k.load(chunk, group, s.k, wide_K);
     transpose(s.k, chunk.length, K, wide_K, s.kt);
     s.gate.key_products(chunk, s.k, s.kt);
@@ -69,6 +71,10 @@ void correct_states(
       return;
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head, columns = at.columns, width = at.width;
+    if (at.next) {
+      p.k.prefetch(*at.next, p.group(h));
+      p.v.prefetch(*at.next, h);
+    }
     s.gate.head(chunk, h);
     p.k.load(chunk, p.group(h), s.k, wide_K);
     // Zeros first: a tile's padding takes part in what follows.
@@ -124,6 +130,11 @@ void correct_outputs(
   const auto body = [&](int64_t task, Scratch& s) {
     const Chunk& chunk = chunks.all[task / p.groups];
     const int64_t group = task % p.groups, length = chunk.length;
+    if (task + 1 < tasks) {
+      const Chunk& next = chunks.all[(task + 1) / p.groups];
+      p.q.prefetch(next, (task + 1) % p.groups);
+      p.k.prefetch(next, (task + 1) % p.groups);
+    }
     p.q.load(chunk, group, s.q, wide_K);
     p.k.load(chunk, group, s.k, wide_K);
     transpose(s.k, chunk.length, K, wide_K, s.kt);

@@ -54,6 +54,10 @@ class GatedDeltaRuleChunk {
   void run(int64_t c, int64_t group) {
     const Chunk& chunk = chunks_.all[c];
     const int64_t heads = p_.heads / p_.groups, floats = chunk.length * wide_K_;
+    if (group + 1 < p_.groups) {
+      p_.q.prefetch(chunk, group + 1);
+      p_.k.prefetch(chunk, group + 1);
+    }
     p_.q.load(chunk, group, q_, wide_K_);
     p_.k.load(chunk, group, k_, wide_K_);
     scale_row(q_, floats, p_.scale);
@@ -71,6 +75,7 @@ class GatedDeltaRuleChunk {
     const Chunk& chunk = chunks_.all[c];
     const int64_t at = p_.tile_at(chunk, h, wide_V_);
     length_ = chunk.length;
+    dout_.prefetch(chunk, h);
     gate_.head_with_pairs(chunk, h);
     const float *e = w_.errors + at, *l = w_.du + at;
     for (int64_t i = 0; i < length_; ++i)
