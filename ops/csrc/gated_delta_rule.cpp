@@ -8,6 +8,7 @@
 #include "gated_delta_rule_fwd.h"
 #include "gated_delta_rule_gradients.h"
 #include "gated_delta_rule_head_gate.h"
+#include "phases.h"
 
 namespace packc {
 namespace {
@@ -50,6 +51,116 @@ void with_gate(const Tensor& g, const Body& body) {
     body(std::type_identity<HeadGate>());
 }
 
+// The second phases, a document after the other.
+template <typename Gate>
+void correct_states(
+    const GatedDeltaRule& p,
+    const Chunks& chunks,
+    const Tensor& g,
+    States initial,
+    States final,
+    const float* resolvents,
+    float* chunk_states,
+    float* corrections) {
+  const auto make = [&](int64_t columns) { return CorrectState<Gate>(p, g, resolvents, corrections, columns); };
+  carry_along_documents(
+      p, chunks, false, initial, final, chunk_states, make, [](const Carried& at, auto& state) { state.step(at); });
+}
+
+template <typename Gate>
+void correct_state_gradients(
+    const GatedDeltaRule& p,
+    const Chunks& chunks,
+    const Tensor& g,
+    const Heads& dout,
+    States dfinal,
+    States dinitial,
+    Workspace w,
+    float* dstates) {
+  const auto make = [&](int64_t columns) { return CorrectStateGradient<Gate>(p, g, dout, w, columns); };
+  carry_along_documents(
+      p, chunks, true, dfinal, dinitial, dstates, make, [](const Carried& at, auto& state) { state.step(at); });
+}
+
+// The forward's phases of a chunk, with what they hand on.
+template <typename Gate>
+struct ForwardWalk {
+  GatedDeltaRule p;
+  Tiles tiles;
+  float *resolvents, *corrections, *chunk_states;
+  ResolveChunk<Gate> resolved;
+  CorrectState<Gate> state;
+  CorrectOutputs<Gate> outputs;
+
+  ForwardWalk(const GatedDeltaRule& all, const Tensor& g, States initial, float* chunk_states, const Heads& out)
+      : p(all.for_walking()),
+        tiles(p.tiles_of_group(kChunk) + p.tiles_of_group(padded(p.V()))),
+        resolvents(tiles.take(p.tiles_of_group(kChunk))),
+        corrections(tiles.take(p.tiles_of_group(padded(p.V())))),
+        chunk_states(chunk_states),
+        resolved(p, g, resolvents),
+        state(p, g, resolvents, corrections, padded(p.V())),
+        outputs(p, g, initial, chunk_states, corrections, out) {}
+
+  void before(const Chunk& chunk, int64_t group) {
+    resolved.run(chunk, group);
+  }
+  float* kept(const Chunk& chunk, int64_t h) const {
+    return chunk_states + p.state_at(chunk, h);
+  }
+  void step(const Carried& at) {
+    state.step(at);
+  }
+  void after(const Chunk& chunk, int64_t group) {
+    outputs.run(chunk, group);
+  }
+};
+
+// The backward's, likewise.
+template <typename Gate>
+struct BackwardWalk {
+  GatedDeltaRule p;
+  Tiles tiles;
+  float* dstates;
+  Workspace w;
+  RecomputeErrors<Gate> errors;
+  CorrectStateGradient<Gate> state;
+  GatedDeltaRuleChunk<Gate> gradients;
+
+  BackwardWalk(
+      const GatedDeltaRule& all,
+      const GatedDeltaRuleGradients<Gate>& gradients,
+      const Tensor& g,
+      const Heads& dout,
+      States initial,
+      States dfinal,
+      const float* chunk_states)
+      : p(all.for_walking()),
+        tiles(
+            p.heads / p.groups * p.K() * padded(p.V()) + p.tiles_of_group(kChunk) +
+            2 * p.tiles_of_group(padded(p.V()))),
+        dstates(tiles.take(p.heads / p.groups * p.K() * padded(p.V()))),
+        w{tiles.take(p.tiles_of_group(kChunk)),
+          tiles.take(p.tiles_of_group(padded(p.V()))),
+          tiles.take(p.tiles_of_group(padded(p.V())))},
+        errors(p, g, dout, initial, chunk_states, w),
+        state(p, g, dout, w, padded(p.V())),
+        gradients(p, gradients, g, dout, initial, dfinal, chunk_states, dstates, w) {}
+
+  void before(const Chunk& chunk, int64_t group) {
+    errors.run(chunk, group);
+  }
+  float* kept(const Chunk& chunk, int64_t h) const {
+    return dstates + p.state_gradient_at(chunk, h);
+  }
+  void step(const Carried& at) {
+    state.step(at);
+  }
+  void after(const Chunk& chunk, int64_t group) {
+    gradients.run(chunk, group);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> gated_delta_rule(
     const Tensor& q,
     const Tensor& k,
@@ -69,14 +180,20 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule(
   Tensor chunk_states =
       at::empty({v.size(0) * p.slots * p.heads * p.K() * padded(p.V())}, v.options().dtype(at::kFloat));
   const States finals(output_final_state ? final : Tensor());
-  Tensor resolvents = workspace(p, v, kChunk), corrections = workspace(p, v, padded(p.V()));
-  float *states = chunk_states.mutable_data_ptr<float>(), *r = resolvents.mutable_data_ptr<float>();
-  float* u = corrections.mutable_data_ptr<float>();
+  float* states = chunk_states.mutable_data_ptr<float>();
+  const Heads results(out);
   clear_unused(p, chunks, v.size(0), states);
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
-    resolve_chunks<Gate>(p, chunks, g, r);
+    if (worth_walking(chunks, p.groups)) {
+      const auto walk = [&] { return ForwardWalk<Gate>(p, g, initial, states, results); };
+      walk_documents(p, chunks, false, initial, finals, walk);
+      return;
+    }
+    Tensor resolvents = workspace(p, v, kChunk), corrections = workspace(p, v, padded(p.V()));
+    float *r = resolvents.mutable_data_ptr<float>(), *u = corrections.mutable_data_ptr<float>();
+    for_each_chunk(p, chunks, [&] { return ResolveChunk<Gate>(p, g, r); });
     correct_states<Gate>(p, chunks, g, initial, finals, r, states, u);
-    correct_outputs<Gate>(p, chunks, g, initial, states, u, Heads(out));
+    for_each_chunk(p, chunks, [&] { return CorrectOutputs<Gate>(p, g, initial, states, u, results); });
   });
   return {out, final, chunk_states};
 }
@@ -100,29 +217,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
   Tensor dv = at::empty(v.sizes(), v.options());
   Tensor dg = at::empty(g.sizes(), g.options()), dbeta = at::empty(beta.sizes(), beta.options());
   Tensor dinitial = initial_state ? new_states(v, documents.count(), p.K()) : at::empty({0}, g.options());
-  Tensor dstates = at::empty(chunk_states.sizes(), chunk_states.options());
-  Tensor resolvents = workspace(p, v, kChunk), errors = workspace(p, v, padded(p.V()));
-  Tensor du = workspace(p, v, padded(p.V()));
-  const Workspace w{
-      resolvents.mutable_data_ptr<float>(), errors.mutable_data_ptr<float>(), du.mutable_data_ptr<float>()};
   const States initial(or_undefined(initial_state)), dfinal(or_undefined(dfinal_state));
   const States dinitials(initial_state ? dinitial : Tensor());
   const Heads douts(dout);
   const float* states = chunk_states.const_data_ptr<float>();
-  float* dkept = dstates.mutable_data_ptr<float>();
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
-    recompute_errors<Gate>(p, chunks, g, douts, initial, states, w);
-    correct_state_gradients<Gate>(p, chunks, g, douts, dfinal, dinitials, w, dkept);
     using Gradient = typename Gate::Gradient;
     const GatedDeltaRuleGradients<Gate> gradients{Heads(dq), Heads(dk), Heads(dv), Gradient(dg), PerHead(dbeta)};
-    const auto scratch = [&] {
-      return GatedDeltaRuleChunk<Gate>(p, gradients, g, douts, chunks, initial, dfinal, states, dkept, w);
-    };
-    const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-    const auto body = [&](int64_t task, GatedDeltaRuleChunk<Gate>& chunk) {
-      chunk.run(task / p.groups, task % p.groups);
-    };
-    for_each_task(tasks, scratch, body, batch_of(tasks));
+    if (worth_walking(chunks, p.groups)) {
+      const auto walk = [&] { return BackwardWalk<Gate>(p, gradients, g, douts, initial, dfinal, states); };
+      walk_documents(p, chunks, true, dfinal, dinitials, walk);
+      return;
+    }
+    Tensor dstates = at::empty(chunk_states.sizes(), chunk_states.options());
+    Tensor resolvents = workspace(p, v, kChunk), errors = workspace(p, v, padded(p.V()));
+    Tensor du = workspace(p, v, padded(p.V()));
+    const Workspace w{
+        resolvents.mutable_data_ptr<float>(), errors.mutable_data_ptr<float>(), du.mutable_data_ptr<float>()};
+    float* dkept = dstates.mutable_data_ptr<float>();
+    for_each_chunk(p, chunks, [&] { return RecomputeErrors<Gate>(p, g, douts, initial, states, w); });
+    correct_state_gradients<Gate>(p, chunks, g, douts, dfinal, dinitials, w, dkept);
+    for_each_chunk(p, chunks, [&] {
+      return GatedDeltaRuleChunk<Gate>(p, gradients, g, douts, initial, dfinal, states, dkept, w);
+    });
   });
   return {dq, dk, dv, dg, dbeta, dinitial};
 }
@@ -146,7 +263,7 @@ std::tuple<Tensor, Tensor> gated_delta_rule_summary(
   Tensor state = new_states(v, 1, K), transition = new_states(no_values, 1, K), resolvents = workspace(p, v, kChunk);
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
     float* r = resolvents.mutable_data_ptr<float>();
-    resolve_chunks<Gate>(p, chunks, g, r);
+    for_each_chunk(p, chunks, [&] { return ResolveChunk<Gate>(p, g, r); });
     correct_states<Gate>(p, chunks, g, States(Tensor()), States(state), r, nullptr, nullptr);
     correct_states<Gate>(of_unit, chunks, g, States(unit), States(transition), r, nullptr, nullptr);
   });
@@ -171,9 +288,10 @@ Tensor gated_delta_rule_adjoint(
   Tensor resolvents = workspace(p, dout, kChunk), du = workspace(p, dout, padded(p.V()));
   const Workspace w{resolvents.mutable_data_ptr<float>(), nullptr, du.mutable_data_ptr<float>()};
   const States none{Tensor()};
+  const Heads douts(dout);
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
-    recompute_errors<Gate>(p, chunks, g, Heads(dout), none, nullptr, w);
-    correct_state_gradients<Gate>(p, chunks, g, Heads(dout), none, States(dstate), w, nullptr);
+    for_each_chunk(p, chunks, [&] { return RecomputeErrors<Gate>(p, g, douts, none, nullptr, w); });
+    correct_state_gradients<Gate>(p, chunks, g, douts, none, States(dstate), w, nullptr);
   });
   return dstate;
 }

@@ -37,6 +37,7 @@ struct GatedDeltaRule {
   float scale;
   int64_t heads, groups, tokens, slots; // tokens and chunk states of a row
   bool no_values = false; // v is zero everywhere
+  bool walked = false; // what phases hand on is kept of one chunk and the heads of one group, not of all
 
   int64_t K() const {
     return q.channels;
@@ -51,9 +52,24 @@ struct GatedDeltaRule {
   int64_t state_at(const Chunk& chunk, int64_t head) const {
     return (chunk.slot(slots) * heads + head) * K() * padded(V());
   }
-  // Of a dense (length, width) tile of a chunk and head, in a buffer of all tokens.
+  // Of the gradient of that.
+  int64_t state_gradient_at(const Chunk& chunk, int64_t head) const {
+    return walked ? head % (heads / groups) * K() * padded(V()) : state_at(chunk, head);
+  }
+  // Of a dense (length, width) tile of a chunk and head.
   int64_t tile_at(const Chunk& chunk, int64_t head, int64_t width) const {
+    if (walked)
+      return head % (heads / groups) * kChunk * width;
     return ((chunk.row * tokens + chunk.begin) * heads + head * chunk.length) * width;
+  }
+  // All tiles of a chunk and the heads of a group.
+  int64_t tiles_of_group(int64_t width) const {
+    return heads / groups * kChunk * width;
+  }
+  GatedDeltaRule for_walking() const {
+    GatedDeltaRule p = *this;
+    p.walked = true;
+    return p;
   }
   int64_t tiles(int64_t rows, int64_t width) const {
     return rows * tokens * heads * width;

@@ -1,5 +1,5 @@
-// The gated delta rule, backward: the forward's e and what the outputs want of u, of all chunks at once; then the
-// gradients of u and of the states, from the last chunk of a document to its first; then all chunks' gradients at once.
+// The gated delta rule, backward: the forward's e and what the outputs want of u; then the gradients of u and of the
+// states, from the last chunk of a document to its first; then all other gradients. phases.h has the two orders.
 //
 // With dS the gradient of the state S' that leaves a chunk, l_j that of u_j, through later tokens' errors too, and x^T
 // that of pairs:
@@ -32,119 +32,144 @@ struct Workspace {
 };
 
 template <typename Gate>
-void recompute_errors(
-    const GatedDeltaRule& p,
-    const Chunks& chunks,
-    const at::Tensor& g,
-    const Heads& dout,
-    States initial,
-    const float* chunk_states,
-    Workspace w) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V), heads = p.heads / p.groups;
-  struct Scratch {
-    Gate gate;
-    Tiles tiles;
-    float *q, *k, *kt, *decayed, *pairs, *state, *left, *dout;
-    Scratch(const at::Tensor& g, int64_t K, int64_t wide_K, int64_t wide_V)
-        : gate(g, K),
-          tiles(kChunk * (3 * wide_K + kChunk + 2 * wide_V) + K * (kApart + wide_V) + 128),
-          q(tiles.take(kChunk * wide_K)),
-          k(tiles.take(kChunk * wide_K)),
-          kt(tiles.take(K * kApart)),
-          decayed(tiles.take(kChunk * wide_K)),
-          pairs(tiles.take(kChunk * kChunk)),
-          state(tiles.take(K * wide_V)),
-          left(tiles.take(kChunk * wide_V)),
-          dout(tiles.take(kChunk * wide_V)) {}
-  };
-  const auto scratch = [&] { return Scratch(g, K, wide_K, wide_V); };
-  const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-  const auto body = [&](int64_t task, Scratch& s) {
-    const Chunk& chunk = chunks.all[task / p.groups];
-    const int64_t group = task % p.groups, length = chunk.length;
-    p.q.load(chunk, group, s.q, wide_K);
-    p.k.load(chunk, group, s.k, wide_K);
-    transpose(s.k, chunk.length, K, wide_K, s.kt);
-    scale_row(s.q, length * wide_K, p.scale);
-    s.gate.key_products(chunk, s.k, s.kt);
-    s.gate.query_products(chunk, s.q, s.kt);
+class RecomputeErrors {
+ public:
+  RecomputeErrors(
+      const GatedDeltaRule& p,
+      const at::Tensor& g,
+      const Heads& dout,
+      States initial,
+      const float* chunk_states,
+      Workspace w)
+      : p_(p),
+        douts_(dout),
+        initial_(initial),
+        chunk_states_(chunk_states),
+        w_(w),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        wide_V_(padded(p.V())),
+        gate_(g, p.K()),
+        tiles_(kChunk * (3 * wide_K_ + kChunk + 2 * wide_V_) + K_ * (kApart + wide_V_) + 128),
+        q_(tiles_.take(kChunk * wide_K_)),
+        k_(tiles_.take(kChunk * wide_K_)),
+        kt_(tiles_.take(K_ * kApart)),
+        decayed_(tiles_.take(kChunk * wide_K_)),
+        pairs_(tiles_.take(kChunk * kChunk)),
+        state_(tiles_.take(K_ * wide_V_)),
+        left_(tiles_.take(kChunk * wide_V_)),
+        dout_(tiles_.take(kChunk * wide_V_)) {}
+
+  void prefetch(const Chunk& chunk, int64_t group) const {
+    p_.q.prefetch(chunk, group);
+    p_.k.prefetch(chunk, group);
+  }
+
+  void run(const Chunk& chunk, int64_t group) {
+    const int64_t heads = p_.heads / p_.groups, length = chunk.length;
+    p_.q.load(chunk, group, q_, wide_K_);
+    p_.k.load(chunk, group, k_, wide_K_);
+    transpose(k_, length, K_, wide_K_, kt_);
+    scale_row(q_, length * wide_K_, p_.scale);
+    gate_.key_products(chunk, k_, kt_);
+    gate_.query_products(chunk, q_, kt_);
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
-      const int64_t at = p.tile_at(chunk, h, wide_V);
-      float *resolvent = w.resolvents + p.tile_at(chunk, h, kChunk), *du = w.du + at;
-      s.gate.head_with_pairs(chunk, h);
-      s.gate.key_pairs(s.k, s.k, s.pairs);
-      resolve(p, chunk, h, s.pairs, resolvent);
-      if (w.errors != nullptr) {
-        float* e = w.errors + at;
+      const int64_t at = p_.tile_at(chunk, h, wide_V_);
+      float *resolvent = w_.resolvents + p_.tile_at(chunk, h, kChunk), *du = w_.du + at;
+      p_.v.prefetch(chunk, h);
+      douts_.prefetch(chunk, h);
+      gate_.head_with_pairs(chunk, h);
+      gate_.key_pairs(k_, k_, pairs_);
+      resolve(p_, chunk, h, pairs_, resolvent);
+      if (w_.errors != nullptr) {
+        float* e = w_.errors + at;
         // Zeros first: a tile's padding takes part in what follows.
-        std::fill_n(e, length * wide_V, 0.f);
-        p.v.load(chunk, h, e, wide_V);
-        if (const float* state = entering_state(p, chunk, h, initial, chunk_states, s.state)) {
-          s.gate.from_start(s.k, -1, s.decayed);
-          multiply(length, wide_V, K, Left{s.decayed, wide_K}, state, wide_V, e, wide_V, true);
+        std::fill_n(e, length * wide_V_, 0.f);
+        p_.v.load(chunk, h, e, wide_V_);
+        if (const float* state = entering_state(p_, chunk, h, initial_, chunk_states_, state_)) {
+          gate_.from_start(k_, -1, decayed_);
+          multiply(length, wide_V_, K_, Left{decayed_, wide_K_}, state, wide_V_, e, wide_V_, true);
         }
-        scale_by_beta(p, chunk, h, 1, e, wide_V, wide_V, s.left, wide_V);
-        multiply_triangle(length, wide_V, Left{resolvent, kChunk}, s.left, wide_V, e, wide_V);
+        scale_by_beta(p_, chunk, h, 1, e, wide_V_, wide_V_, left_, wide_V_);
+        multiply_triangle(length, wide_V_, Left{resolvent, kChunk}, left_, wide_V_, e, wide_V_);
       }
 
-      s.gate.query_pairs(s.q, s.k, s.pairs);
-      dout.load(chunk, h, s.dout, wide_V);
-      std::fill_n(du, length * wide_V, 0.f);
-      multiply_triangle_transposed(length, wide_V, Left{s.pairs, kChunk}, s.dout, wide_V, du, wide_V);
+      gate_.query_pairs(q_, k_, pairs_);
+      douts_.load(chunk, h, dout_, wide_V_);
+      std::fill_n(du, length * wide_V_, 0.f);
+      multiply_triangle_transposed(length, wide_V_, Left{pairs_, kChunk}, dout_, wide_V_, du, wide_V_);
     }
-  };
-  for_each_task(tasks, scratch, body, batch_of(tasks));
-}
+  }
 
-// What leaves a chunk is kept where the state is that enters the next.
+ private:
+  const GatedDeltaRule& p_;
+  const Heads& douts_;
+  const States initial_;
+  const float* const chunk_states_;
+  const Workspace w_;
+  const int64_t K_, wide_K_, wide_V_;
+  Gate gate_;
+  Tiles tiles_;
+  float *q_, *k_, *kt_, *decayed_, *pairs_, *state_, *left_, *dout_;
+};
+
+// l, in the place of du, and dS.
 template <typename Gate>
-void correct_state_gradients(
-    const GatedDeltaRule& p,
-    const Chunks& chunks,
-    const at::Tensor& g,
-    const Heads& dout,
-    States dfinal,
-    States dinitial,
-    Workspace w,
-    float* dstates) {
-  const int64_t K = p.K(), wide_K = padded(K), wide_V = padded(p.V());
-  struct Scratch {
-    Gate gate;
-    Tiles tiles;
-    float *x, *decayed, *dout, *scaled;
-    Scratch(const at::Tensor& g, int64_t K, int64_t wide_K, int64_t columns)
-        : gate(g, K),
-          tiles(2 * kChunk * (wide_K + columns)),
-          x(tiles.take(kChunk * wide_K)),
-          decayed(tiles.take(kChunk * wide_K)),
-          dout(tiles.take(kChunk * columns)),
-          scaled(tiles.take(kChunk * columns)) {}
-  };
-  const auto make = [&](int64_t columns) { return Scratch(g, K, wide_K, columns); };
-  carry_along_documents(p, chunks, true, dfinal, dinitial, dstates, make, [&](const Carried& at, Scratch& s) {
+class CorrectStateGradient {
+ public:
+  CorrectStateGradient(
+      const GatedDeltaRule& p, const at::Tensor& g, const Heads& dout, Workspace w, int64_t columns)
+      : p_(p),
+        douts_(dout),
+        w_(w),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        gate_(g, p.K()),
+        tiles_(2 * kChunk * (wide_K_ + columns)),
+        x_(tiles_.take(kChunk * wide_K_)),
+        decayed_(tiles_.take(kChunk * wide_K_)),
+        dout_(tiles_.take(kChunk * columns)),
+        scaled_(tiles_.take(kChunk * columns)) {}
+
+  void step(const Carried& at) {
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head, columns = at.columns, width = at.width, length = chunk.length;
-    s.gate.head(chunk, h);
-    float* du = w.du + p.tile_at(chunk, h, wide_V) + at.first;
-    p.k.load(chunk, p.group(h), s.x, wide_K);
-    if (!at.zero) {
-      s.gate.to_end(s.x, s.decayed);
-      multiply(length, width, K, Left{s.decayed, wide_K}, at.state, columns, du, wide_V, true);
+    if (at.next) {
+      p_.k.prefetch(*at.next, p_.group(h));
+      p_.q.prefetch(*at.next, p_.group(h));
+      douts_.prefetch(*at.next, h);
     }
-    scale_by_beta(p, chunk, h, 1, du, wide_V, width, s.scaled, columns);
-    const Left resolvent{w.resolvents + p.tile_at(chunk, h, kChunk), kChunk};
-    multiply_triangle_transposed(length, width, resolvent, s.scaled, columns, du, wide_V);
+    gate_.head(chunk, h);
+    const int64_t wide_V = padded(p_.V());
+    float* du = w_.du + p_.tile_at(chunk, h, wide_V) + at.first;
+    p_.k.load(chunk, p_.group(h), x_, wide_K_);
+    if (!at.zero) {
+      gate_.to_end(x_, decayed_);
+      multiply(length, width, K_, Left{decayed_, wide_K_}, at.state, columns, du, wide_V, true);
+    }
+    scale_by_beta(p_, chunk, h, 1, du, wide_V, width, scaled_, columns);
+    const Left resolvent{w_.resolvents + p_.tile_at(chunk, h, kChunk), kChunk};
+    multiply_triangle_transposed(length, width, resolvent, scaled_, columns, du, wide_V);
     if (!at.wanted)
       return;
-    decay_state(at, K, [&](int64_t i) { return s.gate.whole(i); });
-    scale_by_beta(p, chunk, h, 1, du, wide_V, width, s.scaled, columns);
-    s.gate.from_start(s.x, -1, s.decayed);
-    multiply(K, width, length, Left{s.decayed, wide_K}.transposed(), s.scaled, columns, at.state, columns, true);
-    p.q.load(chunk, p.group(h), s.x, wide_K);
-    dout.load(chunk, h, at.first, at.count, s.dout, columns);
-    s.gate.from_start(s.x, p.scale, s.decayed);
-    multiply(K, width, length, Left{s.decayed, wide_K}.transposed(), s.dout, columns, at.state, columns, true);
-  });
-}
+    decay_state(at, K_, [&](int64_t i) { return gate_.whole(i); });
+    scale_by_beta(p_, chunk, h, 1, du, wide_V, width, scaled_, columns);
+    gate_.from_start(x_, -1, decayed_);
+    multiply(K_, width, length, Left{decayed_, wide_K_}.transposed(), scaled_, columns, at.state, columns, true);
+    p_.q.load(chunk, p_.group(h), x_, wide_K_);
+    douts_.load(chunk, h, at.first, at.count, dout_, columns);
+    gate_.from_start(x_, p_.scale, decayed_);
+    multiply(K_, width, length, Left{decayed_, wide_K_}.transposed(), dout_, columns, at.state, columns, true);
+  }
+
+ private:
+  const GatedDeltaRule& p_;
+  const Heads& douts_;
+  const Workspace w_;
+  const int64_t K_, wide_K_;
+  Gate gate_;
+  Tiles tiles_;
+  float *x_, *decayed_, *dout_, *scaled_;
+};
 
 } // namespace packc

@@ -1,150 +1,177 @@
-// The gated delta rule, forward: first what needs no state, of all chunks at once; then the states that enter the
-// chunks and the corrections u, document by document; then all chunks' outputs at once.
+// The gated delta rule, forward: first what needs no state; then the states that enter the chunks and the corrections u,
+// document by document; then the outputs. phases.h has the two orders in which chunks go through that.
 #pragma once
 
 #include "gated_delta_rule.h"
 
 namespace packc {
 
-// The matrices R of all chunks.
+// The matrices R of a chunk.
 template <typename Gate>
-void resolve_chunks(const GatedDeltaRule& p, const Chunks& chunks, const at::Tensor& g, float* resolvents) {
-  const int64_t K = p.K(), wide_K = padded(K), heads = p.heads / p.groups;
-  struct Scratch {
-    Gate gate;
-    Tiles tiles;
-    float *k, *kt, *pairs;
-    Scratch(const at::Tensor& g, int64_t K, int64_t wide_K)
-        : gate(g, K),
-          tiles(kChunk * (wide_K + kChunk) + K * kApart + 64),
-          k(tiles.take(kChunk * wide_K)),
-          kt(tiles.take(K * kApart)),
-          pairs(tiles.take(kChunk * kChunk)) {}
-  };
-  const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-  const auto scratch = [&] { return Scratch(g, K, wide_K); };
-  const auto body = [&](int64_t task, Scratch& s) {
-    const Chunk& chunk = chunks.all[task / p.groups];
-    const int64_t group = task % p.groups;
-    p.k.load(chunk, group, s.k, wide_K);
-    transpose(s.k, chunk.length, K, wide_K, s.kt);
-    s.gate.key_products(chunk, s.k, s.kt);
-    for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
-      s.gate.head_with_pairs(chunk, h);
-      s.gate.key_pairs(s.k, s.k, s.pairs);
-      resolve(p, chunk, h, s.pairs, resolvents + p.tile_at(chunk, h, kChunk));
-    }
-  };
-  for_each_task(tasks, scratch, body, batch_of(tasks));
-}
+class ResolveChunk {
+ public:
+  ResolveChunk(const GatedDeltaRule& p, const at::Tensor& g, float* resolvents)
+      : p_(p),
+        resolvents_(resolvents),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        gate_(g, p.K()),
+        tiles_(kChunk * (wide_K_ + kChunk) + K_ * kApart + 64),
+        k_(tiles_.take(kChunk * wide_K_)),
+        kt_(tiles_.take(K_ * kApart)),
+        pairs_(tiles_.take(kChunk * kChunk)) {}
 
-// u, and S' = whole S + sum_j to_end_j k_j u_j^T along every document; u and what enters a chunk are kept, except its
-// document's first, unless there is no place for them.
+  void prefetch(const Chunk& chunk, int64_t group) const {
+    p_.k.prefetch(chunk, group);
+  }
+
+  void run(const Chunk& chunk, int64_t group) {
+    const int64_t heads = p_.heads / p_.groups;
+    p_.k.load(chunk, group, k_, wide_K_);
+    transpose(k_, chunk.length, K_, wide_K_, kt_);
+    gate_.key_products(chunk, k_, kt_);
+    for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
+      gate_.head_with_pairs(chunk, h);
+      gate_.key_pairs(k_, k_, pairs_);
+      resolve(p_, chunk, h, pairs_, resolvents_ + p_.tile_at(chunk, h, kChunk));
+    }
+  }
+
+ private:
+  const GatedDeltaRule& p_;
+  float* const resolvents_;
+  const int64_t K_, wide_K_;
+  Gate gate_;
+  Tiles tiles_;
+  float *k_, *kt_, *pairs_;
+};
+
+// u, and S' = whole S + sum_j to_end_j k_j u_j^T; u is kept, unless there is no place for it.
 template <typename Gate>
-void correct_states(
-    const GatedDeltaRule& p,
-    const Chunks& chunks,
-    const at::Tensor& g,
-    States initial,
-    States final,
-    const float* resolvents,
-    float* chunk_states,
-    float* corrections) {
-  const int64_t K = p.K(), wide_K = padded(K), wide_V = padded(p.V());
-  struct Scratch {
-    Gate gate;
-    Tiles tiles;
-    float *k, *decayed, *left, *error;
-    Scratch(const at::Tensor& g, int64_t K, int64_t wide_K, int64_t columns)
-        : gate(g, K),
-          tiles(2 * kChunk * (wide_K + columns)),
-          k(tiles.take(kChunk * wide_K)),
-          decayed(tiles.take(kChunk * wide_K)),
-          left(tiles.take(kChunk * columns)),
-          error(tiles.take(kChunk * columns)) {}
-  };
-  const auto make = [&](int64_t columns) { return Scratch(g, K, wide_K, columns); };
-  carry_along_documents(p, chunks, false, initial, final, chunk_states, make, [&](const Carried& at, Scratch& s) {
-    if (p.no_values && is_zero(at, K)) // and stays so
+class CorrectState {
+ public:
+  CorrectState(
+      const GatedDeltaRule& p, const at::Tensor& g, const float* resolvents, float* corrections, int64_t columns)
+      : p_(p),
+        resolvents_(resolvents),
+        corrections_(corrections),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        gate_(g, p.K()),
+        tiles_(2 * kChunk * (wide_K_ + columns)),
+        k_(tiles_.take(kChunk * wide_K_)),
+        decayed_(tiles_.take(kChunk * wide_K_)),
+        left_(tiles_.take(kChunk * columns)),
+        error_(tiles_.take(kChunk * columns)) {}
+
+  void step(const Carried& at) {
+    if (p_.no_values && is_zero(at, K_)) // and stays so
       return;
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head, columns = at.columns, width = at.width;
-    s.gate.head(chunk, h);
-    p.k.load(chunk, p.group(h), s.k, wide_K);
-    // Zeros first: a tile's padding takes part in what follows.
-    std::fill_n(s.error, chunk.length * columns, 0.f);
-    p.v.load(chunk, h, at.first, at.count, s.error, columns);
-    if (!at.zero) {
-      s.gate.from_start(s.k, -1, s.decayed);
-      multiply(chunk.length, width, K, Left{s.decayed, wide_K}, at.state, columns, s.error, columns, true);
+    if (at.next) {
+      p_.k.prefetch(*at.next, p_.group(h));
+      p_.v.prefetch(*at.next, h);
     }
-    scale_by_beta(p, chunk, h, 1, s.error, columns, width, s.left, columns);
-    const Left resolvent{resolvents + p.tile_at(chunk, h, kChunk), kChunk};
-    multiply_triangle(chunk.length, width, resolvent, s.left, columns, s.error, columns);
-    const bool kept = corrections != nullptr;
-    float* u = kept ? corrections + p.tile_at(chunk, h, wide_V) + at.first : s.left;
-    const int64_t u_row = kept ? wide_V : columns;
-    scale_by_beta(p, chunk, h, 1, s.error, columns, width, u, u_row);
+    gate_.head(chunk, h);
+    p_.k.load(chunk, p_.group(h), k_, wide_K_);
+    // Zeros first: a tile's padding takes part in what follows.
+    std::fill_n(error_, chunk.length * columns, 0.f);
+    p_.v.load(chunk, h, at.first, at.count, error_, columns);
+    if (!at.zero) {
+      gate_.from_start(k_, -1, decayed_);
+      multiply(chunk.length, width, K_, Left{decayed_, wide_K_}, at.state, columns, error_, columns, true);
+    }
+    scale_by_beta(p_, chunk, h, 1, error_, columns, width, left_, columns);
+    const Left resolvent{resolvents_ + p_.tile_at(chunk, h, kChunk), kChunk};
+    multiply_triangle(chunk.length, width, resolvent, left_, columns, error_, columns);
+    const bool kept = corrections_ != nullptr;
+    const int64_t wide_V = padded(p_.V()), u_row = kept ? wide_V : columns;
+    float* u = kept ? corrections_ + p_.tile_at(chunk, h, wide_V) + at.first : left_;
+    scale_by_beta(p_, chunk, h, 1, error_, columns, width, u, u_row);
     if (!at.wanted)
       return;
-    s.gate.to_end(s.k, s.decayed);
-    decay_state(at, K, [&](int64_t i) { return s.gate.whole(i); });
-    multiply(K, width, chunk.length, Left{s.decayed, wide_K}.transposed(), u, u_row, at.state, columns, true);
-  });
-}
+    gate_.to_end(k_, decayed_);
+    decay_state(at, K_, [&](int64_t i) { return gate_.whole(i); });
+    multiply(K_, width, chunk.length, Left{decayed_, wide_K_}.transposed(), u, u_row, at.state, columns, true);
+  }
+
+ private:
+  const GatedDeltaRule& p_;
+  const float* const resolvents_;
+  float* const corrections_;
+  const int64_t K_, wide_K_;
+  Gate gate_;
+  Tiles tiles_;
+  float *k_, *decayed_, *left_, *error_;
+};
 
 // o_i = scale (S^T (from_start_i q_i) + sum_{j <= i} (q_i . k_j) u_j)
 template <typename Gate>
-void correct_outputs(
-    const GatedDeltaRule& p,
-    const Chunks& chunks,
-    const at::Tensor& g,
-    States initial,
-    const float* chunk_states,
-    const float* corrections,
-    const Heads& out) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V), heads = p.heads / p.groups;
-  struct Scratch {
-    Gate gate;
-    Tiles tiles;
-    float *q, *k, *kt, *decayed, *pairs, *state, *out;
-    Scratch(const at::Tensor& g, int64_t K, int64_t wide_K, int64_t wide_V)
-        : gate(g, K),
-          tiles(kChunk * (3 * wide_K + kChunk + wide_V) + K * (kApart + wide_V) + 128),
-          q(tiles.take(kChunk * wide_K)),
-          k(tiles.take(kChunk * wide_K)),
-          kt(tiles.take(K * kApart)),
-          decayed(tiles.take(kChunk * wide_K)),
-          pairs(tiles.take(kChunk * kChunk)),
-          state(tiles.take(K * wide_V)),
-          out(tiles.take(kChunk * wide_V)) {}
-  };
-  const auto scratch = [&] { return Scratch(g, K, wide_K, wide_V); };
-  const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-  const auto body = [&](int64_t task, Scratch& s) {
-    const Chunk& chunk = chunks.all[task / p.groups];
-    const int64_t group = task % p.groups, length = chunk.length;
-    p.q.load(chunk, group, s.q, wide_K);
-    p.k.load(chunk, group, s.k, wide_K);
-    transpose(s.k, chunk.length, K, wide_K, s.kt);
-    scale_row(s.q, length * wide_K, p.scale);
-    s.gate.query_products(chunk, s.q, s.kt);
+class CorrectOutputs {
+ public:
+  CorrectOutputs(
+      const GatedDeltaRule& p,
+      const at::Tensor& g,
+      States initial,
+      const float* chunk_states,
+      const float* corrections,
+      const Heads& out)
+      : p_(p),
+        initial_(initial),
+        chunk_states_(chunk_states),
+        corrections_(corrections),
+        results_(out),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        wide_V_(padded(p.V())),
+        gate_(g, p.K()),
+        tiles_(kChunk * (3 * wide_K_ + kChunk + wide_V_) + K_ * (kApart + wide_V_) + 128),
+        q_(tiles_.take(kChunk * wide_K_)),
+        k_(tiles_.take(kChunk * wide_K_)),
+        kt_(tiles_.take(K_ * kApart)),
+        decayed_(tiles_.take(kChunk * wide_K_)),
+        pairs_(tiles_.take(kChunk * kChunk)),
+        state_(tiles_.take(K_ * wide_V_)),
+        out_(tiles_.take(kChunk * wide_V_)) {}
+
+  void prefetch(const Chunk& chunk, int64_t group) const {
+    p_.q.prefetch(chunk, group);
+    p_.k.prefetch(chunk, group);
+  }
+
+  void run(const Chunk& chunk, int64_t group) {
+    const int64_t heads = p_.heads / p_.groups, length = chunk.length;
+    p_.q.load(chunk, group, q_, wide_K_);
+    p_.k.load(chunk, group, k_, wide_K_);
+    transpose(k_, length, K_, wide_K_, kt_);
+    scale_row(q_, length * wide_K_, p_.scale);
+    gate_.query_products(chunk, q_, kt_);
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
-      s.gate.head_with_pairs(chunk, h);
-      s.gate.query_pairs(s.q, s.k, s.pairs);
-      const float* state = entering_state(p, chunk, h, initial, chunk_states, s.state);
+      gate_.head_with_pairs(chunk, h);
+      gate_.query_pairs(q_, k_, pairs_);
+      const float* state = entering_state(p_, chunk, h, initial_, chunk_states_, state_);
       if (state == nullptr) {
-        std::fill_n(s.out, length * wide_V, 0.f);
+        std::fill_n(out_, length * wide_V_, 0.f);
       } else {
-        s.gate.from_start(s.q, 1, s.decayed);
-        multiply(length, wide_V, K, Left{s.decayed, wide_K}, state, wide_V, s.out, wide_V, false);
+        gate_.from_start(q_, 1, decayed_);
+        multiply(length, wide_V_, K_, Left{decayed_, wide_K_}, state, wide_V_, out_, wide_V_, false);
       }
-      const float* u = corrections + p.tile_at(chunk, h, wide_V);
-      multiply_triangle(length, wide_V, Left{s.pairs, kChunk}, u, wide_V, s.out, wide_V);
-      out.store(chunk, h, s.out, wide_V);
+      const float* u = corrections_ + p_.tile_at(chunk, h, wide_V_);
+      multiply_triangle(length, wide_V_, Left{pairs_, kChunk}, u, wide_V_, out_, wide_V_);
+      results_.store(chunk, h, out_, wide_V_);
     }
-  };
-  for_each_task(tasks, scratch, body, batch_of(tasks));
-}
+  }
+
+ private:
+  const GatedDeltaRule& p_;
+  const States initial_;
+  const float *chunk_states_, *corrections_;
+  const Heads& results_;
+  const int64_t K_, wide_K_, wide_V_;
+  Gate gate_;
+  Tiles tiles_;
+  float *q_, *k_, *kt_, *decayed_, *pairs_, *state_, *out_;
+};
 
 } // namespace packc

@@ -13,7 +13,6 @@ class GatedDeltaRuleChunk {
       const GatedDeltaRuleGradients<Gate>& gradients,
       const at::Tensor& g,
       const Heads& dout,
-      const Chunks& chunks,
       States initial,
       States dfinal,
       const float* chunk_states,
@@ -22,7 +21,6 @@ class GatedDeltaRuleChunk {
       : p_(p),
         gradients_(gradients),
         dout_(dout),
-        chunks_(chunks),
         initial_(initial),
         dfinal_(dfinal),
         chunk_states_(chunk_states),
@@ -50,9 +48,13 @@ class GatedDeltaRuleChunk {
     sums_ = tiles_.take(wide_K_);
   }
 
+  void prefetch(const Chunk& chunk, int64_t group) const {
+    p_.q.prefetch(chunk, group);
+    p_.k.prefetch(chunk, group);
+  }
+
   // All gradients of a chunk and its heads of one group, which share q and k.
-  void run(int64_t c, int64_t group) {
-    const Chunk& chunk = chunks_.all[c];
+  void run(const Chunk& chunk, int64_t group) {
     const int64_t heads = p_.heads / p_.groups, floats = chunk.length * wide_K_;
     p_.q.load(chunk, group, q_, wide_K_);
     p_.k.load(chunk, group, k_, wide_K_);
@@ -60,17 +62,17 @@ class GatedDeltaRuleChunk {
     std::fill_n(dq_, floats, 0.f);
     std::fill_n(dk_, floats, 0.f);
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h)
-      head(c, h);
+      head(chunk, h);
     scale_row(dq_, floats, p_.scale);
     gradients_.dq.store(chunk, group, dq_, wide_K_);
     gradients_.dk.store(chunk, group, dk_, wide_K_);
   }
 
  private:
-  void head(int64_t c, int64_t h) {
-    const Chunk& chunk = chunks_.all[c];
+  void head(const Chunk& chunk, int64_t h) {
     const int64_t at = p_.tile_at(chunk, h, wide_V_);
     length_ = chunk.length;
+    dout_.prefetch(chunk, h);
     gate_.head_with_pairs(chunk, h);
     const float *e = w_.errors + at, *l = w_.du + at;
     for (int64_t i = 0; i < length_; ++i)
@@ -81,7 +83,7 @@ class GatedDeltaRuleChunk {
     dout_.load(chunk, h, do_, wide_V_);
 
     const float* state = entering_state(p_, chunk, h, initial_, chunk_states_, own_state_);
-    const float* dstate = leaving(c, h);
+    const float* dstate = leaving(chunk, h);
     for (int64_t channel = 0; channel < K_; ++channel) {
       const int64_t row = channel * wide_V_;
       const bool there = state != nullptr && dstate != nullptr;
@@ -167,10 +169,9 @@ class GatedDeltaRuleChunk {
   }
 
   // The gradient of the state that leaves a chunk; null where that is zero.
-  const float* leaving(int64_t c, int64_t h) {
-    const Chunk& chunk = chunks_.all[c];
+  const float* leaving(const Chunk& chunk, int64_t h) {
     if (!chunk.last)
-      return dstates_ + p_.state_at(chunks_.all[c + 1], h);
+      return dstates_ + p_.state_gradient_at((&chunk)[1], h);
     if (!dfinal_)
       return nullptr;
     dfinal_.load(chunk.document, h, K_, 0, V_, own_dstate_, wide_V_);
@@ -180,7 +181,6 @@ class GatedDeltaRuleChunk {
   const GatedDeltaRule& p_;
   const GatedDeltaRuleGradients<Gate>& gradients_;
   const Heads& dout_;
-  const Chunks& chunks_;
   const States initial_, dfinal_;
   const float *chunk_states_, *dstates_;
   const Workspace w_;

@@ -8,9 +8,11 @@
 
 namespace packc {
 
-constexpr int64_t kColumns = 16; // results are computed in blocks of so many columns: widths are multiples of it
-constexpr int64_t kColumnVectors = kColumns / kVec;
-constexpr int64_t kRows = 12 / kColumnVectors; // sums enough to hide their latency, few enough to stay in registers
+constexpr int64_t kColumns = 16; // widths are multiples of it
+// Results are computed in blocks with sums enough to hide their latency, few enough to stay in registers: 32 of 512 bits
+// or 16 that are shorter. Two vectors of columns and more share what is read of the left matrix.
+constexpr int64_t kWide = std::max(kColumns, 2 * kVec);
+constexpr int64_t kRows = (kVec == 16 ? 24 : 12) / (kWide / kVec);
 
 // Rows of B some power of two apart meet in a few sets of a cache and drive each other out. Where they are read often,
 // kColumns columns of them are copied side by side.
@@ -36,39 +38,60 @@ struct Left {
 };
 
 // Unrolled whole, at most 12 times: sums with an index that is not known would lie in memory, not in registers.
-template <int64_t rows>
+template <int64_t rows, int64_t vectors>
 inline void multiply_block(int64_t k, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-  Vec sums[rows][kColumnVectors];
+  Vec sums[rows][vectors];
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < kColumnVectors; ++j)
+    for (int64_t j = 0; j < vectors; ++j)
       sums[i][j] = add ? Vec::loadu(c + i * c_row + j * kVec) : Vec(0.f);
   for (int64_t p = 0; p < k; ++p) {
-    Vec right[kColumnVectors];
+    Vec right[vectors];
 #pragma GCC unroll 16
-    for (int64_t j = 0; j < kColumnVectors; ++j)
+    for (int64_t j = 0; j < vectors; ++j)
       right[j] = Vec::loadu(b + p * b_row + j * kVec);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; ++i) {
       const Vec left(a.data[i * a.row + p * a.column]);
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < kColumnVectors; ++j)
+      for (int64_t j = 0; j < vectors; ++j)
         sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
     }
   }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < kColumnVectors; ++j)
+    for (int64_t j = 0; j < vectors; ++j)
       sums[i][j].store(c + i * c_row + j * kVec);
 }
 
 // Of m rows, at most `rows`.
-template <int64_t rows>
+template <int64_t rows, int64_t vectors>
 inline void multiply_at_most(
     int64_t m, int64_t k, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   if constexpr (rows > 0) {
     if (m == rows)
-      multiply_block<rows>(k, a, b, b_row, c, c_row, add);
+      multiply_block<rows, vectors>(k, a, b, b_row, c, c_row, add);
     else
-      multiply_at_most<rows - 1>(m, k, a, b, b_row, c, c_row, add);
+      multiply_at_most<rows - 1, vectors>(m, k, a, b, b_row, c, c_row, add);
+  }
+}
+
+// `columns` columns of a product.
+template <int64_t columns>
+C10_ALWAYS_INLINE void multiply_columns(
+    int64_t m, int64_t k, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  const int64_t blocks = (m + kRows - 1) / kRows;
+  alignas(64) float panel[kPanel * columns];
+  if (blocks >= kBlocksWorthCopying && k <= kPanel) {
+    for (int64_t p = 0; p < k; ++p)
+      for (int64_t j = 0; j < columns; j += kVec)
+        Vec::loadu(b + p * b_row + j).store(panel + p * columns + j);
+    b = panel;
+    b_row = columns;
+  }
+  // 16 rows are 6, 5 and 5: a last block of few would not hide the latency of its sums.
+  for (int64_t block = 0, i = 0; block < blocks; ++block) {
+    const int64_t rows = m / blocks + (block < m % blocks);
+    multiply_at_most<kRows, columns / kVec>(rows, k, a.at(i, 0), b, b_row, c + i * c_row, c_row, add);
+    i += rows;
   }
 }
 
@@ -76,25 +99,11 @@ inline void multiply_at_most(
 // whatever m and n are: cutting a product into blocks changes no bit.
 inline void multiply(
     int64_t m, int64_t n, int64_t k, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-  const int64_t blocks = (m + kRows - 1) / kRows;
-  alignas(64) float panel[kPanel * kColumns];
-  const bool copied = blocks >= kBlocksWorthCopying && k <= kPanel;
-  for (int64_t j = 0; j < n; j += kColumns) {
-    const float* columns = b + j;
-    const int64_t row = copied ? kColumns : b_row;
-    if (copied) {
-      for (int64_t p = 0; p < k; ++p)
-        for (int64_t i = 0; i < kColumns; i += kVec)
-          Vec::loadu(b + p * b_row + j + i).store(panel + p * kColumns + i);
-      columns = panel;
-    }
-    // 16 rows are 6, 5 and 5: a last block of few would not hide the latency of its sums.
-    for (int64_t block = 0, i = 0; block < blocks; ++block) {
-      const int64_t rows = m / blocks + (block < m % blocks);
-      multiply_at_most<kRows>(rows, k, a.at(i, 0), columns, row, c + i * c_row + j, c_row, add);
-      i += rows;
-    }
-  }
+  int64_t j = 0;
+  for (; j + kWide <= n; j += kWide)
+    multiply_columns<kWide>(m, k, a, b + j, b_row, c + j, c_row, add);
+  if (kWide > kColumns && j < n)
+    multiply_columns<kColumns>(m, k, a, b + j, b_row, c + j, c_row, add);
 }
 
 // The three products in which a lower triangle, diagonal included, takes part; what lies above it is not computed, or
