@@ -7,9 +7,9 @@ tells what takes plain torch two dozen small ops; those say what the columns mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +25,32 @@ _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 _NUMBERS = _INTEGERS | {torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
+class Labelled(NamedTuple):
+    """Labels, as the loss reads them, once they are shifted; or of what a head reads, numbers that are not 0 there."""
+
+    values: Tensor
+    """B*L elements, row by row."""
+    ignore_index: int
+    """The label that the loss ignores."""
+    ahead: int = 0
+    """By how many positions they are still to be shifted: a position's label is that of one so many further on in its
+    row, and ignored where there is none."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """What is to be packed of one sequence, and what is asked of it."""
 
     mask: Tensor
     """(B, L), nonzero at tokens."""
-    labels: Sequence[tuple[Tensor, int]] = ()
-    """Pairs of labels, as the loss reads them (B*L elements, already shifted), and the label it ignores; of what a head
-    reads, numbers that are not 0 there, and 0."""
+    labels: Sequence[Labelled] = ()
     inside: Sequence[Tensor] = ()
     """Further masks (B, L) or (B, L, 1) that should mark tokens only where ``mask`` does."""
     outside: str | None = None
     """Why rows in which one of them does not must stay whole."""
     boundaries: Sequence[Given] = ()
     """What was handed over of documents within these rows."""
-    moved: Sequence[tuple[Tensor, int]] = ()
+    moved: Sequence[Labelled] = ()
     """Those of the labels that are other tokens', the next ones' as a rule."""
     one_before: bool = False
     """A left-padded row begins one position before its first token, whatever its labels."""
@@ -111,7 +121,7 @@ def facts_of(sequences: Sequence[Rows]) -> list[Facts]:
 
 
 def _in_cpp(rows: Rows) -> bool:
-    asked = [rows.mask, *(each for each, _ in (*rows.labels, *rows.moved)), *rows.inside]
+    asked = [rows.mask, *(each.values for each in (*rows.labels, *rows.moved)), *rows.inside]
     given = [each.values for each in rows.boundaries]
     return (
         autograd.runs_on_cpu(*asked, *given)
@@ -125,8 +135,7 @@ def _in_cpp(rows: Rows) -> bool:
 
 
 def _in_one_walk(rows: Rows) -> Facts:
-    labels = zip(*rows.labels, strict=True) if rows.labels else ((), ())
-    of_rows = torch.ops.packc_batch.facts.default(rows.mask, *labels, rows.inside).tolist()
+    of_rows = torch.ops.packc_batch.facts.default(rows.mask, *_columns_of(rows.labels), rows.inside).tolist()
     if not rows.boundaries:
         return Facts(of_rows, True)
     fit = [(each, values) for each in rows.boundaries if (values := fitting(each, *rows.mask.shape)) is not None]
@@ -137,9 +146,13 @@ def _in_one_walk(rows: Rows) -> Facts:
         [_WALKS.index((each.kind, each.strictly)) for each, _ in fit],
         [names.index(each.name) for each, _ in fit],
         [each.of_model for each, _ in fit],
-        *(zip(*rows.moved, strict=True) if rows.moved else ((), ())),
+        *_columns_of(rows.moved),
     )
     return Facts(of_rows, True, begins, *map(bool, of_documents))
+
+
+def _columns_of(labels: Sequence[Labelled]) -> Iterable[Sequence[Any]]:
+    return zip(*labels, strict=True) if labels else ((), (), ())
 
 
 def _of_columns(columns: Tensor) -> Facts:
@@ -187,11 +200,12 @@ def _documents(rows: Rows, real: Tensor) -> tuple[Starts, Tensor, Tensor, Tensor
     return found, across, found.gaps, found.elsewhere, found.disagree, found.not_offsets
 
 
-def _live(labels: Sequence[tuple[Tensor, int]], real: Tensor) -> Tensor:
+def _live(labels: Sequence[Labelled], real: Tensor) -> Tensor:
     """(B, L), bool: where one counts."""
     live = torch.zeros_like(real)
-    for values, ignore_index in labels:
-        live |= (values != ignore_index).reshape(real.shape)
+    for values, ignore_index, ahead in labels:
+        counts = (values != ignore_index).reshape(real.shape)
+        live[:, : real.shape[1] - ahead] |= counts[:, ahead:]
     return live
 
 

@@ -5,11 +5,13 @@ The only file that takes fake tensors from torch, where they are private; others
 
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 from packc.private_torch import private_torch
 
 with private_torch():
+    _modes_under_way = torch._C._len_torch_dispatch_stack
     from torch._guards import active_fake_mode, detect_fake_mode
     from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -18,7 +20,8 @@ __all__ = ["FakeTensor", "FakeTensorMode", "detect_fake_mode", "fake_mode_of", "
 
 def has_values(x: Tensor) -> bool:
     """False for fake and meta tensors, and for all under an ambient fake mode: there is nothing to read."""
-    return active_fake_mode() is None and not isinstance(x, FakeTensor) and not x.is_meta
+    real = not isinstance(x, FakeTensor) and not x.is_meta
+    return real and (_modes_under_way() == 0 or active_fake_mode() is None)
 
 
 def fake_mode_of(x: Tensor) -> AbstractContextManager[object] | None:

@@ -15,9 +15,9 @@ from packc.batches import Packing, pack_batches, unread_batch
 from packc.boundaries import BoundaryInput, Given, handed_over, of_streams, say_something
 from packc.compilation import in_backward
 from packc.enclosing_calls import boundaries_around
-from packc.facts import Rows
+from packc.facts import Labelled, Rows
 from packc.fake_tensors import has_values
-from packc.passes import Requirements
+from packc.passes import Labels, Requirements
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,6 @@ class PackedCall(_Call):
         if say_something([each.given(inputs) for each in self._of_others]):
             raise NotPacked(f"documents of another sequence: {self.padded_mixers[0]}")
         around = self.around()
-        around = self.around()
         if len(self.streams) > 1 and any(each.of is None for each in around):
             raise NotPacked(_OF_WHICH)
         of_stream = of_streams(around, [stream.paths for stream in self.streams])
@@ -152,7 +151,7 @@ class PackedCall(_Call):
     def _rows_of(self, number: int, inputs: Sequence[Any], given: list[Given]) -> Rows:
         wanted, rows = self.streams[number], inputs[self.streams[number].mask]
         others = [None] * (2 * number)  # what the sequences before it take
-        labels = [(each.graph.forward(*inputs, *others), each.ignore_index) for each in (*wanted.labels, *wanted.live)]
+        labels = [_labelled(each, inputs, others) for each in (*wanted.labels, *wanted.live)]
         return Rows(
             rows if wanted.padding else torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device),
             labels if wanted.padding else [],
@@ -196,6 +195,12 @@ class PackedCall(_Call):
     def _say(self, reason: str, packing: Packing) -> None:
         text = f"packc left {packing.whole_rows} of {packing.rows} rows padded: {reason}"
         say_once(text, self._warned, key=reason, strict=self.strict)
+
+
+def _labelled(labels: Labels, inputs: Sequence[Any], others: Sequence[None]) -> Labelled:
+    if labels.input is not None:
+        return Labelled(inputs[labels.input], labels.ignore_index, labels.ahead)
+    return Labelled(labels.graph.forward(*inputs, *others), labels.ignore_index)
 
 
 def _index(packings: Sequence[Packing]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from packc.passes.forms.sharded import Inputs as ShardedInputs
 from packc.passes.forms.sharded import ReachInputs
 from packc.passes.functional import functional
 from packc.passes.graph import Graph, Ranks
+from packc.passes.labels import Labels
 from packc.passes.layout import layout
 from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks, find_rows
 from packc.passes.module_names import module_path
@@ -35,6 +36,7 @@ __all__ = [
     "Autocast",
     "Boundary",
     "Graph",
+    "Labels",
     "NoMask",
     "NotPackable",
     "Ranks",

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from packc.compilation import TracingContext, compilation_under_way
 from packc.fake_tensors import FakeTensor, FakeTensorMode, detect_fake_mode
@@ -41,7 +42,8 @@ def normalize(graph: Graph) -> Graph:
 
     Raises:
         NotPackable: the graph has another higher-order op, whose body would have to be rewritten too; or it has a
-            derivative of ``torch.func``, where an error halfway would leave torch at work on it.
+            derivative of ``torch.func``, where an error halfway would leave torch at work on it; or an input is of a
+            subclass that wraps tensors, as quantised weights and DTensors are.
     """
     gm = graph.gm
     for node in gm.graph.nodes:
@@ -53,6 +55,10 @@ def normalize(graph: Graph) -> Graph:
             raise NotPackable(f"{node.target}: the graph inside it is not packed")
         if node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), Tensor):
             raise NotPackable("tensors that are no inputs of the graph, as of an optimizer's step, are not followed")
+    for node, value in zip(graph.placeholders, graph.inputs, strict=True):
+        if node.users and is_traceable_wrapper_subclass(value):
+            # Tracing would open it, and hold what is inside for constants.
+            raise NotPackable(f"an input is a {type(value).__name__}, which wraps tensors: its ops are not followed")
     mode = detect_fake_mode(graph.inputs)
     with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
         normalized = make_fx(InlineCheckpoints(gm).run, pre_dispatch=True)(*graph.inputs)

@@ -5,38 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import fx
 
 from packc.passes.asks import HidesKeys, HidesPadding, IgnoredLabels, KeepLeft, KeepRight
 from packc.passes.axes import value_of
 from packc.passes.choose import reads_as_is
-from packc.passes.crossings import moved, one_document
+from packc.passes.crossings import one_document
 from packc.passes.graph import AnAsk, Graph
+from packc.passes.labels import Labels, labels_of_losses, read_places
 from packc.passes.module_names import module_path
 from packc.passes.pack_attention import packed_attention
-from packc.passes.reasons import Boundary, NotPackable
+from packc.passes.reasons import Boundary
 from packc.passes.sequences import other_masks
-from packc.passes.sources import argument_path, is_parameter
+from packc.passes.sources import argument_path
 from packc.passes.unpacked import boundaries_of, is_of_another_stream, padded_mixers
 from packc.passes.visible import Band
 
-_MAX_OPS = 64
-_RESHAPES = {torch.ops.aten.reshape.default}
-_FLATTENS = {torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints, torch.ops.aten.contiguous.default}
 _NO_KEYS = "another sequence attends to a row without tokens"
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Labels of a loss and the label it ignores."""
-
-    graph: fx.GraphModule
-    """The padded graph's inputs (and, of a further sequence, None for what those before it take) -> its labels, shifted
-    as the loss reads them, B*L elements in row-major order."""
-    ignore_index: int
-    moved: bool = False
-    """Whether they are other tokens' labels, the next ones'."""
 
 
 @dataclass
@@ -114,13 +99,13 @@ def requirements(graph: Graph) -> Graph:
         ),
         keep_empty=next((_NO_KEYS for _ in _packed(graph, HidesKeys)), None),
         refuse_empty=any(value_of(ask.mask).is_floating_point() for _, ask in _packed(graph, HidesKeys)),
-        labels=_labels(graph),
+        labels=labels_of_losses(graph, _packed(graph, IgnoredLabels)),
         attends=any(node in packed for node, _ in graph.asks(HidesPadding)),
         only_tokens=any(
             readings[node].is_mixer for kind in (HidesPadding, HidesKeys) for node, _ in _packed(graph, kind)
         ),
         attention=sorted({call.args[call.arguments.index("causal")] for _, call in packed_attention(graph)}),
-        live=[Labels(_graph_of(graph, places, "what a head reads"), 0) for places in _live(graph)],
+        live=read_places(graph),
         returns_tokens=any(
             each in graph.forms.returned or (each in packed and not reads_as_is(each, graph.tokens))
             for each in graph.gm.graph.output_node().all_input_nodes
@@ -146,44 +131,3 @@ def _packed(graph: Graph, kind: type[AnAsk]) -> Iterator[tuple[fx.Node, AnAsk]]:
 
 def _first(asks: Iterator[tuple[fx.Node, KeepLeft | KeepRight]]) -> str | None:
     return next((f"{module_path(node) or 'the model'}: {ask.reason}" for node, ask in asks), None)
-
-
-def _labels(graph: Graph) -> list[Labels]:
-    """Those of each packed loss, once."""
-    asked = dict.fromkeys(ask for _, ask in _packed(graph, IgnoredLabels))
-    return [
-        Labels(_graph_of(graph, ask.labels, "the labels of the loss"), ask.ignore_index, moved(graph, ask.labels))
-        for ask in asked
-    ]
-
-
-def _live(graph: Graph) -> list[fx.Node]:
-    return graph.forms.live if graph.padding else []
-
-
-def _graph_of(graph: Graph, labels: fx.Node, what: str) -> fx.GraphModule:
-    labels, needed = _same_elements(labels), set()
-    queue = [labels]
-    while queue:
-        node = queue.pop()
-        if node in needed:
-            continue
-        needed.add(node)
-        queue.extend(map(_same_elements, node.all_input_nodes) if node.target in _RESHAPES else node.all_input_nodes)
-        if is_parameter(node) or node in graph.forms.packed_only or len(needed) > _MAX_OPS:
-            raise NotPackable(f"{what} ({labels.name}) is computed by the model")
-    result = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.gm.graph.nodes:
-        if node.op == "placeholder" or node in needed:
-            of = _same_elements if node.target in _RESHAPES else (lambda each: each)
-            copies[node] = result.node_copy(node, lambda each, of=of: copies[of(each)])  # type: ignore[misc]
-    result.output(copies[labels])
-    return fx.GraphModule(graph.gm, result)
-
-
-def _same_elements(node: fx.Node) -> fx.Node:
-    """What has the elements of a value in the same order: each batch is asked them, and every op counts."""
-    while node.target in _RESHAPES | _FLATTENS:
-        node = node.all_input_nodes[0]
-    return node

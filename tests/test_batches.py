@@ -5,12 +5,13 @@ import torch
 from harness import masks
 
 from packc.batches import pack_batch
+from packc.facts import Labelled
 
 
 def spans(rows, labels=None, **keep):
     """Which positions of each row are packed, as pictures, and the reasons for whole rows."""
     mask = masks(rows)
-    packing = pack_batch(mask, [] if labels is None else [(masks(labels), 0)], **keep)
+    packing = pack_batch(mask, [] if labels is None else [Labelled(masks(labels), 0)], **keep)
     kept = torch.zeros_like(mask).flatten()
     kept[packing.index] = 1
     assert packing.cu_seqlens.tolist() == [0, *kept.view_as(mask).sum(1).cumsum(0).tolist()]

@@ -9,7 +9,7 @@ import torch
 import packc
 from packc.batches import pack_batches
 from packc.boundaries import Given
-from packc.facts import Rows, facts_of
+from packc.facts import Labelled, Rows, facts_of
 from packc.ops import cpu_library
 
 try:
@@ -48,10 +48,11 @@ def drawn(seed: int) -> Rows:
 def labels(mask, draw):
     counting = torch.rand(mask.shape) < draw.choice([0.1, 0.5])
     counting = counting if draw.random() < 0.3 else counting & (mask != 0)
+    ahead = draw.choice([0, 0, 1, 2]) if mask.shape[1] > 2 else 0
     if draw.random() < 0.3:
-        return counting, 0
+        return Labelled(counting, 0, ahead)
     values = torch.where(counting, 5, -100).to(draw.choice([torch.int32, torch.int64, torch.float32]))
-    return (values if draw.random() < 0.5 else values.flatten()), -100
+    return Labelled(values if draw.random() < 0.5 else values.flatten(), -100, ahead)
 
 
 def near(mask, draw):

@@ -69,6 +69,25 @@ def test_steps_of_random_shapes_compile_a_bounded_number_of_graphs_and_keep_noth
     assert more_memory < 1 << 24
 
 
+@pytest.mark.parametrize(("dynamic", "graphs"), [pytest.param(None, 5, marks=pytest.mark.slow), (True, 4)])
+def test_sizes_of_one_compile_what_torch_compiles_for_them_and_no_more(dynamic, graphs):
+    shapes = [(3, 6), (2, 5), (1, 6), (3, 1), (1, 1), (4, 7), (1, 3), (2, 1), (1, 1), (1, 9)]
+
+    def compiled_after_each(backend, options):
+        torch._dynamo.reset()
+        counters.clear()
+        step = torch.compile(LM(hidden=4, layers=1), backend=backend, options=options, dynamic=dynamic)
+        found = []
+        for B, L in shapes:
+            step(*batch_of(["1" * L] * B).values())
+            found.append(counters["stats"]["unique_graphs"])
+        return found
+
+    ours = compiled_after_each("packc", {"packc.inner": "aot_eager"})
+    assert ours == compiled_after_each("eager", None)
+    assert ours[4:] == [graphs] * 6  # from the batch of one token on
+
+
 def train(model, optimizer, steps):
     step = compiled(model)
     for n in steps:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import LEFT, RIGHT, PlainLM, batch_of
+from live_memory import peak_bytes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -102,8 +103,8 @@ def with_adapters() -> nn.Module:
 class Checkpointed(PlainLM):
     """Each of its blocks is computed again in the backward."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__()
+    def __init__(self, hidden: int = 8, layers: int = 2, **how: Any) -> None:
+        super().__init__(hidden=hidden, layers=layers)
         self.how = how
 
     def block(self, h: torch.Tensor, mask: torch.Tensor, n: int) -> torch.Tensor:
@@ -195,3 +196,25 @@ def test_a_checkpointed_convolution_runs_as_often_as_the_policy_says(name, monke
     with Counting() as counting:
         model(*batch)[0].backward()
     assert counting.convolutions == (2 if name == "selective checkpoints" else 4)
+
+
+def test_checkpoints_free_memory_of_packed_steps_as_they_do_of_stocks():
+    batch = tuple(batch_of(["1" * n + "0" * (64 - n) for n in (64, 32, 24, 8)]).values())
+
+    def peak(model, packed):
+        if packed:
+            model.compile(**PACKC)
+
+        def step():
+            model.zero_grad()
+            model(*batch)[0].backward()
+
+        step()
+        return peak_bytes(step)
+
+    sizes = {"hidden": 32, "layers": 8}
+    packed, freed = peak(PlainLM(**sizes), True), peak(Checkpointed(**sizes, use_reentrant=False), True)
+    of_stock, freed_of_stock = peak(PlainLM(**sizes), False), peak(Checkpointed(**sizes, use_reentrant=False), False)
+    assert freed < 0.6 * packed
+    assert packed < 0.75 * of_stock
+    assert freed < 0.75 * freed_of_stock

@@ -124,3 +124,18 @@ def test_an_exported_model_is_stocks_and_its_ops_packcs():
     assert "packc.causal_conv1d.default" in names
     assert not any(name.startswith(("packc.pack", "packc.unpack")) for name in names)
     torch.testing.assert_close(exported.module()(*batch)[0], model(*batch)[0])
+
+
+def test_regions_of_accelerate_pack_blocks_that_are_given_the_mask():
+    compile_regions = pytest.importorskip("accelerate.utils").compile_regions
+    model = LMOfBlocks()
+    plain, before = copy.deepcopy(model), packc.stats()
+    call = compile_regions(model, **PACKC | {"options": {"packc.inner": "aot_eager", "packc.loss_outside": True}})
+    torch.manual_seed(0)
+    expected = results(plain, plain, RIGHT)
+    torch.manual_seed(0)
+    for got, want in zip(results(call, call, RIGHT), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+    after = packc.stats()
+    assert after["steps"] - before["steps"] == len(model.blocks)
+    assert after["graphs"]["packed"] - before["graphs"]["packed"] == 1  # of all blocks

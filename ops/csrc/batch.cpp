@@ -42,8 +42,8 @@ struct Extent { // first, one past the last, and how many; nothing where there i
   }
 };
 
-// Where a label counts.
-void add_live(Flags& live, at::TensorList labels, at::IntArrayRef ignored) {
+// Where a label counts, in rows of length L: each is that of a position so many ahead.
+void add_live(Flags& live, int64_t L, at::TensorList labels, at::IntArrayRef ignored, at::IntArrayRef ahead) {
   for (size_t n = 0; n < labels.size(); ++n)
     for_values(labels[n], live, [&](const auto* x) {
       using Value = std::decay_t<decltype(*x)>;
@@ -51,14 +51,18 @@ void add_live(Flags& live, at::TensorList labels, at::IntArrayRef ignored) {
       using Number = std::conditional_t<std::is_integral_v<Value>, int64_t, Value>;
       const auto ignore = static_cast<Number>(ignored[n]);
       const auto positions = static_cast<int64_t>(live.size());
-      const Bytes counts = live.data();
-      for (int64_t i = 0; i < positions; ++i)
-        counts[i] |= static_cast<Number>(x[i]) != ignore;
+      for (int64_t row = 0; row < positions; row += L) {
+        const auto* label = x + row + ahead[n];
+        const Bytes counts = live.data() + row;
+        for (int64_t l = 0; l < L - ahead[n]; ++l)
+          counts[l] |= static_cast<Number>(label[l]) != ignore;
+      }
     });
 }
 
 // (B, 7): the fields of OfRows.
-Tensor batch_facts(const Tensor& mask, at::TensorList labels, at::IntArrayRef ignored, at::TensorList inside) {
+Tensor batch_facts(
+    const Tensor& mask, at::TensorList labels, at::IntArrayRef ignored, at::IntArrayRef ahead, at::TensorList inside) {
   const int64_t B = mask.size(0), L = mask.size(1);
   Flags real(B * L), live(labels.empty() ? 0 : B * L);
   std::vector<uint8_t> other(B), beyond(B);
@@ -73,7 +77,7 @@ Tensor batch_facts(const Tensor& mask, at::TensorList labels, at::IntArrayRef ig
       other[b] = odd;
     }
   });
-  add_live(live, labels, ignored);
+  add_live(live, L, labels, ignored, ahead);
   for (const Tensor& mask_inside : inside)
     for_values(mask_inside, real, [&, B, L](const auto* x) {
       for (int64_t b = 0; b < B; ++b, x += L) {
@@ -110,7 +114,7 @@ bool begins_document(Walk walk, int64_t before, int64_t value) {
 // disagree, not_offsets.
 std::tuple<Tensor, std::vector<int64_t>> batch_documents(
     const Tensor& mask, at::TensorList given, at::IntArrayRef walks, at::IntArrayRef names,
-    at::IntArrayRef of_model, at::TensorList moved, at::IntArrayRef ignored) {
+    at::IntArrayRef of_model, at::TensorList moved, at::IntArrayRef ignored, at::IntArrayRef ahead) {
   const int64_t B = mask.size(0), L = mask.size(1), places = B * L;
   Flags real(places), begins(places), of_positions(places), live(places);
   std::vector<Flags> found;
@@ -123,21 +127,26 @@ std::tuple<Tensor, std::vector<int64_t>> batch_documents(
     const auto walk = static_cast<Walk>(walks[n]);
     const Tensor values = given[n].to(at::kLong).contiguous();
     const auto* value = values.const_data_ptr<int64_t>();
-    const bool offsets = walk == Walk::kOffsets;
-    if (offsets)
-      not_offsets |= value[0] != 0 || value[values.numel() - 1] != places ||
-          !std::is_sorted(value, value + values.numel());
     Flags own(places);
-    for (int64_t b = 0, passed = 0; b < B; ++b) {
-      const int64_t* row = offsets || values.size(0) == 1 ? value : value + b * L;
+    if (walk == Walk::kOffsets) {
+      const int64_t count = values.numel();
+      const bool rising = value[0] == 0 && value[count - 1] == places && std::is_sorted(value, value + count);
+      not_offsets |= !rising;
+      for (int64_t k = 0; k < count && rising; ++k) {
+        const int64_t row = value[k] / L * L;
+        if (value[k] == row || !std::memchr(&real[row], 1, value[k] - row))
+          continue; // no token before it
+        if (const void* next = std::memchr(&real[value[k]], 1, row + L - value[k]))
+          own[static_cast<const uint8_t*>(next) - real.data()] = 1;
+      }
+    }
+    for (int64_t b = 0; b < B && walk != Walk::kOffsets; ++b) {
+      const int64_t* row = values.size(0) == 1 ? value : value + b * L;
       bool behind = false;
       for (int64_t l = 0, before = 0; l < L; ++l) {
-        const int64_t i = b * L + l;
-        while (offsets && passed < values.numel() && value[passed] <= i)
-          ++passed;
+        const int64_t i = b * L + l, here = row[l];
         if (!real[i])
           continue;
-        const int64_t here = offsets ? passed : row[l];
         own[i] = behind && begins_document(walk, before, here);
         gaps |= behind && of_model[n] && here - before > 1;
         before = here;
@@ -154,15 +163,15 @@ std::tuple<Tensor, std::vector<int64_t>> batch_documents(
     }
     found.push_back(std::move(own));
   }
-  add_live(live, moved, ignored);
+  add_live(live, L, moved, ignored, ahead);
   std::vector<int64_t> where;
   bool across = false, elsewhere = false;
-  for (int64_t i = 0; i < places; ++i)
-    if (begins[i]) { // never a row's first position
-      where.insert(where.end(), {i / L, i % L});
-      across |= live[i - 1];
-      elsewhere |= !of_positions[i];
-    }
+  for (auto at = begins.begin(); (at = std::find(at, begins.end(), 1)) != begins.end(); ++at) {
+    const int64_t i = at - begins.begin(); // never a row's first position
+    where.insert(where.end(), {i / L, i % L});
+    across |= live[i - 1];
+    elsewhere |= !of_positions[i];
+  }
   Tensor result = at::empty({static_cast<int64_t>(where.size()) / 2, 2}, at::kLong);
   std::copy(where.begin(), where.end(), result.mutable_data_ptr<int64_t>());
   return {result, {across, gaps, elsewhere, disagree, not_offsets}};
@@ -194,10 +203,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_index(
 }
 
 TORCH_LIBRARY_FRAGMENT(packc_batch, m) {
-  m.def("facts(Tensor mask, Tensor[] labels, int[] ignored, Tensor[] inside) -> Tensor");
+  m.def("facts(Tensor mask, Tensor[] labels, int[] ignored, int[] ahead, Tensor[] inside) -> Tensor");
   m.def(
       "documents(Tensor mask, Tensor[] given, int[] walks, int[] names, int[] of_model, Tensor[] moved,"
-      " int[] ignored) -> (Tensor, int[])");
+      " int[] ignored, int[] ahead) -> (Tensor, int[])");
   m.def("index(int[] starts, int[] stops, Tensor begins, int length) -> (Tensor, Tensor, Tensor)");
 }
 
