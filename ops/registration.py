@@ -1,6 +1,6 @@
 """What follows from a mixer's declaration: ``packc::<name>`` and ``packc::<name>_bwd``, with fakes, FLOPs and autograd.
 
-What follows from its summary is in ``summary_registration.py`` and ``late_registration.py``.
+What follows from its summary is in ``summary_registration.py``, ``fold_registration.py`` and ``late_registration.py``.
 
 A call goes down like this, every step of it decided when it runs::
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from packc.ops import autograd, derivatives, documents, late_registration, summary_registration
+from packc.ops import autograd, derivatives, documents, fold_registration, late_registration, summary_registration
 from packc.ops.flops import count_flops
 from packc.ops.implementations import implementations
 from packc.ops.mixer import MIXERS, Mixer, state_dtype
@@ -46,6 +46,7 @@ def declare(mixer: Mixer) -> Mixer:
     derivatives.register_gradients(_library, f"{mixer.name}_bwd", backward)
     if mixer.summary is not None:
         summary_registration.register(_library, mixer, mixer.summary)
+        fold_registration.register(_library, mixer, mixer.summary)
         if mixer.summary.late is not None:
             late_registration.register(_library, mixer, mixer.summary.late)
     return mixer

@@ -11,8 +11,9 @@ backwards, the gradient ``dh_in = transition^T dh_out + dstate``, where ``dstate
 enters, from the segment's own results alone. A sequence cut in segments needs no more than these to be computed piece
 by piece (LASP, https://arxiv.org/abs/2404.02882; Blelloch, "Prefix Sums and Their Applications", CMU-CS-90-190).
 
-From the declaration follow ``packc::<name>_summary`` and ``packc::<name>_adjoint`` (``summary_registration.py``), and
-from :class:`Late` two ops more (``late_registration.py``).
+From the declaration follow ``packc::<name>_summary`` and ``packc::<name>_adjoint`` (``summary_registration.py``), those
+that fold summaries of many segments (``fold_registration.py``), and from :class:`Late` two ops more
+(``late_registration.py``).
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ class Summary:
     """What becomes of a state that enters."""
     compose: Callable[[Tensor, Tensor], Tensor]
     """``(first, second)``: the transition through two neighbouring segments. Associative."""
+    through_takes: tuple[str, ...] = ()
+    """Those of ``takes`` that :attr:`through` reads."""
+    through_flops: Callable[..., int] = lambda **_: 1
+    """For each entry of a state, of the sizes by name."""
     transposed: Through | None = None
     """What becomes of a gradient that comes from behind, where that is not :attr:`through` itself: of matrices."""
     summary: Callable[..., tuple[Tensor, Tensor]] | None = None

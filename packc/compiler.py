@@ -28,6 +28,7 @@ from packc.passes import (
     NoMask,
     NotPackable,
     Ranks,
+    Tail,
     WrongMask,
     fakify,
     has_rows,
@@ -163,7 +164,9 @@ class _Compiling:
         return call, GraphReport.packed(packed.streams, call)
 
     def _packed_call(self, packed: Graph, compile_inner: Callable[..., Any]) -> PackedCall:
-        graph = fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
+        def copied() -> fx.GraphModule:
+            return fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
+
         how: dict[str, Any] = {
             "strict": self.strict,
             "boundaries": self.boundaries,
@@ -174,9 +177,12 @@ class _Compiling:
 
             if packed.local_outputs and ends_in_a_graph_break(self.gm):
                 raise NotPacked("packc.sequence_outputs: what follows a graph break wants outputs of all tokens")
-            compiled = compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)])
+            tails = self._split_head(packed.gm)
+            graph = copied()  # behind that, for ranks compare what they run
+            compiled = with_lazy_logits(compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)]), tails)
             how |= {"group": self.sequence.group, "local": packed.local_outputs, "work": packed.work}
             return ShardedCall(compiled, graph, packed.streams, **how)
+        graph = copied()
         padded = packed.with_padding
         inputs = [*self.inputs, *packed.inputs[len(self.inputs) :], *index_fakes(packed)]
         return PackedCall(
@@ -192,10 +198,13 @@ class _Compiling:
     def _without_logits(
         self, gm: fx.GraphModule, compile_it: Callable[[fx.GraphModule], Callable[..., Any]]
     ) -> Callable[..., Any]:
+        tails = self._split_head(gm)
+        return with_lazy_logits(compile_it(gm), tails)
+
+    def _split_head(self, gm: fx.GraphModule) -> list[Tail]:
         # Who takes no gradients wants logits; behind a graph break, what reads them may be in another graph.
         wanted = not torch.is_grad_enabled() or ends_in_a_graph_break(self.gm)
-        tails = split_head(gm, lazily=config.lazy_logits and not wanted and keeps_weights())
-        return with_lazy_logits(compile_it(gm), tails)
+        return split_head(gm, lazily=config.lazy_logits and not wanted and keeps_weights())
 
     def unpacked(
         self, reason: str, boundaries: Sequence[Boundary] = (), *, for_documents: Graph | str | None = None

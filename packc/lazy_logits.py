@@ -50,8 +50,8 @@ def with_lazy_logits(compiled: Callable[..., Any], tails: Sequence[Tail]) -> Cal
 
 def _logits(tail: Tail, hidden: Tensor, inputs: Sequence[Any]) -> Tensor:
     weight, bias = inputs[tail.weight], None if tail.bias is None else inputs[tail.bias]
-    shape = torch.Size((*tail.rows(inputs), weight.shape[0]))
-    given = (hidden, inputs[tail.index], weight, bias)
+    shape = torch.Size((*tail.rows(hidden, inputs), weight.shape[0]))
+    given = (hidden, None if tail.index is None else inputs[tail.index], weight, bias)
     plain = all(type(each) in (Tensor, torch.nn.Parameter) for each in given if each is not None)
     if not plain or not has_values(hidden):
         return tail.logits(shape, *given)
@@ -211,11 +211,17 @@ def _in(autocast: Autocast) -> torch.autocast:
 
 
 class PackedLogits(torch.autograd.Function):
-    """``(B, L, V)`` logits of packed hidden states, not computed yet."""
+    """Logits of packed hidden states, ``(B, L, V)`` or as they are, not computed yet."""
 
     @staticmethod
     def forward(
-        ctx: Any, tail: Tail, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        tail: Tail,
+        shape: torch.Size,
+        hidden: Tensor,
+        index: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         ctx.tail, ctx.shape, ctx.autocast = tail, shape, tail.autocast or Autocast.around(hidden.device.type)
         ctx.save_for_backward(hidden, index, weight, bias)

@@ -90,7 +90,7 @@ class Heads:
             if len(places) > 1:
                 raise self._refusal(node, read[0])
             if node in self.graph.tokens.readings:
-                # Along other axes, as a mask is of keys. It is only ever read padded: whoever read it packed is refused.
+                # Along other axes, as a mask is of keys. It is only read padded: whoever read it packed is refused.
                 if not self._keeps_places(node, read, *places):
                     raise self._refusal(node, read[0])
                 self.places[node] = places.pop()

@@ -4,7 +4,9 @@
     loss = cross_entropy(logits, labels)   ->    return loss, hidden
     return loss, unpack(logits)
 
-What makes padded logits of what is returned in their place is a :class:`Tail`: whoever reads them runs it.
+What makes padded logits of what is returned in their place is a :class:`Tail`: whoever reads them runs it. Of tokens
+that are cut over ranks, hidden states are gathered in the place of logits, on all ranks, whoever reads: what is left to
+the reader needs no other rank.
 """
 
 from __future__ import annotations
@@ -50,32 +52,35 @@ class Tail:
     """Logits that are not computed: how they are, when somebody reads them."""
 
     output: int
-    """Where in what the graph returns: packed hidden states ``(1, T, D)`` are there."""
+    """Where in what the graph returns: packed hidden states ``(1, T, D)`` are there, or ``(1, T_r, D)`` of a rank's own
+    tokens, where outputs stay on their ranks."""
     weight: int
     """Which input of the graph is the head's weight ``(V, D)``."""
     bias: int | None
-    index: int
-    """Which one is the index of the pack."""
-    sizes: tuple[int | tuple[int, int], int | tuple[int, int]]
-    """B and L: numbers, or which axis of which input."""
+    index: int | None
+    """Which one is the index of the pack; None for logits that stay ``(1, T_r, V)``."""
+    sizes: tuple[int | tuple[int, int], ...]
+    """B and L: numbers, or which axis of which input; none without an index."""
     steps: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any]], ...]
     """Ops that follow on the linear layer, each on what the one before it gives and its own further arguments."""
     dtype: torch.dtype
     autocast: Autocast | None = None
     """Under which the linear layer runs; None: under the one around the graph."""
 
-    def rows(self, inputs: Sequence[Any]) -> tuple[int, ...]:
-        """B and L of a batch."""
+    def rows(self, hidden: Tensor, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """The first two sizes of a batch's logits."""
+        if self.index is None:
+            return tuple(hidden.shape[:2])
         return tuple(size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self.sizes)
 
     def logits(
-        self, shape: torch.Size, hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None
+        self, shape: torch.Size, hidden: Tensor, index: Tensor | None, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """The padded logits, ``(B, L, V)``."""
+        """The logits, padded ``(B, L, V)`` if there is an index."""
         result = aten.linear.default(hidden, weight, bias)
         for op, args, kwargs in self.steps:
             result = op(result, *args, **kwargs)
-        return _UNPACK(result, index, *shape[:2])
+        return result if index is None else _UNPACK(result, index, *shape[:2])
 
 
 class _Head(NamedTuple):
@@ -112,7 +117,7 @@ def split_head(gm: fx.GraphModule, *, lazily: bool) -> list[Tail]:
         if tail is not None:
             tails.append(tail)
             output = gm.graph.output_node()
-            output.replace_input_with(outputs[tail.output], head.linear.args[0])  # type: ignore[arg-type]
+            output.replace_input_with(outputs[tail.output], _of_all_ranks(outputs[tail.output], head.linear.args[0]))
         for node in reversed([node for node in gm.graph.nodes if node in made]):
             gm.graph.erase_node(node)
     gm.recompile()
@@ -206,7 +211,7 @@ def _made_of(linear: fx.Node, loss: fx.Node) -> set[fx.Node] | None:
             if user is loss or user.op == "output" or user in made:
                 continue
             if not isinstance(user.target, OpOverload) or not (
-                _is_entrywise(user) or user.target in (_UNPACK, *_VIEWS)
+                _is_entrywise(user) or _is_unshard(user) or user.target in (_UNPACK, *_VIEWS)
             ):
                 return None
             made.add(user)
@@ -226,10 +231,13 @@ def _tail(graph: fx.Graph, output: int, head: _Head) -> Tail | None:
     """The logits as they are returned, where they are scattered last."""
     inputs, linear = list(graph.find_nodes(op="placeholder")), head.linear
     outputs: Any = graph.output_node().args[0]
-    unpacked: fx.Node = outputs[output]
-    if unpacked.target is not _UNPACK:
-        return None
-    node, index, *sizes = unpacked.args
+    node: Any = outputs[output]
+    index: Any = None
+    sizes: list[Any] = []
+    if node.target is _UNPACK:
+        node, index, *sizes = node.args
+        if _is_unshard(node):
+            node = node.args[0]
     where = tuple(_where(size, inputs) for size in sizes)
     steps = []
     while node is not linear:
@@ -237,19 +245,36 @@ def _tail(graph: fx.Graph, output: int, head: _Head) -> Tail | None:
             return None
         steps.append((node.target, tuple(node.args[1:]), dict(node.kwargs)))
         node = node.args[0]
-    if None in where or index not in inputs:
+    if None in where or index not in (None, *inputs):
         return None
     weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     return Tail(
         output=output,
         weight=inputs.index(weight),
         bias=None if bias is None else inputs.index(bias),
-        index=inputs.index(index),
+        index=None if index is None else inputs.index(index),
         sizes=where,  # type: ignore[arg-type]
         steps=tuple(reversed(steps)),
         dtype=_dtype(value_of(weight), head.autocast, steps),
         autocast=head.autocast,
     )
+
+
+def _is_unshard(node: fx.Node) -> bool:
+    """Whether a node gathers the tokens of all ranks."""
+    return isinstance(node.target, OpOverload) and node.target.name() == "packc::unshard"
+
+
+def _of_all_ranks(logits: fx.Node, hidden: Any) -> Any:
+    """Hidden states of the tokens that ``logits`` are of."""
+    gather: Any = logits.args[0]
+    if not isinstance(gather, fx.Node) or not _is_unshard(gather):
+        return hidden
+    with gather.graph.inserting_before(gather):
+        target: Any = gather.target
+        gathered = gather.graph.call_function(target, (hidden, *gather.args[1:]))
+    gathered.meta = dict(gather.meta)
+    return gathered
 
 
 def _dtype(weight: Tensor, autocast: Autocast | None, steps: list[Any]) -> torch.dtype:

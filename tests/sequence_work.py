@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import packc.sharded_call
+from packc.lazy_logits import LazyLogits
 from packc.sharded_call import ShardedCall
 
 
@@ -283,6 +284,33 @@ def of_its_own_tokens(group: Any) -> tuple[dict[str, float], list[int], str]:
         found[name] = _error(mine.grad / group.size(), theirs.grad)
     tokens = [high - low for low, high in itertools.pairwise(cut.plan.cuts)]
     return found, tokens, said(lambda: compiled(ids, mask, labels))
+
+
+def unread(group: Any, outputs: str) -> tuple[bool, dict[str, float]]:
+    """In DDP: whether logits are computed in a step that reads none; and errors against eager, of those that one rank
+    alone reads after it, and of gradients of a loss that is taken of logits as well."""
+    torch.manual_seed(3)
+    model = PlainLM(64)
+    eager = copy.deepcopy(model)
+    in_ddp = DistributedDataParallel(model, process_group=group)
+    compiled, _ = sharded(in_ddp, group, sequence_outputs=outputs)
+    ids, mask, labels = batch_of(["1111111111", "1111111000"], 64).values()
+    want_loss, want = eager(ids, mask, labels)
+    want = want * mask[..., None]
+    loss, logits = compiled(ids, mask, labels)
+    loss.backward()
+    untouched = type(logits) is LazyLogits and logits.values_of._values is None
+    found = {"loss": _error(loss, want_loss)}
+    if group.rank() == 1:
+        cut = packc.distributed.cut_of(logits) if outputs == "local" else None
+        found["logits"] = _error(logits, want if cut is None else cut.local(want))
+    model.zero_grad()
+    loss, logits = compiled(ids, mask, labels)
+    whole = packc.distributed.unshard(logits) if outputs == "local" else logits
+    (loss + (whole * whole).mean()).backward()
+    (want_loss + (want * want).mean()).backward()
+    pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
+    return untouched, found | {name: _error(mine.grad, theirs.grad) for (name, mine), theirs in pairs}
 
 
 def uses(group: Any) -> dict[str, float]:

@@ -68,6 +68,7 @@ MIXER = declare(
             # Products of fp32 as precise as torch is told to make them: exact unless somebody has asked for TF32.
             transition="H K K",
             through=lambda transition, state, _: transition @ state,
+            through_flops=lambda K, **_: 2 * K,
             transposed=lambda transition, dstate, _: transition.mT @ dstate,
             compose=lambda first, second: second @ first,
             flops=_summary_flops,

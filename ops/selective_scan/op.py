@@ -80,6 +80,8 @@ MIXER = declare(
             # The sum of the steps: of decays, which are exponentials of A times that, there would be N as many.
             transition="D",
             through=_decay,
+            through_takes=("A",),
+            through_flops=lambda **_: 3,
             compose=add,
             flops=_state_flops,
             adjoint_flops=_state_flops,

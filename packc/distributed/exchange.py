@@ -58,6 +58,9 @@ class Line:
     """Of a transition, in this direction."""
     compose: Callable[[Tensor, Tensor], Tensor]
     """Of the transitions of two neighbouring segments, the left one first."""
+    fold: Callable[..., Any]
+    """Of all ranks' transitions and states, of who is upstream and of where documents end: ``packc::<name>_fold`` to
+    the right, ``_fold_adjoint`` to the left."""
     to_right: bool
     meanwhile: Callable[[], Any] = lambda: None
     """Called before anything is waited for, after the first collective has begun. More than once."""
@@ -79,19 +82,16 @@ class Line:
     def all_gather(self, transition: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """What enters, and the transitions of all ranks ``(W, ...)``, for :meth:`all_gather_states` on the way back."""
         transitions, states = _unflat(self._gathered(_flat(transition, state)), transition, state)
-        return self._fold(transitions, states), transitions
+        entering, kept = self.fold(transitions, states, *self._marks())
+        return entering, kept
 
     def all_gather_states(self, transitions: Tensor, state: Tensor) -> Tensor:
-        return self._fold(transitions, self._gathered(state.reshape(-1)).unflatten(1, state.shape[1:]))
-
-    def _fold(self, transitions: Tensor, states: Tensor) -> Tensor:
-        upstream, ends = self._row(Rank.BEFORE, Rank.AFTER), self._row(Rank.RESET, Rank.STOP)
-        entering = torch.zeros_like(states[:1])
-        for q in self._order()[:-1]:
-            state = states[q : q + 1]
-            passed = self.through(transitions[q : q + 1], entering) + state
-            entering = torch.where(upstream[q], torch.where(ends[q], state, passed), entering)
+        states = self._gathered(state.reshape(-1)).unflatten(1, state.shape[1:])
+        entering: Tensor = self.fold(transitions, states, *self._marks())
         return entering
+
+    def _marks(self) -> tuple[Tensor, Tensor]:
+        return self._row(Rank.BEFORE, Rank.AFTER), self._row(Rank.RESET, Rank.STOP)
 
     def ring(self, transition: Tensor, state: Tensor) -> Tensor:
         mine, entering = self.ranks[Rank.SELF], torch.zeros_like(state)

@@ -169,7 +169,16 @@ class _Call:
         through = self.summary.through if to_right else self.summary.through_adjoint
         weights = dict(zip(self.summary.takes, self.taken(self.summary.takes), strict=True))
         ranks, size, group = (self.given[name] for name in ("ranks", "size", "group"))
-        return Line(ranks, size, group, lambda t, state: through(t, state, weights), self.summary.compose, to_right)
+        fold, read = self.op("_fold" if to_right else "_fold_adjoint"), self.taken(self.summary.through_takes)
+        return Line(
+            ranks,
+            size,
+            group,
+            lambda t, state: through(t, state, weights),
+            self.summary.compose,
+            lambda transitions, states, *marks: fold(transitions, states, *read, *marks),
+            to_right,
+        )
 
     def before(self, entering: Tensor) -> Tensor:
         """The initial states of this rank's documents, as the local op gets them: of one of them, what enters."""

@@ -10,6 +10,7 @@ from sequence_work import (
     of_its_own_tokens,
     on_two_axes,
     refusals,
+    unread,
     uses,
     worst_errors,
 )
@@ -108,6 +109,13 @@ def test_nothing_crosses_from_one_document_to_another(ranks):
 def test_documents_within_rows(ranks):
     for worst in ranks.run(documents_in_rows, 3):
         assert worst < 1e-5
+
+
+@pytest.mark.parametrize("outputs", ["whole", pytest.param("local", marks=pytest.mark.slow)])
+def test_logits_are_computed_by_the_ranks_that_read_them(ranks, outputs):
+    for untouched, errors in ranks.run(unread, 2, outputs):
+        assert untouched
+        assert max(errors.values()) < 1e-4, errors
 
 
 def test_outputs_of_a_ranks_own_tokens(ranks):

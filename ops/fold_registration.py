@@ -1,0 +1,89 @@
+"""What follows from a mixer's summary for many segments: ``packc::<name>_fold`` and ``packc::<name>_fold_adjoint``.
+
+::
+
+    packc::<name>_fold(Tensor transitions, Tensor states, <through_takes>, Tensor upstream, Tensor ends)
+            -> (Tensor entering, Tensor kept)
+        of segments' transitions (S, *transition) and states (S, *state), from the first on:
+        entering = states[s]                                   where ends[s]
+        entering = transitions[s] entering + states[s]         elsewhere
+        and as it was where s is not upstream; zero before the first
+    packc::<name>_fold_adjoint(<the same>) -> Tensor entering
+        the same from the last on, of gradients of states, by the transposes of transitions
+
+The segment that would be the last of the way has nothing downstream, and no say. ``entering`` is ``(1, *state)``, and
+``kept`` are the transitions in memory of their own: what was gathered with them may go. ``upstream`` and ``ends`` are
+bool ``(S,)``: values, so that one graph serves every rank. Documents are kept apart by selection: a NaN of one is none
+of the others.
+
+These are whole ops, for a compiler that opens them makes several loops of each, over a few numbers, and C++ of each
+loop. They are plain torch on every device, and have its derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packc.ops import derivatives
+from packc.ops.flops import count_flops
+from packc.ops.mixer import Mixer
+from packc.ops.shapes import Shapes, Sizes
+from packc.ops.summary import Summary, Through
+
+
+def register(library: torch.library.Library, mixer: Mixer, summary: Summary) -> None:
+    """The two ops of ``mixer``."""
+    _define(library, mixer, "fold", summary, summary.through, to_right=True)
+    _define(library, mixer, "fold_adjoint", summary, summary.through_adjoint, to_right=False)
+
+
+def _define(
+    library: torch.library.Library, mixer: Mixer, what: str, summary: Summary, through: Through, to_right: bool
+) -> None:
+    name, weights = f"{mixer.name}_{what}", summary.through_takes
+    shape_of = {each.rstrip("?"): shape for each, shape in mixer.tensors.items()}
+    shapes = Shapes(
+        name,
+        {
+            "transitions": f"segments {summary.transition}",
+            "states": f"segments {mixer.state}",
+            **{each: shape_of[each] for each in weights},
+        },
+        "states",
+    )
+
+    def kernel(transitions: Tensor, states: Tensor, *others: Tensor) -> Any:
+        *given, upstream, ends = others
+        shapes.check_sizes((transitions, states, *given), None)
+        arguments = dict(zip(weights, given, strict=True))
+        entering, segments = torch.zeros_like(states[:1]), range(states.shape[0])
+        for s in (segments if to_right else segments[::-1])[:-1]:
+            state = states[s : s + 1]
+            passed = through(transitions[s : s + 1], entering, arguments) + state
+            entering = torch.where(upstream[s], torch.where(ends[s], state, passed), entering)
+        return (entering, transitions.clone(memory_format=torch.contiguous_format)) if to_right else entering
+
+    def fake(transitions: Tensor, states: Tensor, *_: Tensor) -> Any:
+        entering = states.new_empty((1, *states.shape[1:]))
+        return (entering, transitions.new_empty(transitions.shape)) if to_right else entering
+
+    def flops(**sizes: Any) -> int:
+        return (sizes["segments"] - 1) * _of_one(mixer, summary, sizes)
+
+    names = ["transitions", "states", *weights, "upstream", "ends"]
+    returns = "(Tensor entering, Tensor kept)" if to_right else "Tensor"
+    library.define(f"{name}({', '.join(f'Tensor {each}' for each in names)}) -> {returns}")
+    library.impl(name, kernel, "CPU")
+    library.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"packc::{name}", fake, lib=library)
+    count_flops(getattr(torch.ops.packc, name), flops, shapes, names, ())
+    derivatives.register_gradients(library, name, kernel)
+
+
+def _of_one(mixer: Mixer, summary: Summary, sizes: Sizes) -> int:
+    """FLOPs of a segment: of a state that passes through, and a sum."""
+    return math.prod(mixer.state_shape(sizes, 1)) * (summary.through_flops(**sizes) + 1)
