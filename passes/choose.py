@@ -25,6 +25,8 @@ from packc.passes.reasons import NotPackable
 from packc.passes.row_wise import writes_elsewhere
 from packc.passes.rules.row_ends import end_taken
 
+_BY_STRIDES = {torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default}
+
 
 @dataclass
 class Forms:
@@ -53,7 +55,7 @@ def choose(graph: Graph) -> Graph:
             works on tokens.
     """
     forms = Forms()
-    _refuse_mutation(graph.gm)
+    _refuse_memory(graph.gm)
     _find_packed_only(graph, forms)
     _check_boundaries(graph, forms)
     _demand(graph, forms)
@@ -67,10 +69,12 @@ def choose(graph: Graph) -> Graph:
     return replace(graph, forms=forms)
 
 
-def _refuse_mutation(gm: fx.GraphModule) -> None:
+def _refuse_memory(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if writes_elsewhere(node):
             raise NotPackable(_describe(node, "writes in place, which a value with two forms cannot follow"))
+        if node.target in _BY_STRIDES and node.args[0].op != "placeholder":
+            raise NotPackable(_describe(node, "reads memory by strides, which may be others in a packed graph"))
 
 
 def _find_packed_only(graph: Graph, forms: Forms) -> None:

@@ -105,7 +105,9 @@ def _later(graph: fx.Graph, node: fx.Node, base: _Cut, cuts: dict[fx.Node, _Cut]
     args, kwargs = fx.map_arg((node.args, node.kwargs), whole)
     computed = call_like(graph, node, node.target, args, kwargs)
     end = 2**63 - 1 if base.back == 0 else -base.back
-    return call_like(graph, node, aten.slice.Tensor, (computed, 1, base.front, end))
+    made = call_like(graph, node, aten.slice.Tensor, (computed, 1, base.front, end))
+    made.meta["val"] = value_of(node)  # an output has the model's strides
+    return made
 
 
 def _moved(graph: fx.Graph, value: fx.Node, cut: _Cut, base: _Cut) -> fx.Node:

@@ -169,7 +169,9 @@ def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
                 return None
             source = call(aten.expand.default, (source, sizes))
         # With memory of its own, as what was written has: it may be a result.
-        return call(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+        copied = call(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+        copied.meta["val"] = before  # which says how an output lies in memory
+        return copied
     overload = _functional_overload(target)
     if overload is None:
         return None

@@ -135,6 +135,8 @@ class _Writer:
             return self._write(node.target, *map(self._padded, node.args))  # type: ignore[arg-type]
         copied = self.graph.node_copy(node, self._padded)
         copied.meta = _carried(node)
+        if copied.target in _VIEWS:
+            copied.target = aten.reshape.default  # what was scattered, or is cut late, may lie in another way
         return copied
 
     def _write_packed(self, node: fx.Node) -> None:
@@ -257,6 +259,7 @@ class _Writer:
         return self._write(operator.mul, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a * b
 
 
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 # A checkpointed node is recomputed; what is gathered in the middle of one serves others too and is kept.
 _RECOMPUTE_META = ("recompute", "ac_graph_id")
 # What Inductor and people read from a node; its values and Dynamo's own notes do not survive the rewrite.

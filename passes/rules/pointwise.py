@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from packc.passes.axes import OTHER, covers_tokens, is_tensor, value_of
+from packc.passes.axes import OTHER, covers_tokens, is_tensor, same_size, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import (
     Op,
@@ -86,7 +86,6 @@ register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), a
     aten.log_sigmoid.default,
     aten.__and__.Tensor,
     aten.__or__.Tensor,
-    aten.broadcast_tensors.default,
 )
 def pointwise(op: Op) -> Reading:
     """Elementwise with broadcasting; draws of random ops are made for real tokens only."""
@@ -97,6 +96,16 @@ def pointwise(op: Op) -> Reading:
     if isinstance(results, (tuple, list)):
         return Reading([layout] * len(results), needs)
     return Reading(layout, needs)
+
+
+@register_rule(aten.broadcast_tensors.default)
+def broadcast_tensors(op: Op) -> Reading:
+    """Each operand as large as all; one that is already is the value itself, which others may read as what it is."""
+    for operand in op.tensors():
+        whole = all(map(same_size, value_of(operand).shape, value_of(op.node)[0].shape))
+        if not covers_tokens(op.layout(operand)) and value_of(operand).ndim == value_of(op.node)[0].ndim and whole:
+            raise NotTokenwise(f"hands on {operand.name}, which has no token axes")
+    return pointwise(op)
 
 
 @register_rule(aten.embedding.default)

@@ -53,8 +53,8 @@ def reshape(op: Op) -> Reading:
                 raise NotTokenwise(f"size {size} of axis {axis} is only implied")
             size = written[axis]
         sizes.append(_size(kind, size))
-    target = aten.reshape.default if written is None else op.target
-    return Reading(out, {x: layout}, Call(target, (x, sizes), {}))
+    # No view, even where the model has one: packed, a value may lie in memory in another way.
+    return Reading(out, {x: layout}, Call(aten.reshape.default, (x, sizes), {}))
 
 
 def reshaped_layout(layout: Layout, shape: Any, out_shape: Any, batch: Any, length: Any) -> Layout:

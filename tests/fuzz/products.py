@@ -84,7 +84,7 @@ def of_features(w: Writer) -> None:
         ("{}.gather(-1, {}.argsort(-1))", axes),
         ("torch.take_along_dim({}, {}.argsort(-1), -1)", axes),
         ("{}.topk(1, -1).values", (*axes[:-1], features(1))),
-        ("{}.argmax(-1, keepdim=True) * 1.0", (*axes[:-1], features(1))),
+        ("{}.argmax(-1, keepdim=True).double()", (*axes[:-1], features(1))),
         (f"F.one_hot({{}}.argmax(-1), {size}).double()", axes),
         ("{}.var(-1)", axes[:-1]),
         ("{}.std(-1, keepdim=True)", (*axes[:-1], features(1))),

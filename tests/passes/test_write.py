@@ -15,9 +15,15 @@ OUTPUTS = {
     "channels first": lambda x: F.conv1d(x.mT, TAPS[:, None], padding=2, groups=H)[..., : x.shape[1]].mT * 2,
     "transposed": lambda x: x.transpose(1, 2),
     "transposed and laid out": lambda x: x.transpose(1, 2).contiguous() + 1,
+    "written over": lambda x: _over(x.mT.contiguous().mT * 2, x),
     "time first": lambda x: (x.transpose(0, 1).contiguous() * 2).transpose(0, 1),
     "heads": lambda x: x.unflatten(-1, (2, 2)).transpose(1, 2),
 }
+
+
+def _over(x, other):
+    x[..., :] = other[..., :1]
+    return x
 
 
 @pytest.mark.parametrize("rows", [BOTH, ONE_ROW], ids=["three rows", "one row"])
@@ -63,3 +69,63 @@ def test_what_has_no_token_axes_may_lie_along_tokens(name):
     got, want = (f(x, mask) for f in (torch.compile(model, backend="packc", options=STRICT), model))
     real = mask.bool()[..., None] if name == "a state" else mask.bool()[:, None]
     torch.testing.assert_close(got.where(real, 0), want.where(real, 0))
+
+
+def test_a_state_that_is_broadcast_with_tokens_is_returned_as_a_state():
+    """Of as many channels as there are positions, in one row: the broadcast state is the state itself."""
+    taps = torch.randn(3, 4)
+
+    def model(x, attention_mask):
+        x = x * attention_mask[..., None]
+        state = packc.ops.causal_conv1d(x, taps, output_final_state=True)[1]
+        return torch.mul(*torch.broadcast_tensors(x, state)), state
+
+    x, mask = torch.randn(1, 3, 3), masks(["011"])
+    options = {**STRICT, "packc.strict": False}
+    got, want = (f(x, mask)[1] for f in (torch.compile(model, backend="packc", options=options), model))
+    torch.testing.assert_close(got, want)
+
+
+VIEWS = {
+    "features and positions": lambda x: x.mT.contiguous().view(x.shape[0], -1).tanh(),
+    "rows and features": lambda x: x.transpose(0, 1).contiguous().view(x.shape[1], -1).sin(),
+    "positions that are left": lambda x: (x[:, 1:] * 2).view(-1, 2, 2).sum(0),
+    "heads of a product": lambda x: (TAPS[:2, :2] @ x.mT.unflatten(1, (2, 2))).view(x.shape[0], H, -1),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_one_however_a_packed_value_lies_in_memory(name):
+    def model(x, attention_mask):
+        return VIEWS[name](packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS) * attention_mask[..., None])
+
+    mask = masks(BOTH)
+    x = torch.randn(*mask.shape, H)
+    got, want = (f(x, mask) for f in (torch.compile(model, backend="packc", options=STRICT), model))
+    torch.testing.assert_close(got, want)
+
+
+def test_what_is_cut_late_keeps_its_strides():
+    def model(x, attention_mask):
+        x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS) * attention_mask[..., None]
+        return x[:, 1:].sin()
+
+    mask = masks(BOTH)
+    x = torch.randn(*mask.shape, H)
+    options = {**STRICT, "packc.strict": False}
+    got, want = (f(x, mask) for f in (torch.compile(model, backend="packc", options=options), model))
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want)
+
+
+def test_memory_that_is_read_by_strides_is_the_models():
+    def model(x, attention_mask):
+        x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS) * attention_mask[..., None]
+        return x.mT.contiguous().as_strided((3, H), (H * x.shape[1], 1))
+
+    mask = masks(BOTH)
+    x = torch.randn(*mask.shape, H)
+    options = {**STRICT, "packc.strict": False}
+    got, want = (f(x, mask) for f in (torch.compile(model, backend="packc", options=options), model))
+    torch.testing.assert_close(got, want)
+    assert "reads memory by strides" in packc.explain(model)(x, mask).fallback
