@@ -4,7 +4,8 @@ Without ``cu_seqlens`` a document is a batch row. With ``cu_seqlens = [0, ..., L
 ``cu_seqlens[n] : cu_seqlens[n + 1]``; it may be empty. Tokens are counted through all rows, ``0 .. B * L``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,32 @@ def check_offsets(starts: Tensor, L: int, name: str = "cu_seqlens") -> None:
     """Raises unless the documents cover the ``L`` tokens in order."""
     if starts[0] != 0 or starts[-1] != L or (starts.diff() < 0).any():
         raise ValueError(f"{name} must rise from 0 to L = {L}, not {starts.tolist()}")
+
+
+_MADE = "_packc_made"
+
+
+def made_once(cu_seqlens: Tensor) -> Tensor:
+    """Offsets that nobody will write to behind torch's back: what kernels make of them is kept as long as they live.
+
+    Said of a batch's, which enter a compiled graph. Of others it cannot be known: Inductor gives a buffer other values
+    without counting a version.
+    """
+    setattr(cu_seqlens, _MADE, {})
+    return cu_seqlens
+
+
+def once(cu_seqlens: Tensor | None, what: Hashable, make: Callable[[], Any]) -> Any:
+    """``make()``, or what it gave before for the same values of :func:`made_once` offsets, on the same stream."""
+    made = getattr(cu_seqlens, _MADE, None)
+    if made is None or cu_seqlens is None:
+        return make()
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    stream = torch.cuda.current_stream(cu_seqlens.device) if cu_seqlens.is_cuda else None
+    key = what, version, stream
+    if key not in made:
+        made[key] = make()
+    return made[key]
 
 
 def of_token(starts: Tensor, tokens: int) -> Tensor:

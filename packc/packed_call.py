@@ -17,6 +17,7 @@ from packc.compilation import in_backward
 from packc.enclosing_calls import boundaries_around
 from packc.facts import Labelled, Rows
 from packc.fake_tensors import has_values
+from packc.ops import documents
 from packc.passes import Labels, Requirements
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def _labelled(labels: Labels, inputs: Sequence[Any], others: Sequence[None]) -> 
 
 
 def _index(packings: Sequence[Packing]) -> list[Tensor]:
-    return [each for packing in packings for each in (packing.index, packing.cu_seqlens)]
+    return [each for packing in packings for each in (packing.index, documents.made_once(packing.cu_seqlens))]
 
 
 def keeps_padding(packing: Packing, stream: Requirements) -> bool:

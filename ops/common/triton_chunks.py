@@ -82,7 +82,12 @@ def _tabulate(
 
 
 def chunks_of(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
-    """Of the documents of a ``(B, L, ...)`` tensor: one kernel, since all that is launched here is waited for."""
+    """Of the documents of a ``(B, L, ...)`` tensor: one kernel, once a batch, as it is waited for."""
+    found: Chunks = documents.once(cu_seqlens, ("chunks", x.shape[1]), lambda: _found(cu_seqlens, x))
+    return found
+
+
+def _found(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
     rows, length = x.shape[:2]
     count = documents.count(cu_seqlens, x)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":

@@ -26,7 +26,14 @@ from packc.ops.common.triton_products import (
     select,
 )
 from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
-from packc.ops.gated_delta_rule.triton_gates import Gate, load_dense, load_sums, pair_tile, store_dense
+from packc.ops.gated_delta_rule.triton_gates import (
+    Gate,
+    load_dense,
+    load_sums,
+    pair_tile,
+    pair_tile_transposed,
+    store_dense,
+)
 from packc.ops.tritonsrc.launch import autotuned, launch
 
 
@@ -141,7 +148,12 @@ def _pull_channels(
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first, K, CHUNK, BLOCK_K)
             of_later += left * dot_fp32(weights, keys.to(tl.float32) * left, PRECISION)
             later = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first, K, CHUNK, BLOCK_K)
-            of_key += left * dot_fp32(tl.trans(weights), later.to(tl.float32) * left, PRECISION)
+            weights = tl.load(  # again: both ways at once, they take more registers than there are
+                pair_tile_transposed(dpairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK),
+                tl.trans(meets(half, CHUNK)),
+                0.0,
+            )
+            of_key += left * dot_fp32(weights, later.to(tl.float32) * left, PRECISION)
         store_dense(dx, of_later, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)
         store_dense(dk, of_key, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)
 

@@ -124,7 +124,9 @@ def pairs_of(x: Tensor, k: Tensor, gate: Gate, shared: dict[str, Any], with_itse
     arguments |= {name: shared[name] for name in of_chunks}
     if gate.per_channel:
         more = {"sums": gate.sums, "rows": shared["rows"], "tokens": shared["tokens"]}
-        launch(_pairs_of_channels, (chunks, heads), **arguments, **more, BLOCK_K=block_of(k.shape[3], torch.float32))
+        # fp32 inputs take more registers than there are for blocks of 32.
+        block_k = 16 if k.dtype == torch.float32 else block_of(k.shape[3], torch.float32)
+        launch(_pairs_of_channels, (chunks, heads), **arguments, **more, BLOCK_K=block_k)
     else:
         more = {"g": gate.g, **head_strides(g=gate.g)}
         launch(_pairs_of_heads, (chunks, heads), **arguments, **more, BLOCK_K=block_of(k.shape[3], k.dtype))

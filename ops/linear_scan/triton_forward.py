@@ -129,7 +129,8 @@ class Problem:
         blocks = triton.cdiv(self.channels, BLOCK_D)
         self.segment = segment_tokens(self.rows, self.tokens, blocks, 4 * CHUNK, b.device)
         self.segments = triton.cdiv(self.tokens, self.segment)
-        self.document = document_of_token(documents.offsets(cu_seqlens, b), self.rows * self.tokens)
+        offsets = documents.offsets(None, b) if cu_seqlens is None else cu_seqlens
+        self.document = document_of_token(offsets, self.rows * self.tokens)
         self.grid = (self.rows * self.segments * blocks,)
         self.shared: dict[str, Any] = {
             "document": self.document,

@@ -10,7 +10,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -200,10 +199,10 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
         chunks,
         segment,
         segments,
-        A=(A.float() * math.log2(math.e)).t().contiguous(),
+        A=torch.mul(A.float().t(), math.log2(math.e), out=A.new_empty(A.shape[::-1], dtype=torch.float32)),
         B=_tokens_last(B),
         C=_tokens_last(C),
-        document=None if cu_seqlens is None else document_of_token(documents.offsets(cu_seqlens, u), tokens),
+        document=None if cu_seqlens is None else document_of_token(cu_seqlens, tokens),
         sizes={
             "L": tokens,
             "padded": padded_tokens(tokens),
@@ -218,8 +217,13 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
 
 
 def _tokens_last(x: Tensor) -> Tensor:
-    grouped = x if x.ndim == 4 else x.unsqueeze(2)
-    return F.pad(grouped.permute(0, 2, 3, 1).float(), (0, padded_tokens(x.shape[1]) - x.shape[1]))
+    grouped, tokens = x if x.ndim == 4 else x.unsqueeze(2), x.shape[1]
+    rows, _, groups, states = grouped.shape
+    laid = x.new_empty((rows, groups, states, padded_tokens(tokens)), dtype=torch.float32)
+    if laid.shape[3] > tokens:
+        laid[..., tokens:].zero_()
+    laid[..., :tokens].copy_(grouped.permute(0, 2, 3, 1))  # one copy: F.pad would be another, of zeros
+    return laid
 
 
 def padded_tokens(tokens: int) -> int:

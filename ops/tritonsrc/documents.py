@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packc.ops import documents
 from packc.ops.tritonsrc.launch import launch
 
 _BLOCK = 256
@@ -25,8 +26,15 @@ def _document_of_token(cu_seqlens, out, tokens, documents, STEPS: tl.constexpr, 
 
 
 def document_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int32 ``(tokens,)`` for offsets ``(documents + 1,)``."""
-    documents = cu_seqlens.shape[0] - 1
+    """int32 ``(tokens,)`` for offsets ``(documents + 1,)``; once a batch."""
+    found: Tensor = documents.once(cu_seqlens, ("document of token", tokens), lambda: _found(cu_seqlens, tokens))
+    return found
+
+
+def _found(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    if cu_seqlens.device.type == "cpu":
+        documents.check_offsets(cu_seqlens.long(), tokens)
+    count = cu_seqlens.shape[0] - 1
     out = torch.empty(tokens, dtype=torch.int32, device=cu_seqlens.device)
     launch(
         _document_of_token,
@@ -34,9 +42,9 @@ def document_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
         cu_seqlens=cu_seqlens.contiguous(),
         out=out,
         tokens=tokens,
-        documents=documents,
+        documents=count,
         # A power of two of steps, so that few kernels are compiled; steps too many change nothing.
-        STEPS=triton.next_power_of_2(max(1, documents.bit_length())),
+        STEPS=triton.next_power_of_2(max(1, count.bit_length())),
         BLOCK=_BLOCK,
     )
     return out
