@@ -53,7 +53,7 @@ class MaskGraph:
             values[other] = fill(shape_of(value, at), value.dtype)
         for node in self.nodes:
             if node not in values:
-                values[node] = _computed(node, values, at)
+                values[node] = computed(node, values, at)
         return values[self.nodes[-1]]
 
     def constants(self) -> set[int]:
@@ -85,7 +85,7 @@ def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
         if node in needed:
             continue
         needed.add(node)
-        if _is_number(value_of(node)):
+        if is_number(value_of(node)):
             continue  # a size is known without what has it
         if node in of_tokens:
             continue
@@ -140,14 +140,16 @@ def number(value: Any, at: Sizes) -> int | float | bool:
     return hint
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a size, or computed of sizes."""
     return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _computed(node: fx.Node, values: dict[fx.Node, Any], at: Sizes) -> Any:
+def computed(node: fx.Node, values: dict[fx.Node, Any], at: Sizes) -> Any:
+    """What a node is of these values of its operands; ``at``: as for :func:`number`."""
     if node.op == "get_attr":
         return _attribute(node).cpu()
-    if _is_number(value_of(node)):
+    if is_number(value_of(node)):
         return number(value_of(node), at)
     # On the CPU, where an index out of range is an error and not the end of the process.
     args, kwargs = fx.node.map_aggregate(

@@ -15,6 +15,7 @@ from torch import fx
 
 from packc.passes.axes import value_of
 from packc.passes.graph import Graph, is_item
+from packc.passes.opposites import Opposites
 from packc.passes.rules import zero_rule_for
 from packc.passes.rules.registry import first_is_zero
 
@@ -71,11 +72,23 @@ def _zero_before_tokens(graph: Graph, zero: set[fx.Node]) -> set[fx.Node]:
 
 def zero_at_tokens(graph: Graph, mask: fx.Node) -> set[fx.Node]:
     """Values that are zero wherever ``mask`` is one: a mask that sets these to zero marks padding, not tokens."""
+    # Of other inputs, ids among them, zero and one say no more than other numbers: those are not tried.
+    tried = Opposites(graph, mask) if mask is graph.mask else None
     zero: set[fx.Node] = set()
     for node in _calls(graph):
-        if _is_opposite(node, mask) or _is_zero(node, zero, set()):
+        if _is_opposite(node, mask) or _is_zero(node, zero, set()) or (tried and _is_hidden(node, tried)):
             zero.add(node)
     return zero
+
+
+def _is_hidden(node: fx.Node, tried: Opposites) -> bool:
+    """Whether a value is made of the mask and zero at tokens, or filled with zeros there."""
+    args = cast("tuple[Any, ...]", node.args)
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return args[1] in tried.true and _is_constant_zero(args[2])
+    if node.target in (aten.where.self, aten.where.ScalarSelf):
+        return args[0] in tried.true and _is_constant_zero(args[1])
+    return node in tried.zero
 
 
 def _calls(graph: Graph) -> Iterator[fx.Node]:
@@ -126,11 +139,11 @@ def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
 
 
 def _is_constant_zero(node: object) -> bool:
-    """Made as zeros, and since then only rearranged."""
+    """Zero, or made as zeros and since then only rearranged."""
     while isinstance(node, fx.Node) and keeps_zero(node):
         node = node.args[0]
     if not isinstance(node, fx.Node):
-        return False
+        return bool(node == 0)
     if node.target in _ZEROS:
         return True
     return node.target in _FILLED and bool(node.args[_FILLED[node.target]] == 0)

@@ -53,6 +53,22 @@ def test_not_an_attention_mask_that_is_one_at_padding():
     assert not taken(lambda x, attention_mask: mix(x * (1 - attention_mask)[..., None]), X, padding.float())
 
 
+OPPOSITES = {
+    "ne": lambda x, m: x * (m != 1),
+    "lt": lambda x, m: x * (m < 1),
+    "xor": lambda x, m: x * (m ^ 1),
+    "distance": lambda x, m: x * (m - 1).abs(),
+    "filled with ones": lambda x, m: torch.where(m == 1, torch.zeros_like(x), x),
+    "looked up": lambda x, m: x * torch.tensor([1.0, 0.0])[m],
+}
+
+
+@pytest.mark.parametrize("name", OPPOSITES)
+def test_not_an_attention_mask_whose_opposite_is_written_in_another_way(name):
+    """Trusted by its name: it would be zero at all tokens."""
+    assert not taken(lambda x, attention_mask: mix(OPPOSITES[name](x, attention_mask[..., None])), X, 1 - MASK)
+
+
 def test_not_a_mask_of_what_counts_in_the_loss():
     assert not taken(lambda x, mask: (mix(x).square().mean(-1) * mask).sum() / mask.sum(), X, MASK)
 
