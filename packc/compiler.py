@@ -31,6 +31,7 @@ from packc.passes import (
     Tail,
     WrongMask,
     fakify,
+    goes_on_from_a_cache,
     has_rows,
     index_fakes,
     is_step,
@@ -213,6 +214,8 @@ class _Compiling:
 
         ``for_documents``: it packed without a mask, or why it could not be.
         """
+        if goes_on_from_a_cache(self.gm):
+            reason = f"goes on from a cache, a static one or one used before, as no packed prompt does: {reason}"
         wanted = for_documents if isinstance(for_documents, str) and self.with_documents else reason
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {wanted}")

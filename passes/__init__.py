@@ -26,7 +26,14 @@ from packc.passes.rules.attention import attends_to_others
 from packc.passes.sources import argument_path
 from packc.passes.split_head import Autocast, Tail, split_head
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
-from packc.passes.unpacked import boundaries_of, has_rows, is_step, knows_documents, mixers_of
+from packc.passes.unpacked import (
+    boundaries_of,
+    goes_on_from_a_cache,
+    has_rows,
+    is_step,
+    knows_documents,
+    mixers_of,
+)
 from packc.passes.widen_losses import widen_losses
 from packc.passes.write import write
 from packc.passes.written_out_attention import written_out_attention
@@ -59,6 +66,7 @@ __all__ = [
     "find_masks",
     "find_rows",
     "functional",
+    "goes_on_from_a_cache",
     "has_rows",
     "index_fakes",
     "is_step",

@@ -13,6 +13,7 @@ from packc.passes.reasons import Boundary
 from packc.passes.sources import argument_path, is_argument, is_parameter
 
 _TOKENS = ("input_ids", "inputs_embeds")
+_CACHES = {"cache", "past_key_values", "cache_params"}
 
 
 def boundaries_of(graph: Graph) -> list[Boundary]:
@@ -71,6 +72,12 @@ def is_step(gm: fx.GraphModule) -> bool:
     nodes = [node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
     tokens = [node.meta.get("example_value") for node in nodes if argument_path(node).split(".")[-1] in _TOKENS]
     return bool(tokens) and all(isinstance(each, Tensor) and each.ndim > 1 and each.shape[1] == 1 for each in tokens)
+
+
+def goes_on_from_a_cache(gm: fx.GraphModule) -> bool:
+    """Whether tensors of a cache are arguments of a Dynamo graph: a dynamic one has none before its first use."""
+    nodes = [node for node in gm.graph.find_nodes(op="placeholder") if is_argument(node)]
+    return any(not _CACHES.isdisjoint(argument_path(node).split(".")) for node in nodes)
 
 
 def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:

@@ -87,10 +87,7 @@ LAYERS = {"fused": Fused} | {f"{bits} bits": partial(quantised, bits) for bits i
 
 @pytest.mark.parametrize(
     "make",
-    [
-        pytest.param(make, id=name, marks=[] if name in ("fused", "4 bits") else pytest.mark.slow)
-        for name, make in LAYERS.items()
-    ],
+    [pytest.param(make, id=name, marks=[] if name == "4 bits" else pytest.mark.slow) for name, make in LAYERS.items()],
 )
 def test_adapters_train_packed(make):
     before = packc.stats()

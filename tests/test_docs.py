@@ -1,6 +1,7 @@
 """What README and docs show runs: blocks of Python, what they print, and commands with the options they take."""
 
 import contextlib
+import copy
 import dataclasses
 import doctest
 import io
@@ -118,6 +119,38 @@ def selective_checkpoints(names, patch):
     assert_same_step(step, exact_step(names["model"], batch), batch["attention_mask"])
 
 
+def lm_eval(names, patch):
+    class HFLM:
+        """Calls its model as lm_eval's does: rows padded with zeros, no mask, logits taken by length."""
+
+        def __init__(self, model):
+            self.model = model
+
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            with torch.no_grad():
+                return self.model(inps).logits
+
+        def _loglikelihood_tokens(self, requests):
+            rows = [torch.tensor((context + continuation)[:-1]) for _, context, continuation in requests]
+            logits = self._model_call(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+            return torch.cat([each[: len(row)] for each, row in zip(logits, rows, strict=True)])
+
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        patch.setitem(sys.modules, name, SimpleNamespace(HFLM=HFLM))
+    names.update(torch=torch)
+    yield
+    stock = tiny_mamba(layers=1)
+    model = copy.deepcopy(stock)
+    model.compile(backend="packc", options={"packc.strict": False})
+    scored, plain = names["Masked"](model), HFLM(stock)
+    long, short, ends_in_zero = ([3, 0, 4, 5, 0, 6], [7]), ([0, 2, 1], [5, 4]), ([1, 2, 0], [9])
+    for rows, packed in (([long, short], 10), ([long, short, ends_in_zero], 0), ([long, short], 10)):
+        requests, before = [(("", ""), *row) for row in rows], packc.stats()["tokens"]
+        got, wanted = (each._loglikelihood_tokens(requests) for each in (scored, plain))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+        assert packc.stats()["tokens"] - before == packed
+
+
 def one_rank(names, patch):
     T, D, N = 12, 4, 2
     given = {"ids": torch.randint(8, (1, T)), "labels": torch.randint(8, (1, T)), "logits": torch.randn(1, T, 8)}
@@ -198,6 +231,7 @@ SETUPS = {
     "training loop": training_loop,
     "weighed loss": weighed_loss,
     "selective checkpoints": selective_checkpoints,
+    "lm_eval": lm_eval,
     "one rank": one_rank,
     "a model on one rank": model_on_one_rank,
     "rule": rule,

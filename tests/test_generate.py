@@ -1,5 +1,6 @@
 """``model.generate`` of left-padded prompts: the prefill packs, and tokens and caches are stock's."""
 
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -160,3 +161,44 @@ def test_a_later_part_of_a_prompt_runs_as_it_is():
     )
     with pytest.raises(packc.NotPacked, match="position_ids"):
         compiled(ids, mask, torch.tensor([[0, 0, 0, 1], [3, 4, 0, 1]]), torch.zeros(2))
+
+
+def in_two_turns(model, batch):
+    first = model.generate(**batch, **GREEDY)
+    ids = torch.cat([first.sequences, torch.arange(5, 9).expand(len(first.sequences), 4)], 1)
+    new = ids.shape[1] - batch["attention_mask"].shape[1]
+    mask = nn.functional.pad(batch["attention_mask"], (0, new), value=1)
+    return model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
+
+
+def with_options(model, batch, **options):
+    return model.generate(**batch, **GREEDY, **options)
+
+
+FROM_A_CACHE = {
+    "static": functools.partial(with_options, cache_implementation="static"),
+    "in parts": functools.partial(with_options, prefill_chunk_size=4),
+    "in two turns": in_two_turns,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[] if (family, name) == ("llama", "in two turns") else pytest.mark.slow)
+        for family in ("llama", "bamba")
+        for name in FROM_A_CACHE
+    ],
+)
+def test_what_goes_on_from_a_cache_says_so_and_generates_stocks_tokens(family, name):
+    model, stock = shaken(family), shaken(family)
+    model.compile(backend="packc", options={"packc.inner": "aot_eager"})
+    batch, before = prompts(LONG), packc.stats()["graphs"]["unpacked"]
+    got, wanted = FROM_A_CACHE[name](model, batch).sequences, FROM_A_CACHE[name](stock, batch).sequences
+    assert got.equal(wanted)
+    after = packc.stats()["graphs"]["unpacked"]
+    prompts_left = [
+        reason for reason in after if after[reason] > before.get(reason, 0) and not reason.startswith("one token a row")
+    ]
+    assert prompts_left
+    assert all(reason.startswith("goes on from a cache") for reason in prompts_left)

@@ -69,7 +69,8 @@ def test_steps_of_random_shapes_compile_a_bounded_number_of_graphs_and_keep_noth
     assert more_memory < 1 << 24
 
 
-@pytest.mark.parametrize(("dynamic", "graphs"), [pytest.param(None, 5, marks=pytest.mark.slow), (True, 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 5), (True, 4)])
 def test_sizes_of_one_compile_what_torch_compiles_for_them_and_no_more(dynamic, graphs):
     shapes = [(3, 6), (2, 5), (1, 6), (3, 1), (1, 1), (4, 7), (1, 3), (2, 1), (1, 1), (1, 9)]
 

@@ -126,6 +126,7 @@ def test_an_exported_model_is_stocks_and_its_ops_packcs():
     torch.testing.assert_close(exported.module()(*batch)[0], model(*batch)[0])
 
 
+@pytest.mark.slow
 def test_regions_of_accelerate_pack_blocks_that_are_given_the_mask():
     compile_regions = pytest.importorskip("accelerate.utils").compile_regions
     model = LMOfBlocks()
