@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from packc.batches import Packing, pack_batches
 from packc.distributed.cuts import equal_work
 from packc.distributed.outputs import Cut, note
-from packc.distributed.plans import Plan, Rank, check_that_all_agree, device_of, plan
+from packc.distributed.plans import Plan, Rank, check_that_all_agree, plan
 from packc.fake_tensors import has_values
 from packc.packed_call import NotPacked, PackedCall, keeps_padding
 from packc.passes import Graph, ReachInputs, ShardedInputs
@@ -129,7 +129,7 @@ def on_all_ranks(group: dist.ProcessGroup, compile_it: Callable[[], tuple[Any, A
 
 
 def _agree(group: dist.ProcessGroup, text: str) -> None:
-    check_that_all_agree(group, device_of(group), "sequence parallel: batches or models", text)
+    check_that_all_agree(group, "sequence parallel: batches or models", text)
 
 
 def _checksum(x: Tensor) -> Tensor:
