@@ -107,8 +107,21 @@ def compile_graph(
     strict: bool | None = None,
     sequence: SequenceOptions | None = None,
 ) -> tuple[Callable[..., Any], GraphReport]:
-    """:func:`backend` under the current configuration, and a report of what it did."""
+    """:func:`backend` under the current configuration, and a report of what it did.
+
+    With ``sequence`` all ranks compile, and all raise where one refuses or has another graph: none is left waiting for
+    the others.
+    """
     compiling = _Compiling(gm, example_inputs, mode, options or {}, strict, sequence)
+    if sequence is None:
+        return _compiled(compiling)
+    from packc.sharded_call import on_all_ranks
+
+    return on_all_ranks(sequence.group, lambda: _compiled(compiling))
+
+
+def _compiled(compiling: _Compiling) -> tuple[Callable[..., Any], GraphReport]:
+    gm, example_inputs, sequence = compiling.gm, compiling.inputs, compiling.sequence
     if is_step(gm) and sequence is None:
         return compiling.step()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from packc.batches import Packing, pack_batches
 from packc.distributed.cuts import equal_work
 from packc.distributed.outputs import Cut, note
-from packc.distributed.plans import Plan, Rank, check_that_all_agree, device_of, plan
+from packc.distributed.plans import Plan, Rank, check_that_all_agree, plan
 from packc.fake_tensors import has_values
 from packc.packed_call import NotPacked, PackedCall, keeps_padding
 from packc.passes import Graph, ReachInputs, ShardedInputs
@@ -101,8 +101,35 @@ class ShardedCall(PackedCall):
         given += [x for x in inputs if isinstance(x, (int, float))]
         device = inputs[self.stream.mask].device
         given += torch.stack([_checksum(x).to(device) for x in numbers]).tolist()
-        text = repr((self.code, given, None if refusal is None else repr(refusal)))
-        check_that_all_agree(self.group, device_of(self.group), "sequence parallel: batches or models", text)
+        refused = None if refusal is None else repr(refusal)
+        _agree(self.group, repr((self.code, torch.is_grad_enabled(), given, refused)))
+
+
+def on_all_ranks(group: dist.ProcessGroup, compile_it: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """A call and a report that ``compile_it`` made, on all ranks of the same graph.
+
+    Raises:
+        ValueError: ranks have other graphs, or one of them refuses; on all of them.
+        Exception: what all refuse.
+    """
+    found, refusal = None, None
+    try:
+        found = compile_it()
+    except Exception as error:  # of one rank alone, maybe, for which the others must not wait
+        refusal = error
+    call = None if found is None else found[0]
+    try:
+        _agree(group, repr((call.code if isinstance(call, ShardedCall) else None, refusal)))
+    except ValueError as differ:
+        raise differ from refusal
+    if refusal is not None:
+        raise refusal
+    assert found is not None
+    return found
+
+
+def _agree(group: dist.ProcessGroup, text: str) -> None:
+    check_that_all_agree(group, "sequence parallel: batches or models", text)
 
 
 def _checksum(x: Tensor) -> Tensor:

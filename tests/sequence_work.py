@@ -109,6 +109,42 @@ class Drops(PlainLM):
         return F.dropout(super().hidden(ids, mask), 0.1)
 
 
+class Pairs(PlainLM):
+    """Two sequences with a mask each, of which the better one is to be the likelier."""
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+        other_ids: torch.Tensor,
+        other_mask: torch.Tensor,
+        other_labels: torch.Tensor,
+    ) -> torch.Tensor:
+        one, _ = super().forward(ids, mask, labels)
+        other, _ = super().forward(other_ids, other_mask, other_labels)
+        return one - F.logsigmoid(other - one)
+
+
+class Normalizes(PlainLM):
+    """By the statistics of a batch."""
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(super().hidden(ids, mask).transpose(1, 2), None, None, training=True).transpose(1, 2)
+
+
+class Transforms(PlainLM):
+    """Along the sequence, by an op that packc has no rule for."""
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fft(super().hidden(ids, mask), dim=1).real
+
+
+class Doubles(PlainLM):
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return 2 * super().hidden(ids, mask)
+
+
 class Breaks(PlainLM):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         h = self.hidden(ids, mask)
@@ -401,17 +437,33 @@ def said(call: Callable[[], Any]) -> str:
     return "no error"
 
 
+def without_gradients(call: Any, off: bool) -> Any:
+    return torch.set_grad_enabled(not off)(lambda *inputs: call(*inputs)) if off else call
+
+
 def refusals(group: Any) -> dict[str, str]:
     batch = batch_of(["1111111", "1110000"])
     ids, mask, labels = batch.values()
     other = ids if group.rank() != 1 else ids.roll(1, 0)
     plain = sharded(PlainLM(), group)[0]
+    is_other = group.rank() == 1
+    skipped = "none" if is_other else None
+    short = [x[:, : -1 if is_other else None] for x in batch.values()]
     found = {
+        "two sequences": said(lambda: sharded(Pairs(), group)[0](*batch.values(), *batch_of(["11111"]).values())),
+        "statistics": said(lambda: sharded(Normalizes(), group)[0](*batch.values())),
+        "no rule": said(lambda: sharded(Transforms(), group)[0](*batch.values())),
+        # Of one rank alone: all say so, and none waits.
+        "model": said(lambda: sharded(Doubles() if is_other else PlainLM(), group)[0](*batch.values())),
+        "dropout on one": said(lambda: sharded(Drops() if is_other else PlainLM(), group)[0](*batch.values())),
+        "shapes": said(lambda: sharded(PlainLM(), group)[0](*short)),
+        "failure of one": said(lambda: sharded(PlainLM(), group, skip_passes=skipped)[0](*batch.values())),
         "attention": said(lambda: sharded(AttendsToEvery(), group)[0](*batch.values())),
         "dropout": said(lambda: sharded(Drops(), group)[0](*batch.values())),
         "states": said(lambda: sharded(ReturnsState(), group)[0](ids, mask)),
         "few tokens": said(lambda: plain(ids[:1, :5], mask[:1, :5], labels[:1, :5])),
         "batches": said(lambda: plain(other, mask, labels)),
+        "gradients": said(lambda: without_gradients(plain, is_other)(*batch.values())),
         "masks": said(lambda: plain(ids, mask if group.rank() != 1 else torch.ones_like(mask), ids)),
         "option": said(lambda: sharded(PlainLM(), "sequence")[0](*batch.values())),
         "outputs": said(lambda: sharded(PlainLM(), group, sequence_outputs="none")[0](*batch.values())),

@@ -6,11 +6,13 @@ import dataclasses
 import time
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -188,6 +190,22 @@ def mismatches(group: Any) -> dict[str, str]:
         note("tokens", lambda: packc.ops.linear_scan(short, short, plan=plan))
         note("none", lambda: packc.ops.linear_scan(x[..., :2], x[..., :2], plan=plan))
     return said
+
+
+def pairs_of_a_bound_group(group: Any) -> tuple[torch.Tensor, torch.device]:
+    """What a scan gives by an exchange in pairs, made while the default group is bound to a device; and that device."""
+    world: Any = dist.group.WORLD
+    fresh = dist.new_group(range(group.size()))
+    world.bound_device_id = torch.device("cuda", 0)  # as init_process_group(device_id=...) does
+    splits = mock.patch.object(c10d, "_get_split_source", side_effect=AssertionError("a group is split"))
+    try:
+        with splits:
+            plan = plan_of(fresh, exchange="ring")
+        bound = world.bound_device_id
+    finally:
+        world.bound_device_id = None
+    ones = torch.ones(1, plan.tokens.shape[0], 1)
+    return distributed.unshard(packc.ops.linear_scan(ones, ones, plan=plan), plan), bound
 
 
 def refusals(group: Any) -> dict[str, str]:

@@ -14,7 +14,9 @@ nothing at all.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,18 +100,30 @@ def _make(group: dist.ProcessGroup, ranks: list[int], purpose: str) -> dist.Proc
         _, store = _world.pg_map[default]
     globally = [dist.get_global_rank(group, rank) for rank in ranks]
     name: Any = f"packc/{group.group_name}/{purpose}/{'-'.join(map(str, globally))}"
-    pair, _ = _new_process_group_helper(
-        len(ranks),
-        ranks.index(group.rank()),
-        globally,
-        dist.get_backend_config(group),
-        store,
-        group_name=name,
-        timeout=_timeout(group),
-        group_desc="packc: a pair of a sequence group",
-    )
+    with _unbound(default):
+        pair, _ = _new_process_group_helper(
+            len(ranks),
+            ranks.index(group.rank()),
+            globally,
+            dist.get_backend_config(group),
+            store,
+            group_name=name,
+            timeout=_timeout(group),
+            group_desc="packc: a pair of a sequence group",
+        )
     _world.pg_group_ranks[pair] = {rank: place for place, rank in enumerate(globally)}
     return pair
+
+
+@contextlib.contextmanager
+def _unbound(default: Any) -> Iterator[None]:
+    """Without the device that ``init_process_group(device_id=...)`` gave: of a group with one, NCCL splits smaller ones
+    off, for which all of its ranks must call; a pair's ranks do."""
+    device, default.bound_device_id = default.bound_device_id, None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
 
 
 def _timeout(group: dist.ProcessGroup) -> Any:

@@ -187,7 +187,7 @@ class Plan:
         ]
         text = repr((self.stream, self.cuts, self.exchange, fits, shapes))
         group = groups.of_name(self.group)
-        check_that_all_agree(group, self.places.device, f"{mixer.name}: plan, shapes or options", text)
+        check_that_all_agree(group, f"{mixer.name}: plan, shapes or options", text)
 
     def __repr__(self) -> str:
         low, high = self.cuts[self.rank : self.rank + 2]
@@ -227,7 +227,7 @@ def plan(
     size, rank = group.size(), group.rank()
     if config.check_plans:  # before anything that one rank alone might refuse
         given = [x.tolist() if isinstance(x, Tensor) else x and list(x) for x in (cu_seqlens, cuts)]
-        check_that_all_agree(group, device, "plan: cu_seqlens, cuts or exchange", repr((given, exchange)))
+        check_that_all_agree(group, "plan: cu_seqlens, cuts or exchange", repr((given, exchange)))
     stream = offsets("plan: cu_seqlens", cu_seqlens)
     if len(stream) < 2:
         raise ValueError(f"plan: cu_seqlens must be N + 1 offsets of N >= 1 documents, not {list(stream)}")
@@ -243,7 +243,7 @@ def plan(
             f'plan: exchange="neighbour" cannot serve document {document}, tokens {stream[document]} to '
             f"{stream[document + 1]}, which spans {span + 1} ranks of cuts {list(places)}"
         )
-    name = groups.join(group, device)
+    name = groups.join(group, device_of(group))
     groups.connect(group, exchange)
     return _plan(stream, places, rank, name, exchange, exchange == "auto" and span <= 1, device)
 
@@ -384,10 +384,10 @@ def offsets(name: str, given: Tensor | Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def check_that_all_agree(group: dist.ProcessGroup, device: torch.device, what: str, text: str) -> None:
+def check_that_all_agree(group: dist.ProcessGroup, what: str, text: str) -> None:
     """Raises the same error on every rank unless ``text`` is equal on all. A collective of 8 bytes a rank."""
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-    mine = torch.tensor([digest], device=device)
+    mine = torch.tensor([digest], device=device_of(group))
     found = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(found, mine, group=group)
     digests = [int(each) for each in found]

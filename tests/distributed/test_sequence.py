@@ -138,15 +138,21 @@ def test_explain_tells_what_is_waited_for_and_what_runs_meanwhile(ranks, tmp_pat
         assert set(lanes) == {"compute (estimated)", "communication (estimated)"}
 
 
+DIFFER = "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has"
+CANNOT = "NotPacked: packc cannot pack this graph: "
 SAID = {
-    "attention": "NotPacked: packc cannot pack this graph: aten.scaled_dot_product_attention.default in the model: "
+    "two sequences": f"{CANNOT}packc.causal_conv1d.default in the model: works on values that never meet mask: another "
+    "sequence, or none",
+    "statistics": f"{CANNOT}aten.batch_norm.default in the model: no rule for aten.batch_norm.default, and transpose "
+    "is not zero at padding",
+    "no rule": f"{CANNOT}aten.fft_fft.default in the model: no rule for aten.fft_fft.default, and add_2 is not zero at "
+    "padding",
+    **dict.fromkeys(("model", "dropout on one", "shapes", "failure of one", "batches", "gradients", "masks"), DIFFER),
+    "attention": f"{CANNOT}aten.scaled_dot_product_attention.default in the model: "
     "looks along the sequence, and shows neither all tokens, nor those before, nor a window: runs padded",
-    "dropout": "NotPacked: packc cannot pack this graph: aten.dropout.default in the model: draws random numbers",
-    "states": "NotPacked: packc cannot pack this graph: causal_conv1d takes or returns states of documents, of which "
-    "ranks have parts",
+    "dropout": f"{CANNOT}aten.dropout.default in the model: draws random numbers",
+    "states": f"{CANNOT}causal_conv1d takes or returns states of documents, of which ranks have parts",
     "few tokens": "NotPacked: 5 tokens over 3 ranks: at least 6 are needed",
-    "batches": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
-    "masks": "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has",
     "option": "TypeError: plan: neither a DeviceMesh nor a process group: 'sequence'",
     "outputs": "ValueError: packc.sequence_outputs must be one of ('whole', 'local'), not 'none'",
     "graph break": "NotPacked: packc.sequence_outputs: what follows a graph break wants outputs of all tokens",

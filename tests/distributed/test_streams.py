@@ -5,6 +5,7 @@ import torch
 from stream_work import (
     lightning,
     lightning_refusals,
+    pairs_of_a_bound_group,
     step,
     step_on_both_axes,
     there_and_back,
@@ -59,6 +60,13 @@ def test_training_on_both_axes_is_that_of_one_process(ranks, how):
         for got, want in zip(found, whole, strict=True):
             assert got.keys() == want.keys()
             torch.testing.assert_close(list(got.values()), list(want.values()))
+
+
+def test_pairs_are_made_by_their_own_ranks_alone(ranks):
+    """By NCCL, groups are split off one that is bound to a device, for which all of its ranks would have to call."""
+    for found, device in ranks.run(pairs_of_a_bound_group, 4):
+        assert found.flatten().tolist() == [1, 2, 3, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5]
+        assert device.type == "cuda"
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
