@@ -36,8 +36,9 @@ struct Chunk {
 struct Chunks {
   std::vector<Chunk> all;
   std::vector<int64_t> of;
+  int64_t tokens;
 
-  explicit Chunks(const Documents& documents) {
+  explicit Chunks(const Documents& documents) : tokens(documents.tokens()) {
     for (int64_t n = 0; n < documents.count(); ++n) {
       of.push_back(static_cast<int64_t>(all.size()));
       const int64_t start = documents.packed ? documents.starts[n] : 0, length = documents.length(n);

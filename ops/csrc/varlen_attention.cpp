@@ -25,6 +25,13 @@ Attention problem(
       k.size(2)};
 }
 
+int64_t threads_for_pairs(const Attention& p, const Documents& documents) {
+  int64_t pairs = 0;
+  for (int64_t n = 0; n < documents.count(); ++n)
+    pairs += documents.length(n) * documents.length(n);
+  return threads_for(pairs * p.heads * (p.K() + p.V()));
+}
+
 std::tuple<Tensor, Tensor> varlen_attention(
     const Tensor& q,
     const Tensor& k,
@@ -36,7 +43,8 @@ std::tuple<Tensor, Tensor> varlen_attention(
     double dropout_p,
     const std::optional<Tensor>& seed) {
   const int64_t T = q.size(1);
-  const Chunks chunks{Documents(cu_seqlens, 1, T)};
+  const Documents documents(cu_seqlens, 1, T);
+  const Chunks chunks(documents);
   const Attention p = problem(q, k, v, causal, scale, window);
   const Dropout dropout(dropout_p, seed);
   Tensor out = at::empty({1, T, p.heads, p.V()}, q.options());
@@ -44,7 +52,8 @@ std::tuple<Tensor, Tensor> varlen_attention(
   const Heads outs(out);
   float* logsumexps = logsumexp.mutable_data_ptr<float>();
   const auto scratch = [&] { return AttentionForward(p, dropout, chunks, outs, logsumexps, T); };
-  for_each_task(static_cast<int64_t>(chunks.all.size()) * p.groups, scratch, [&](int64_t task, AttentionForward& forward) {
+  const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
+  for_each_task(threads_for_pairs(p, documents), tasks, scratch, [&](int64_t task, AttentionForward& forward) {
     forward.run(task / p.groups, task % p.groups);
   });
   return {out, logsumexp};
@@ -83,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
   const AttentionBackward::Tensors tensors{
       Heads(dout), Heads(out), logsumexps.const_data_ptr<float>(), Heads(dq), Heads(dk), Heads(dv), q.size(1)};
   const auto scratch = [&] { return AttentionBackward(p, dropout, chunks, tensors, longest); };
-  for_each_task(documents.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
+  for_each_task(threads_for_pairs(p, documents), documents.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
     const int64_t place = task % places;
     backward.run(task / places, Range{place * heads, (place + 1) * heads}, place);
   });
