@@ -36,6 +36,7 @@ struct Chunk {
 struct Chunks {
   std::vector<Chunk> all;
   std::vector<int64_t> of{0};
+  int64_t tokens = 0;
 
   Chunks() = default;
   explicit Chunks(const Documents& documents) {
@@ -46,6 +47,7 @@ struct Chunks {
   // The next document: tokens of a row of the batch.
   void add(int64_t row, int64_t start, int64_t length) {
     const int64_t n = count();
+    tokens += length;
     for (int64_t t = 0; t < length; t += kChunk)
       all.push_back({n, row, start + t, std::min(kChunk, length - t), t == 0, t + kChunk >= length});
     of.push_back(static_cast<int64_t>(all.size()));

@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule(
   const Heads results(out);
   clear_unused(p, chunks, v.size(0), states);
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
-    if (worth_walking(chunks, p.groups)) {
+    if (worth_walking(p, chunks)) {
       const auto walk = [&] { return ForwardWalk<Gate>(p, g, initial, states, results); };
       walk_documents(p, chunks, false, initial, finals, walk);
       return;
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
   with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
     using Gradient = typename Gate::Gradient;
     const GatedDeltaRuleGradients<Gate> gradients{Heads(dq), Heads(dk), Heads(dv), Gradient(dg), PerHead(dbeta)};
-    if (worth_walking(chunks, p.groups)) {
+    if (worth_walking(p, chunks)) {
       const auto walk = [&] { return BackwardWalk<Gate>(p, gradients, g, douts, initial, dfinal, states); };
       walk_documents(p, chunks, true, dfinal, dinitials, walk);
       return;

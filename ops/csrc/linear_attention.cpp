@@ -129,9 +129,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
         chunk_states.const_data_ptr<float>(),
         dstates.const_data_ptr<float>());
   };
-  for_each_task(count * p.groups, scratch, [&](int64_t task, ChunkBackward& backward) {
+  const int64_t tasks = count * p.groups;
+  for_each_task(threads_for_states(p, chunks), tasks, scratch, [&](int64_t task, ChunkBackward& backward) {
     backward.run(task / p.groups, task % p.groups);
-  }, batch_of(count * p.groups));
+  }, batch_of(tasks));
   return {dq, dk, dv, dg, dstep, skip ? dskip.sum(0).slice(1, 0, p.V()).contiguous() : none(false, {}), dinitial};
 }
 

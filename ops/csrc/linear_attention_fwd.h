@@ -88,7 +88,8 @@ inline void chunk_outputs(
           state(tiles.take(K * wide_V)) {}
   };
   const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-  for_each_task(tasks, [&] { return Scratch(K, wide_K, wide_V); }, [&](int64_t task, Scratch& s) {
+  const auto scratch = [&] { return Scratch(K, wide_K, wide_V); };
+  for_each_task(threads_for_states(p, chunks), tasks, scratch, [&](int64_t task, Scratch& s) {
     const Chunk& chunk = chunks.all[task / p.groups];
     const int64_t group = task % p.groups, heads = p.heads / p.groups, length = chunk.length;
     if (task + 1 < tasks) {

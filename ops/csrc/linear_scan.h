@@ -224,16 +224,24 @@ class Tile {
   std::vector<float> values_;
 };
 
+// A token and channel is read and written in the time of so many multiplications.
+constexpr int64_t kMemory = 8;
+
 // body(worker, group, first channel, end) for all groups and ranges of channels, in parallel.
 template <typename Make, typename Body>
 void for_each_range(const std::vector<Group>& groups, int64_t channels, const Make& make, const Body& body) {
   const int64_t count = static_cast<int64_t>(groups.size());
   // Groups differ in length: then there must be more tasks than threads for all to end together. Wide ranges are read
   // faster.
-  const int64_t wanted = at::get_num_threads() * (count > 1 ? 2 : 1), share = channels * count / wanted;
+  int64_t tokens = 0;
+  for (const Group& group : groups)
+    for (const Piece& piece : group)
+      tokens += piece.length;
+  const int64_t threads = threads_for(kMemory * tokens * channels);
+  const int64_t wanted = threads * (count > 1 ? 2 : 1), share = channels * count / wanted;
   const int64_t size = std::clamp(share / kLine * kLine, kLine, kRange);
   const int64_t ranges = (channels + size - 1) / size;
-  for_each_task(count * ranges, make, [&](int64_t task, auto& worker) {
+  for_each_task(threads, count * ranges, make, [&](int64_t task, auto& worker) {
     const int64_t first = task % ranges * size;
     body(worker, groups[task / ranges], first, std::min(first + size, channels));
   });

@@ -11,19 +11,20 @@
 namespace packc {
 
 // Whether documents and groups alone keep all threads busy to the end.
-inline bool worth_walking(const Chunks& chunks, int64_t groups) {
-  const int64_t threads = at::get_num_threads();
+template <typename Problem>
+inline bool worth_walking(const Problem& p, const Chunks& chunks) {
+  const int64_t threads = threads_for_states(p, chunks);
   int64_t longest = 0;
   for (size_t n = 0; n + 1 < chunks.of.size(); ++n)
     longest = std::max(longest, chunks.of[n + 1] - chunks.of[n]);
-  return threads == 1 || 2 * longest * threads <= static_cast<int64_t>(chunks.all.size()) * groups;
+  return threads == 1 || 2 * longest * threads <= static_cast<int64_t>(chunks.all.size()) * p.groups;
 }
 
 // One phase of all chunks and groups: make() makes what a thread works with.
 template <typename Problem, typename Make>
 void for_each_chunk(const Problem& p, const Chunks& chunks, const Make& make) {
   const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-  for_each_task(tasks, make, [&](int64_t task, auto& phase) {
+  for_each_task(threads_for_states(p, chunks), tasks, make, [&](int64_t task, auto& phase) {
     if (task + 1 < tasks)
       phase.prefetch(chunks.all[(task + 1) / p.groups], (task + 1) % p.groups);
     phase.run(chunks.all[task / p.groups], task % p.groups);
@@ -45,7 +46,7 @@ void walk_documents(
     Own(int64_t floats, const Make& make) : tiles(floats), states(tiles.take(floats)), phases(make()) {}
   };
   const auto own = [&] { return Own(heads * size, make); };
-  for_each_task(documents * p.groups, own, [&](int64_t task, Own& own) {
+  for_each_task(threads_for_states(p, chunks), documents * p.groups, own, [&](int64_t task, Own& own) {
     const int64_t n = task / p.groups, group = task % p.groups, length = chunks.of[n + 1] - chunks.of[n];
     std::fill_n(own.states, heads * size, 0.f);
     if (from)

@@ -20,7 +20,8 @@ void for_each_bundle(
   // Groups differ in length: there must be more bundles than threads for all to end together.
   const int64_t size = std::clamp<int64_t>(units / (2 * at::get_num_threads()), 1, kBundle);
   const int64_t bundles = at::divup(count, size);
-  for_each_task(static_cast<int64_t>(groups.size()) * bundles, make, [&](int64_t task, auto& worker) {
+  const int64_t tasks = static_cast<int64_t>(groups.size()) * bundles;
+  for_each_task(at::get_num_threads(), tasks, make, [&](int64_t task, auto& worker) {
     const int64_t block = task % bundles * size;
     body(worker, task / bundles, std::span(blocks).subspan(block, std::min(size, count - block)));
   });

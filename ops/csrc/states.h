@@ -33,9 +33,15 @@ struct States {
 };
 
 // Columns of a state that one task carries through a document: fewer when documents and heads alone are not enough tasks.
-inline int64_t columns_of_task(int64_t chains, int64_t V) {
-  const int64_t wanted = 4 * at::get_num_threads();
+inline int64_t columns_of_task(int64_t chains, int64_t V, int64_t threads) {
+  const int64_t wanted = 4 * threads;
   return std::max(kColumns, chains >= wanted ? padded(V) : padded(padded(V) * chains / wanted));
+}
+
+// Threads for a phase that lets every token meet a (K, V) state of every head.
+template <typename Problem>
+inline int64_t threads_for_states(const Problem& p, const Chunks& chunks) {
+  return threads_for(chunks.tokens * p.heads * p.K() * p.V());
 }
 
 // Where a walk along a document stands: the chunk it comes to, and the columns `first` .. `first + count` of a head's
@@ -57,8 +63,8 @@ void carry_along_documents(
     const Problem& p, const Chunks& chunks, bool backwards, States from, States to, float* between, const Make& make,
     const Step& step) {
   const int64_t K = p.K(), V = p.V(), wide_V = padded(V);
-  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1;
-  const int64_t columns = columns_of_task(documents * p.heads, V), blocks = (wide_V + columns - 1) / columns;
+  const int64_t documents = static_cast<int64_t>(chunks.of.size()) - 1, threads = threads_for_states(p, chunks);
+  const int64_t columns = columns_of_task(documents * p.heads, V, threads), blocks = (wide_V + columns - 1) / columns;
   using Scratch = decltype(make(columns));
   struct Own {
     Tiles tiles;
@@ -67,7 +73,7 @@ void carry_along_documents(
     Own(int64_t floats, Scratch&& scratch) : tiles(floats), state(tiles.take(floats)), scratch(std::move(scratch)) {}
   };
   const auto own = [&] { return Own(K * columns, make(columns)); };
-  for_each_task(documents * p.heads * blocks, own, [&](int64_t task, Own& own) {
+  for_each_task(threads, documents * p.heads * blocks, own, [&](int64_t task, Own& own) {
     const int64_t n = task / (p.heads * blocks), h = task / blocks % p.heads, first = task % blocks * columns;
     const int64_t count = std::min(columns, V - first), width = padded(count);
     std::fill(own.state, own.state + K * columns, 0.f);

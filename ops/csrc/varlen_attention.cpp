@@ -26,6 +26,15 @@ Attention problem(
       k.size(2)};
 }
 
+int64_t threads_for_pairs(const Attention& p, const Spans& spans) {
+  int64_t pairs = 0;
+  for (const Chunk& queries : spans.queries.all) {
+    const Range keys = spans.keys_of(queries.document);
+    pairs += queries.length * (keys.end - keys.begin);
+  }
+  return threads_for(pairs * p.heads * (p.K() + p.V()));
+}
+
 // What is in no span is zero.
 Tensor memory(bool all_written, at::IntArrayRef sizes, const at::TensorOptions& options) {
   return all_written ? at::empty(sizes, options) : at::zeros(sizes, options);
@@ -39,7 +48,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Attention& p, const Sp
   float* logsumexps = logsumexp.mutable_data_ptr<float>();
   const auto scratch = [&] { return AttentionForward(p, dropout, spans, outs, logsumexps, T); };
   const int64_t tasks = static_cast<int64_t>(spans.queries.all.size()) * p.groups;
-  for_each_task(tasks, scratch, [&](int64_t task, AttentionForward& forward) {
+  for_each_task(threads_for_pairs(p, spans), tasks, scratch, [&](int64_t task, AttentionForward& forward) {
     forward.run(task / p.groups, task % p.groups);
   });
   return {out, logsumexp};
@@ -73,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const AttentionBackward::Tensors tensors{
       Heads(dout), Heads(out), logsumexps.const_data_ptr<float>(), Heads(dq), Heads(dk), Heads(dv), q.size(1)};
   const auto scratch = [&] { return AttentionBackward(p, dropout, spans, tensors, longest); };
-  for_each_task(spans.queries.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
+  const int64_t threads = threads_for_pairs(p, spans);
+  for_each_task(threads, spans.queries.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
     const int64_t place = task % places;
     backward.run(task / places, Range{place * heads, (place + 1) * heads}, place);
   });
