@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from packc.compilation import TracingContext, compilation_under_way
 from packc.fake_tensors import FakeTensor, FakeTensorMode, detect_fake_mode
@@ -24,6 +23,7 @@ from packc.private_torch import private_torch
 
 with private_torch():
     from torch._ops import HigherOrderOperator
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # What Inductor and AOTAutograd read from a graph that Dynamo made, besides its ``meta``.
 # Private (torch/_functorch/_aot_autograd/frontend_utils.py).
