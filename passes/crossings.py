@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from packc.passes.asks import HidesPadding, IgnoredLabels, OneDocument
-from packc.passes.axes import Whole, is_made_of_integers, is_tensor, same_size, value_of
-from packc.passes.choose import arguments_of
+from packc.passes.axes import SEQ, Whole, is_made_of_integers, is_tensor, same_size, value_of
+from packc.passes.choose import arguments_of, is_computed_packed
 from packc.passes.graph import Graph
 from packc.passes.module_names import module_path
 from packc.passes.place_wise import is_entrywise, works_behind
+from packc.passes.positions import hangs_on_length, knows_only_positions
 from packc.passes.reading import Reading
 from packc.passes.unpacked import is_mixer
 from packc.passes.visible import Band
@@ -53,7 +54,20 @@ def one_document(graph: Graph, *, of_positions: bool = False) -> str | None:
         leaks = reading.padded is not None and not (of_positions and _mask_keeps_apart(graph, reading))
         if node in graph.forms.packed and leaks:
             return _describe(node, f"{reading.padded}")
-    return _carried_across(graph)
+    return _counted_otherwise(graph) or _carried_across(graph)
+
+
+def _counted_otherwise(graph: Graph) -> str | None:
+    """Positions that the model counts by itself start again with each document, unless they count from elsewhere."""
+    for node, reading in graph.tokens.readings.items():
+        for value in arguments_of(node, reading) if node in graph.forms.packed else ():
+            along = reading.operands.get(value, ())
+            if SEQ not in along or is_computed_packed(value, graph.tokens) or not knows_only_positions(value):
+                continue
+            by = hangs_on_length(value, graph.sizes[1])
+            if by is not None:
+                return _describe(node, f"reads {value.name}, by {by.target} of as many positions as a row has")
+    return None
 
 
 def _mask_keeps_apart(graph: Graph, reading: Reading) -> bool:

@@ -293,6 +293,23 @@ def test_an_entry_of_another_token():
     refused(loop, values(), match="several along the rows")
 
 
+COUNTED = {
+    "from the end": lambda x: torch.arange(x.shape[1]).flip(0),
+    "the end of a table": lambda x: torch.arange(20.0)[-x.shape[1] :],
+    "from before the first": lambda x: torch.arange(1 - x.shape[1], 1),
+    "around": lambda x: torch.arange(x.shape[1]).roll(1),
+    "as parts": lambda x: torch.linspace(0, 1, x.shape[1]),
+    "as shares": lambda x: torch.arange(x.shape[1]).float().softmax(0),
+    "to all others": lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs().sum(1),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_positions_that_hang_on_the_length_of_a_row(name):
+    with packc.documents(**by("cu_seqlens", TWO_ROWS)), pytest.raises(packc.NotPacked, match="as many positions"):
+        compiled(lambda x: mix(x * COUNTED[name](x)[:, None]))(values())
+
+
 def test_losses_of_picked_entries():
     model, ids, labels = Mixed(), tokens(TWO_ROWS), torch.tensor([[1, 2], [3, 4]])
     places = torch.tensor([[0, 7], [3, 8]])
