@@ -39,8 +39,8 @@ class Forms:
     """Places that must not be left out of the pack: nodes ``(B * L,)``, nonzero there."""
     apart: set[fx.Node] = field(default_factory=set)
     """What heads make of tokens, each entry of one of them."""
-    picked: set[fx.Node] = field(default_factory=set)
-    """What is of one token a row."""
+    picked: dict[fx.Node, int | None] = field(default_factory=dict)
+    """What is of one token a row; a number: of several, on so many axes."""
     returned: set[fx.Node] = field(default_factory=set)
     """Outputs of a part of the positions, zero at padding."""
 

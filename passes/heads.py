@@ -63,8 +63,8 @@ class Heads:
         """Those of them that are zero at padding."""
         self.masked: set[fx.Node] = set()
         """What is zero where a mask is, and of one place an entry elsewhere."""
-        self.picked: set[fx.Node] = set()
-        """Of one place a row."""
+        self.picked: dict[fx.Node, int | None] = {}
+        """Of one place a row; a number: of several, on so many axes."""
         self.returned: set[fx.Node] = set()
         """Outputs of places, zero at padding."""
         self.live: list[fx.Node] = []
@@ -110,7 +110,7 @@ class Heads:
             return
         if (picked := self._picked(node, read[0], places)) is not None:
             self._ask(picked)
-            self.picked.add(node)
+            self.picked[node] = None if self._is_one_a_row(node, places, picked) else value_of(picked).ndim
             return
         moved = places if self._keeps_places(node, read, places) else self._moved(node, read[0], places)
         if moved is not None:
@@ -251,6 +251,13 @@ class Heads:
                     index = self._make(aten.select.int, (index, -1, 0))
                 return self._make(aten.gather.default, (places, rank - 1, index))
         return None
+
+    def _is_one_a_row(self, node: fx.Node, places: fx.Node, picked: fx.Node) -> bool:
+        """Whether of places (B, L) one is picked in each row."""
+        rows, *others = value_of(picked).shape
+        of_rows = value_of(places).ndim == 2 and same_size(rows, self.graph.sizes[0])
+        along_rows = node.target is not aten.select.int or dims_of(node) == [1]
+        return of_rows and along_rows and all(same_size(size, 1) for size in others)
 
     @staticmethod
     def _is_one_position(node: fx.Node) -> bool:

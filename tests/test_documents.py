@@ -275,6 +275,59 @@ def test_an_op_without_a_rule_that_looks_along_the_rows():
     refused(lambda x: mix(x) - mix(x).mean(), values(), match="sum over the tokens")
 
 
+def test_an_entry_of_another_token():
+    refused(lambda x: mix(x) + mix(x)[:, :1], values(), match="an entry of another place")
+    refused(lambda x: mix(x) * mix(x)[:, -1].sigmoid()[:, None], values(), match="an entry of another place")
+    refused(lambda x: torch.cat([mix(x)[:, 0], mix(x)[:, -1]], 1), values(), match="several along the rows")
+    places = torch.tensor([[0, 7], [3, 8]])
+    refused(lambda x: mix(x)[torch.arange(2)[:, None], places].mean(1), values(), match="several along the rows")
+    refused(lambda x: mix(x)[0].mean(0), values(), match="several along the rows")
+
+    def loop(x):
+        h, state, states = mix(x), torch.zeros(2, 4), []
+        for t in range(x.shape[1]):
+            state = state / 2 + h[:, t]
+            states.append(state)
+        return torch.stack(states, 1)
+
+    refused(loop, values(), match="several along the rows")
+
+
+COUNTED = {
+    "from the end": lambda x: torch.arange(x.shape[1]).flip(0),
+    "the end of a table": lambda x: torch.arange(20.0)[-x.shape[1] :],
+    "from before the first": lambda x: torch.arange(1 - x.shape[1], 1),
+    "around": lambda x: torch.arange(x.shape[1]).roll(1),
+    "as parts": lambda x: torch.linspace(0, 1, x.shape[1]),
+    "as shares": lambda x: torch.arange(x.shape[1]).float().softmax(0),
+    "to all others": lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs().sum(1),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_positions_that_hang_on_the_length_of_a_row(name):
+    with packc.documents(**by("cu_seqlens", TWO_ROWS)), pytest.raises(packc.NotPacked, match="as many positions"):
+        compiled(lambda x: mix(x * COUNTED[name](x)[:, None]))(values())
+
+
+def test_losses_of_picked_entries():
+    model, ids, labels = Mixed(), tokens(TWO_ROWS), torch.tensor([[1, 2], [3, 4]])
+    places = torch.tensor([[0, 7], [3, 8]])
+
+    def loss(ids, labels):
+        logits = model(ids)
+        picked = logits[torch.arange(2)[:, None], places]
+        return F.cross_entropy(picked.flatten(0, 1), labels.flatten()) + F.cross_entropy(logits[:, -1], labels[:, 0])
+
+    want = alone(model, ids, TWO_ROWS)
+    with packc.documents(**by("seq_idx", TWO_ROWS)):
+        got = compiled(loss)(ids, labels)
+    picked = want[torch.arange(2)[:, None], places]
+    torch.testing.assert_close(
+        got, F.cross_entropy(picked.flatten(0, 1), labels.flatten()) + F.cross_entropy(want[:, -1], labels[:, 0])
+    )
+
+
 def test_an_op_without_a_rule_beside_a_mask():
     mask = torch.ones(2, 9, dtype=torch.int64)
     mixed = lambda x, attention_mask: mix(x * attention_mask[..., None])  # noqa: E731
