@@ -10,11 +10,11 @@ from torch import Tensor
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.selective_scan.triton_forward import (
     enter_rows,
-    padded_tokens,
     prepare,
     states_of_empty_documents,
 )
 from packc.ops.selective_scan.triton_segments import pass_states
+from packc.ops.selective_scan.triton_tokens import padded_tokens, tokens_last
 from packc.ops.selective_scan.triton_walk_back import TILES, edges, walk_back
 from packc.ops.tritonsrc.launch import launch
 from packc.ops.tritonsrc.tokens import countable, strides, wide
@@ -46,7 +46,7 @@ def backward(
     packed = cu_seqlens is not None
     own_states = packed and (initial_state is not None or dfinal_state is not None)
     block_d = _BLOCK_D_STATES if own_states else _BLOCK_D
-    p = prepare(u, A, B, C, cu_seqlens, block_d, _CHANNELS // block_d)
+    p = prepare(u, A, B, cu_seqlens, block_d, _CHANNELS // block_d)
     D, delta_bias, initial_state, dfinal_state = (
         None if x is None else x.contiguous() for x in (D, delta_bias, initial_state, dfinal_state)
     )
@@ -60,13 +60,14 @@ def backward(
     arriving, dA = partial_sums(p.states, p.channels), partial_sums(p.states, p.channels)
     dD = None if D is None else partial_sums(p.channels)
     dbias = None if delta_bias is None else partial_sums(p.channels)
-    by_block = (p.blocks, p.rows, p.states, padded_tokens(p.tokens))
+    padded = padded_tokens(p.tokens)
+    by_block = (p.blocks, p.rows, p.states, padded)
     dB, dC = (u.new_empty(by_block, dtype=torch.float32) for _ in range(2))
     if p.tokens > 0:
         enter_rows(arriving[:, -1], None if packed else dfinal_state)
-        shared: dict[str, Any] = {**p.sizes, **strides("td", delta=delta, dout=dout, z=z)}
+        shared: dict[str, Any] = {**p.sizes, "padded": padded, **strides("td", delta=delta, dout=dout, z=z)}
         shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": block_d}
-        shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": p.C, "z": z}
+        shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": tokens_last(C), "z": z}
         shared |= {"delta_bias": delta_bias, "document": p.document}
         grid = (p.rows * p.segments * p.blocks,)
         if p.segments > 1:
@@ -81,7 +82,7 @@ def backward(
             **strides("td", u=u, ddelta=ddelta),
             chunk_states=chunk_states,
             u=u,
-            B=p.B,
+            B=tokens_last(B),
             D=D,
             initial_state=initial_state,
             arriving=arriving,

@@ -1,7 +1,7 @@
 """The scan's forward on Triton: programs walk a segment of a row for a block of channels, tile by tile.
 
-States live in memory between tiles, one vector a state: a loop over states then needs no more registers than one of
-them, and N may be anything. What lies at the start of a chunk is kept for the backward.
+States live in registers, one vector a state, as many as there are for; more of them go by groups, which live in memory
+between tiles. What lies at the start of a chunk is kept for the backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from packc.ops import documents
 from packc.ops.selective_scan.reference import CHUNK
 from packc.ops.selective_scan.triton_segments import pass_states
-from packc.ops.selective_scan.triton_tokens import clear_states, place, step_sizes
+from packc.ops.selective_scan.triton_tokens import clear_states, padded_tokens, place, step_sizes
 from packc.ops.tritonsrc.activations import silu
 from packc.ops.tritonsrc.documents import document_of_token
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -28,8 +28,8 @@ from packc.ops.tritonsrc.tokens import (
     channels_of,
     countable,
     documents_of,
-    enter,
     load_channels,
+    load_own,
     load_tokens,
     store_own,
     store_token,
@@ -39,16 +39,80 @@ from packc.ops.tritonsrc.tokens import (
     zeros,
 )
 
-BLOCK_D = 128  # channels of a program: a thread has four, which share loads of B and C
-WARPS = 16  # that a processor has registers for
-TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
+BLOCK_D = 64  # channels of a program: a thread has two, which share loads of B and C
+WARPS = 12  # that a processor has registers for
+GROUP = 16  # states that are walked together
+
+
+@triton.jit
+def _load_states(at, first, d, end, channels, states, GROUP: tl.constexpr):
+    """Of ``(N, D)``, states ``first ..`` as a tuple of vectors; zero behind the last."""
+    found = ()
+    for n in tl.static_range(GROUP):
+        found = found + (tl.load(at + (first + n) * channels + d, among(d, end, first + n < states), 0.0),)
+    return found
+
+
+@triton.jit
+def _store_states(at, values, first, d, end, channels, states, GROUP: tl.constexpr):
+    for n in tl.static_range(GROUP):
+        tl.store(at + (first + n) * channels + d, values[n], among(d, end, first + n < states))
+
+
+@triton.jit
+def _walk_tile(
+    hs,
+    rates,
+    dts,
+    xs,
+    ys,
+    of,
+    initial_state,
+    final_state,
+    pairs,  # of the tile's first token, and of state ``first``
+    pairs_t,
+    first,
+    d,
+    end,
+    channels,
+    states,
+    PACKED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """From the states in front of a tile to those behind it, and y with what they add."""
+    outputs = ()
+    for r in tl.static_range(BLOCK_T):
+        if PACKED:
+            if (of[r] != of[r + 1]) & (of[r + 1] >= 0):
+                tl.debug_barrier()  # a branch: to select would be an instruction a state of every token
+                own = ()
+                for n in tl.static_range(GROUP):
+                    h = tl.zeros(hs[n].shape, tl.float32)
+                    if initial_state is not None:
+                        in_n = tl.where(first + n < states, end, 0)
+                        h = load_own(initial_state, of[r + 1], d, in_n, first + n, channels, states)
+                    own = own + (h,)
+                hs = own
+        y, new = ys[r], ()
+        for n in tl.static_range(GROUP):
+            pair = tl.load(pairs + r * pairs_t + n, first + n < states, 0)
+            h = tl.exp2(dts[r] * rates[n]) * hs[n] + xs[r] * pair.to(tl.int32).to(tl.float32, bitcast=True)
+            if OUTPUT:
+                y += h * (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            new = new + (h,)
+        hs, outputs = new, outputs + (y,)
+        if OUTPUT and PACKED and final_state is not None:
+            if of[r + 1] != of[r + 2]:
+                for n in tl.static_range(GROUP):
+                    in_n = tl.where(first + n < states, end, 0)
+                    store_own(final_state, hs[n], of[r + 1], d, in_n, first + n, channels, states)
+    return hs, outputs
 
 
 @autotuned(
-    [
-        triton.Config({"BLOCK_T": 4}, num_warps=1),
-        triton.Config({"BLOCK_T": 8}, num_warps=2),
-    ],
+    [triton.Config({"BLOCK_T": 4}, num_warps=1)],
     key=["channels", "states", "PACKED", "OUTPUT"],
 )
 @triton.jit(
@@ -59,8 +123,7 @@ def walk(
     u,
     delta,
     A,  # (N, D), in base 2
-    B,  # (rows, G, N, padded), as C
-    C,
+    pairs,  # (rows, padded, G, N): of B and C, as one number
     D,
     z,
     delta_bias,
@@ -69,7 +132,7 @@ def walk(
     out,  # (rows, L, D)
     final_state,
     chunk_states,  # (rows, chunks, N, D)
-    carry,  # (rows, segments, N, D): states between tiles, in the end behind each segment
+    carry,  # (rows, segments, N, D): states behind each segment
     total,  # (rows, segments, D)
     L,
     padded,
@@ -92,7 +155,9 @@ def walk(
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     OUTPUT: tl.constexpr,  # or only, in carry, the state that leaves each segment
+    RESIDENT: tl.constexpr,  # all states are one group, which stays in registers
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -103,14 +168,20 @@ def walk(
     begin = at * segment
     stop = tl.minimum(begin + segment, L)
     carry += (row * segments + at) * states_of
-    B += (row * groups + group) * states * padded
+    pairs += ((row * padded + begin) * groups + group) * states
     bias = load_channels(delta_bias, d, in_d, BLOCK_D)
+    entering = carry
     if OUTPUT:
-        C += (row * groups + group) * states * padded
         chunk_states += row * chunks * states_of
+        entering = chunk_states + (begin // CHUNK).to(tl.int64) * states_of
         skip = load_channels(D, d, in_d, BLOCK_D)
-    else:
+    elif not RESIDENT:
         clear_states(carry, d, in_d, channels, states, BLOCK_D)
+    if RESIDENT:
+        rates = _load_states(A, 0, d, end, channels, GROUP, GROUP)
+        hs = zeros(GROUP, BLOCK_D)
+        if OUTPUT:
+            hs = _load_states(entering, 0, d, end, channels, GROUP, GROUP)
     time = tl.zeros([BLOCK_D], tl.float32)
     for i in range(tl.cdiv(stop - begin, BLOCK_T)):
         token = begin + i * BLOCK_T
@@ -119,34 +190,36 @@ def walk(
         u_at = at_token(u, row, token, d, u_b, u_t, u_d)
         xs = times(dts, load_tokens(u_at, u_t, token, d, end, L, BLOCK_T), BLOCK_T)
         of = documents_of(document, token, L, PACKED, BLOCK_T)
-        entering, leaving = carry, carry
-        if OUTPUT:
-            if token % CHUNK == 0:
-                entering = chunk_states + (token // CHUNK).to(tl.int64) * states_of
-            if ((token + BLOCK_T) % CHUNK == 0) & (token + BLOCK_T < stop):
-                leaving = chunk_states + ((token + BLOCK_T) // CHUNK).to(tl.int64) * states_of
-        else:
+        pairs_at = pairs + tl.cast(i * BLOCK_T, tl.int64) * groups * states
+        if not OUTPUT:
             for r in tl.static_range(BLOCK_T):
                 time += dts[r]
         ys = zeros(BLOCK_T, BLOCK_D)
-        for n in range(states):
-            h = tl.load(entering + n * channels + d, in_d, 0.0)
-            rate = tl.load(A + n * channels + d, in_d, 0.0)
-            at_n = tl.cast(n, tl.int64) * padded + token
-            new = ()
-            for r in tl.static_range(BLOCK_T):
-                h = enter(h, of, r, initial_state, d, end, n, channels, states, PACKED)
-                h = tl.exp2(dts[r] * rate) * h + xs[r] * tl.load(B + at_n + r)
-                if OUTPUT:
-                    new = new + (ys[r] + h * tl.load(C + at_n + r),)
-                    if PACKED and final_state is not None:
-                        if of[r + 1] != of[r + 2]:
-                            store_own(final_state, h, of[r + 1], d, end, n, channels, states)
+        if RESIDENT:
             if OUTPUT:
-                ys = new
-            tl.store(leaving + n * channels + d, h, in_d)
-        # The next tile reads what this one left.
-        tl.debug_barrier()
+                if (token % CHUNK == 0) & (i > 0):
+                    kept = chunk_states + (token // CHUNK).to(tl.int64) * states_of
+                    _store_states(kept, hs, 0, d, end, channels, GROUP, GROUP)
+            hs, ys = _walk_tile(
+                *(hs, rates, dts, xs, ys, of, initial_state, final_state, pairs_at, groups * GROUP, 0, d, end),
+                *(channels, GROUP, PACKED, OUTPUT, GROUP, BLOCK_T),
+            )
+        else:
+            leaving = carry
+            if OUTPUT:
+                if ((token + BLOCK_T) % CHUNK == 0) & (token + BLOCK_T < stop):
+                    leaving = chunk_states + ((token + BLOCK_T) // CHUNK).to(tl.int64) * states_of
+            for first_n in range(0, states, GROUP):
+                rates = _load_states(A, first_n, d, end, channels, states, GROUP)
+                hs = _load_states(entering, first_n, d, end, channels, states, GROUP)
+                hs, ys = _walk_tile(
+                    *(hs, rates, dts, xs, ys, of, initial_state, final_state, pairs_at + first_n, groups * states),
+                    *(first_n, d, end, channels, states, PACKED, OUTPUT, GROUP, BLOCK_T),
+                )
+                _store_states(leaving, hs, first_n, d, end, channels, states, GROUP)
+            entering = leaving
+            # The next tile reads what this one left.
+            tl.debug_barrier()
         if OUTPUT:
             z_at = u_at
             if z is not None:
@@ -158,6 +231,8 @@ def walk(
                 if z is not None:
                     y *= silu(tl.load(z_at + r * z_t, inside, 0.0).to(tl.float32))
                 store_token(out_at + r * channels, y, d, end, token + r < L)
+    if RESIDENT:
+        _store_states(carry, hs, 0, d, end, channels, GROUP, GROUP)
     if not OUTPUT:
         tl.store(total + (row * segments + at) * channels + d, time, in_d)
 
@@ -175,13 +250,11 @@ class Problem(NamedTuple):
     segment: int  # tokens
     segments: int
     A: Tensor  # (N, D), times log2(e)
-    B: Tensor  # (rows, G, N, padded L), fp32: tokens lie side by side, as a tile reads them
-    C: Tensor
     document: Tensor | None
     sizes: dict[str, int]  # under the kernels' names
 
 
-def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, block_d: int, warps: int) -> Problem:
+def prepare(u: Tensor, A: Tensor, B: Tensor, cu_seqlens: Tensor | None, block_d: int, warps: int) -> Problem:
     rows, tokens, channels = u.shape
     states = A.shape[1]
     groups = B.shape[2] if B.ndim == 4 else 1
@@ -200,12 +273,9 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
         segment,
         segments,
         A=torch.mul(A.float().t(), math.log2(math.e), out=A.new_empty(A.shape[::-1], dtype=torch.float32)),
-        B=_tokens_last(B),
-        C=_tokens_last(C),
         document=None if cu_seqlens is None else document_of_token(cu_seqlens, tokens),
         sizes={
             "L": tokens,
-            "padded": padded_tokens(tokens),
             "channels": channels,
             "states": states,
             "groups": groups,
@@ -216,18 +286,21 @@ def prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | Non
     )
 
 
-def _tokens_last(x: Tensor) -> Tensor:
-    grouped, tokens = x if x.ndim == 4 else x.unsqueeze(2), x.shape[1]
-    rows, _, groups, states = grouped.shape
-    laid = x.new_empty((rows, groups, states, padded_tokens(tokens)), dtype=torch.float32)
-    if laid.shape[3] > tokens:
-        laid[..., tokens:].zero_()
-    laid[..., :tokens].copy_(grouped.permute(0, 2, 3, 1))  # one copy: F.pad would be another, of zeros
-    return laid
+def pairs_of(B: Tensor, C: Tensor | None) -> Tensor:
+    """fp32 B and C of every token side by side, as one int64, which is loaded at once: ``(rows, padded L, G, N)``."""
+    tokens, padded = B.shape[1], padded_tokens(B.shape[1])
+    pairs = B.new_empty((B.shape[0], padded, *B.shape[2:], 2), dtype=torch.float32)
+    if padded > tokens:
+        pairs[:, tokens:].zero_()
+    pairs[:, :tokens, ..., 0].copy_(B)
+    if C is not None:
+        pairs[:, :tokens, ..., 1].copy_(C)
+    return pairs.view(torch.int64)
 
 
-def padded_tokens(tokens: int) -> int:
-    return triton.cdiv(tokens, TOKENS) * TOKENS
+def resident(states: int) -> dict[str, Any]:
+    """How many states are walked together, and whether these are all."""
+    return {"RESIDENT": 0 < states <= GROUP, "GROUP": states if 0 < states <= GROUP else GROUP}
 
 
 def forward(
@@ -245,7 +318,7 @@ def forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, delta, z = countable(u, delta, z)
-    p = prepare(u, A, B, C, cu_seqlens, BLOCK_D, WARPS)
+    p = prepare(u, A, B, cu_seqlens, BLOCK_D, WARPS)
     packed = cu_seqlens is not None
     D, delta_bias, initial_state = (None if x is None else x.contiguous() for x in (D, delta_bias, initial_state))
     out = u.new_empty(u.shape)
@@ -265,17 +338,19 @@ def forward(
             "delta_bias": delta_bias,
             "document": p.document,
         }
-        operands: dict[str, Any] = {"u": u, "delta": delta, "A": p.A, "B": p.B, **strides("td", u=u, delta=delta, z=z)}
-        operands |= p.sizes | options
+        operands: dict[str, Any] = {"u": u, "delta": delta, "A": p.A, **strides("td", u=u, delta=delta, z=z)}
+        operands |= (
+            p.sizes | options | {"pairs": pairs_of(B, C), "padded": padded_tokens(p.tokens)} | resident(p.states)
+        )
         grid = (p.rows * p.segments * p.blocks,)
         carry = u.new_empty((p.rows, p.segments, p.states, p.channels), dtype=torch.float32)
         if p.segments > 1:
             total = carry.new_empty((p.rows, p.segments, p.channels))
-            nothing = dict.fromkeys(("C", "D", "z", "out", "chunk_states"))
-            launch(walk, grid, **{**operands, **nothing, "final_state": None}, carry=carry, total=total, OUTPUT=False)
+            nothing = dict.fromkeys(("D", "z", "out", "chunk_states", "final_state"))
+            launch(walk, grid, **{**operands, **nothing}, carry=carry, total=total, OUTPUT=False)
             pass_states(carry, total, p.A, p.document, entering, p.tokens, p.segment, reverse=False)
         results = {"out": out, "chunk_states": chunk_states, "carry": carry, "total": None}
-        launch(walk, grid, **operands, C=p.C, D=D, z=z, **results, OUTPUT=True)
+        launch(walk, grid, **operands, D=D, z=z, **results, OUTPUT=True)
         if final_state is not None and not packed:
             final_state = carry[:, -1].transpose(1, 2).contiguous()
     if final_state is None:

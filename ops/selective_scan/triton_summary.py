@@ -8,8 +8,9 @@ from torch import Tensor
 
 from packc.ops import documents
 from packc.ops.selective_scan.reference import CHUNK
-from packc.ops.selective_scan.triton_forward import BLOCK_D, WARPS, Problem, prepare, walk
+from packc.ops.selective_scan.triton_forward import BLOCK_D, WARPS, Problem, pairs_of, prepare, resident, walk
 from packc.ops.selective_scan.triton_segments import pass_states
+from packc.ops.selective_scan.triton_tokens import padded_tokens, tokens_last
 from packc.ops.selective_scan.triton_walk_back import edges
 from packc.ops.tritonsrc.launch import launch
 from packc.ops.tritonsrc.tokens import countable, strides, wide
@@ -23,15 +24,17 @@ def summary(
     if u.shape[1] == 0:
         return steps, steps.new_zeros((1, *A.shape))
     u, delta = countable(u, delta)
-    p = prepare(u, A, B, B, documents.cut(begin, u), BLOCK_D, WARPS)
+    p = prepare(u, A, B, documents.cut(begin, u), BLOCK_D, WARPS)
     carry, total = _of_segments(p, u)
     launch(
         walk,
         (p.segments * p.blocks,),
         u=u,
         delta=delta,
-        B=p.B,
-        **dict.fromkeys(("C", "D", "z", "initial_state", "out", "final_state", "chunk_states")),
+        pairs=pairs_of(B, None),
+        padded=padded_tokens(p.tokens),
+        **dict.fromkeys(("D", "z", "initial_state", "out", "final_state", "chunk_states")),
+        **resident(p.states),
         **strides("td", u=u, delta=delta, z=None),
         **_shared(p, delta_bias, delta_softplus, wide(u, delta)),
         chunks=p.chunks,
@@ -58,7 +61,7 @@ def adjoint(
     if dout.shape[1] == 0:
         return dout.new_zeros((1, *A.shape), dtype=torch.float32)
     dout, delta, z = countable(dout, delta, z)
-    p = prepare(dout, A, C, C, documents.cut(end, dout), BLOCK_D, WARPS)
+    p = prepare(dout, A, C, documents.cut(end, dout), BLOCK_D, WARPS)
     carry, total = _of_segments(p, dout)
     launch(
         edges,
@@ -66,7 +69,8 @@ def adjoint(
         dout=dout,
         dfinal_state=None,
         delta=delta,
-        C=p.C,
+        C=tokens_last(C),
+        padded=padded_tokens(p.tokens),
         z=z,
         **strides("td", delta=delta, dout=dout, z=z),
         **_shared(p, delta_bias, delta_softplus, wide(dout, delta, z)),

@@ -1,7 +1,9 @@
 """Tokens as the scan reads them: its blocks of channels, its step sizes, its gate."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from packc.ops.tritonsrc.activations import silu, softplus
 from packc.ops.tritonsrc.tokens import load_tokens
@@ -55,3 +57,21 @@ def gated_gradients(dout, z, token, d, end, L, dout_t, z_t, BLOCK_T: tl.constexp
             gated = gated + (dys[r] * silu(zs[r]),)
         dys = gated
     return dys
+
+
+TOKENS = 16  # rows of B and C are padded to a multiple of it, so that no tile reads behind their end
+
+
+def tokens_last(x: Tensor) -> Tensor:
+    """fp32 ``(rows, G, N, padded L)`` of B or C: tokens lie side by side, as a tile of the backward reads them."""
+    grouped, tokens = x if x.ndim == 4 else x.unsqueeze(2), x.shape[1]
+    rows, _, groups, states = grouped.shape
+    laid = x.new_empty((rows, groups, states, padded_tokens(tokens)), dtype=torch.float32)
+    if laid.shape[3] > tokens:
+        laid[..., tokens:].zero_()
+    laid[..., :tokens].copy_(grouped.permute(0, 2, 3, 1))  # one copy: F.pad would be another, of zeros
+    return laid
+
+
+def padded_tokens(tokens: int) -> int:
+    return triton.cdiv(tokens, TOKENS) * TOKENS

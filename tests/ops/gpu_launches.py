@@ -22,14 +22,14 @@ def documents_of_tokens():
 CALLS["documents"] = {"packed": documents_of_tokens}
 
 
-def selective_scan(dtype, packed, stateful, optional=True):
+def selective_scan(dtype, packed, stateful, optional=True, N=16):
     """Forward and backward of a Mamba layer: u contiguous, the others slices of projections, delta channel-first."""
     from packc.ops.selective_scan import triton_backward, triton_forward
     from packc.ops.tritonsrc import segments
 
     segments._processors = lambda device: 132  # tensors on meta have no device to ask
 
-    T, D, N = 100_000, 5120, 16
+    T, D = 100_000, 5120
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -71,6 +71,7 @@ CALLS["selective_scan"] = {
     "fp32, summary": selective_scan_summary,
     "bf16, packed": selective_scan(torch.bfloat16, True, False),
     "bf16, rows, stateful": selective_scan(torch.bfloat16, False, True),
+    "bf16, packed, 64 states": selective_scan(torch.bfloat16, True, False, N=64),
     "fp16, packed, bare": selective_scan(torch.float16, True, False, optional=False),
 }
 

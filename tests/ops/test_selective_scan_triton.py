@@ -73,6 +73,14 @@ def test_rows_in_segments_agree_with_the_fp64_reference():
     assert_all_close(scan_and_grads(inputs, initial_state=state), reference(inputs, state=state))
 
 
+def test_states_of_which_there_are_more_than_registers_go_by_groups(monkeypatch):
+    inputs, state, documents = make_inputs(L=70, D=2, N=3), torch.randn(3, 2, 3), offsets([3, 61, 6])
+    together = scan_and_grads(inputs, documents, state)
+    monkeypatch.setattr(triton_forward, "GROUP", 2)
+    assert not triton_forward.resident(3)["RESIDENT"]
+    assert_all_close(scan_and_grads(inputs, documents, state), together, 1e-6)
+
+
 @pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), OPTIONAL])
 @pytest.mark.parametrize("delta_softplus", [True, False])
 def test_optional_arguments(absent, delta_softplus):
