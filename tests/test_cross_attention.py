@@ -178,6 +178,23 @@ def test_rows_that_run_whole():
     compared(model, torch.compile(model, backend="packc", options=DEBUG), batch_of(HOLE, AS_LONG))
 
 
+@pytest.mark.filterwarnings("ignore:packc left")
+@pytest.mark.parametrize("rows", [HOLE, EMPTY_ROW])
+def test_padding_that_a_batch_keeps_stays_hidden_where_no_other_attention_would_see_it(rows):
+    def function(x, attention_mask, y, decoder_attention_mask):
+        keys, queries = x * attention_mask[..., None], y * decoder_attention_mask[..., None]
+        k, q = (heads(packc.ops.causal_conv1d(each, taps)) for each in (keys, queries))
+        return F.scaled_dot_product_attention(q, k, k + 1, attention_mask.bool()[:, None, None])
+
+    taps = torch.randn(8, 3)
+    batch = torch.randn(3, 8, 8), masks(rows), torch.randn(3, 5, 8), masks(OTHER)
+    got = torch.compile(function, backend="packc", options=DEBUG)(*batch)
+    want = function(*batch)
+    real = (batch[3] == 1)[:, None, :, None].expand_as(want)
+    torch.testing.assert_close(got[real], want[real], equal_nan=True)
+    assert [each.packed for each in packc.explain(function)(*batch).mixers] == [True] * 3
+
+
 def test_a_row_without_a_key():
     """Stock gives its queries a mean of padding, or what there is of a softmax of nothing."""
     model, batch = Translator(), batch_of(EMPTY_ROW, OTHER)
