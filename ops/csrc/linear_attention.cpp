@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "linear_attention_bwd.h"
+#include "phases.h"
 #include "sigmoid.h"
 
 namespace packc {
@@ -50,6 +51,62 @@ Tensor new_states(const Tensor& v, int64_t documents, int64_t K, bool value_majo
                    v.options().dtype(at::kFloat));
 }
 
+// The forward's phases of a chunk.
+struct ForwardWalk {
+  const LinearAttention& p;
+  float* chunk_states;
+  CarryState state;
+  ChunkOutputs outputs;
+
+  ForwardWalk(const LinearAttention& p, States initial, float* chunk_states, const Heads& out)
+      : p(p), chunk_states(chunk_states), state(p, padded(p.V())), outputs(p, initial, chunk_states, out) {}
+
+  void before(const Chunk&, int64_t) {}
+  float* kept(const Chunk& chunk, int64_t h) const {
+    return chunk_states + p.state_at(chunk, h);
+  }
+  void step(const Carried& at) {
+    state.step(at);
+  }
+  void after(const Chunk& chunk, int64_t group) {
+    outputs.run(chunk, group);
+  }
+};
+
+// The backward's, likewise.
+struct BackwardWalk {
+  LinearAttention p;
+  Tiles tiles;
+  float* dstates;
+  CarryStateGradient state;
+  ChunkBackward gradients;
+
+  BackwardWalk(
+      const LinearAttention& all,
+      const LinearAttentionGradients& gradients,
+      const Heads& dout,
+      const Chunks& chunks,
+      States initial,
+      States dfinal,
+      const float* chunk_states)
+      : p(all.for_walking()),
+        tiles(p.heads / p.groups * p.K() * padded(p.V())),
+        dstates(tiles.take(p.heads / p.groups * p.K() * padded(p.V()))),
+        state(p, dout, padded(p.V())),
+        gradients(p, gradients, dout, chunks, initial, dfinal, chunk_states, dstates) {}
+
+  void before(const Chunk&, int64_t) {}
+  float* kept(const Chunk& chunk, int64_t h) const {
+    return dstates + p.state_gradient_at(chunk, h);
+  }
+  void step(const Carried& at) {
+    state.step(at);
+  }
+  void after(const Chunk& chunk, int64_t group) {
+    gradients.run(chunk, group);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> linear_attention(
     const Tensor& q,
     const Tensor& k,
@@ -74,8 +131,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(
   const States finals(output_final_state ? key_major(final, value_major) : Tensor());
   float* states = chunk_states.mutable_data_ptr<float>();
   clear_unused(p, chunks, v.size(0), states);
-  carry_states(p, chunks, initial, finals, states);
-  chunk_outputs(p, chunks, initial, states, Heads(out));
+  const Heads results(out);
+  if (worth_walking(p, chunks)) {
+    walk_documents(p, chunks, false, initial, finals, [&] { return ForwardWalk(p, initial, states, results); });
+  } else {
+    carry_states(p, chunks, initial, finals, states);
+    for_each_chunk(p, chunks, [&] { return ChunkOutputs(p, initial, states, results); });
+  }
   return {out, final, chunk_states};
 }
 
@@ -105,12 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   Tensor dinitial = initial_state ? new_states(v, documents.count(), p.K(), value_major) : none(false, {});
   const int64_t count = static_cast<int64_t>(chunks.all.size());
   Tensor dskip = at::zeros({skip ? count : 0, H, padded(p.V())}, fp32);
-  Tensor dstates = at::empty(chunk_states.sizes(), fp32);
 
   const States initial(key_major(initial_state, value_major)), dfinal(key_major(dfinal_state, value_major));
   const States dinitials(initial_state ? key_major(dinitial, value_major) : Tensor());
   const Heads douts(dout);
-  carry_state_gradients(p, douts, chunks, dfinal, dinitials, dstates.mutable_data_ptr<float>());
   const LinearAttentionGradients gradients{
       Heads(dq),
       Heads(dk),
@@ -118,21 +178,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       PerHead(g ? dg : Tensor()),
       PerHead(step ? dstep : Tensor()),
       skip ? dskip.mutable_data_ptr<float>() : nullptr};
-  const auto scratch = [&] {
-    return ChunkBackward(
-        p,
-        gradients,
-        douts,
-        chunks,
-        initial,
-        dfinal,
-        chunk_states.const_data_ptr<float>(),
-        dstates.const_data_ptr<float>());
-  };
-  const int64_t tasks = count * p.groups;
-  for_each_task(threads_for_states(p, chunks), tasks, scratch, [&](int64_t task, ChunkBackward& backward) {
-    backward.run(task / p.groups, task % p.groups);
-  }, batch_of(tasks));
+  const float* states = chunk_states.const_data_ptr<float>();
+  if (worth_walking(p, chunks)) {
+    const auto walk = [&] { return BackwardWalk(p, gradients, douts, chunks, initial, dfinal, states); };
+    walk_documents(p, chunks, true, dfinal, dinitials, walk);
+  } else {
+    Tensor dstates = at::empty(chunk_states.sizes(), fp32);
+    float* dkept = dstates.mutable_data_ptr<float>();
+    carry_state_gradients(p, douts, chunks, dfinal, dinitials, dkept);
+    for_each_chunk(p, chunks, [&] {
+      return ChunkBackward(p, gradients, douts, chunks, initial, dfinal, states, dkept);
+    });
+  }
   return {dq, dk, dv, dg, dstep, skip ? dskip.sum(0).slice(1, 0, p.V()).contiguous() : none(false, {}), dinitial};
 }
 

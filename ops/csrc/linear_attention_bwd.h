@@ -1,5 +1,5 @@
 // Chunked linear attention, backward: the gradients of the states between chunks, from the last chunk of a document to
-// its first, then all chunks' gradients at once.
+// its first, then all other gradients. phases.h has the two orders.
 //
 // With P_ij = scale decay_ij for j <= i, dS the gradient of the state S' that leaves a chunk and S the one that enters:
 //
@@ -20,37 +20,53 @@ struct LinearAttentionGradients {
   float* dskip; // (chunks, H, padded V) partial sums, or null
 };
 
-// dS = decay dS + scale sum_i decay_i q_i do_i^T; what leaves a chunk is kept where the state is that enters the next.
-inline void carry_state_gradients(
-    const LinearAttention& p, const Heads& dout, const Chunks& chunks, States dfinal, States dinitial, float* dstates) {
-  const int64_t K = p.K(), wide_K = padded(K);
-  struct Scratch {
-    Tiles tiles;
-    float *q, *dout;
-    Scratch(int64_t wide_K, int64_t columns)
-        : tiles(kChunk * (wide_K + columns)), q(tiles.take(kChunk * wide_K)), dout(tiles.take(kChunk * columns)) {}
-  };
-  const auto make = [&](int64_t columns) { return Scratch(wide_K, columns); };
-  carry_along_documents(p, chunks, true, dfinal, dinitial, dstates, make, [&](const Carried& at, Scratch& s) {
+// dS = decay dS + scale sum_i decay_i q_i do_i^T
+class CarryStateGradient {
+ public:
+  CarryStateGradient(const LinearAttention& p, const Heads& dout, int64_t columns)
+      : p_(p),
+        douts_(dout),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        tiles_(kChunk * (wide_K_ + columns)),
+        q_(tiles_.take(kChunk * wide_K_)),
+        dout_(tiles_.take(kChunk * columns)) {}
+
+  void step(const Carried& at) {
     if (!at.wanted)
       return;
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head;
     if (at.next) {
-      p.q.prefetch(*at.next, p.group(h));
-      dout.prefetch(*at.next, h);
+      p_.q.prefetch(*at.next, p_.group(h));
+      douts_.prefetch(*at.next, h);
     }
-    const Decays decays(p.g, chunk, h);
-    p.q.load(chunk, p.group(h), s.q, wide_K);
-    std::fill_n(s.dout, chunk.length * at.columns, 0.f); // as the forward's v
-    dout.load(chunk, h, at.first, at.count, s.dout, at.columns);
+    const Decays decays(p_.g, chunk, h);
+    p_.q.load(chunk, p_.group(h), q_, wide_K_);
+    std::fill_n(dout_, chunk.length * at.columns, 0.f); // as the forward's v
+    douts_.load(chunk, h, at.first, at.count, dout_, at.columns);
     for (int64_t i = 0; i < chunk.length; ++i)
-      scale_row(s.dout + i * at.columns, at.width, p.scale * decays.from_start[i]);
+      scale_row(dout_ + i * at.columns, at.width, p_.scale * decays.from_start[i]);
     if (decays.any)
-      decay_state(at, K, [&](int64_t) { return decays.whole; });
-    const Left queries = Left{s.q, wide_K}.transposed();
-    multiply(K, at.width, chunk.length, queries, s.dout, at.columns, at.state, at.columns, true);
-  });
+      decay_state(at, K_, [&](int64_t) { return decays.whole; });
+    const Left queries = Left{q_, wide_K_}.transposed();
+    multiply(K_, at.width, chunk.length, queries, dout_, at.columns, at.state, at.columns, true);
+  }
+
+ private:
+  const LinearAttention& p_;
+  const Heads& douts_;
+  const int64_t K_, wide_K_;
+  Tiles tiles_;
+  float *q_, *dout_;
+};
+
+// Along every document; what leaves a chunk is kept where the state is that enters the next.
+inline void carry_state_gradients(
+    const LinearAttention& p, const Heads& dout, const Chunks& chunks, States dfinal, States dinitial, float* dstates) {
+  const auto make = [&](int64_t columns) { return CarryStateGradient(p, dout, columns); };
+  carry_along_documents(
+      p, chunks, true, dfinal, dinitial, dstates, make, [](const Carried& at, auto& state) { state.step(at); });
 }
 
 inline void transpose(const float* x, int64_t rows, int64_t columns, int64_t width, float* out, int64_t out_width) {
@@ -95,10 +111,15 @@ class ChunkBackward {
       *tile = tiles_.take(K_ * wide_V_);
   }
 
+  void prefetch(const Chunk& chunk, int64_t group) const {
+    p_.q.prefetch(chunk, group);
+    p_.k.prefetch(chunk, group);
+  }
+
   // All gradients of a chunk and its heads of one group, which share q and k: what the heads make of pairs of tokens is
   // summed before it meets k and q.
-  void run(int64_t c, int64_t group) {
-    const Chunk& chunk = chunks_.all[c];
+  void run(const Chunk& chunk, int64_t group) {
+    const int64_t c = &chunk - chunks_.all.data();
     const int64_t heads = p_.heads / p_.groups;
     p_.v.prefetch(chunk, group * heads);
     dout_.prefetch(chunk, group * heads);
@@ -135,9 +156,6 @@ class ChunkBackward {
     if ((h + 1) % (p_.heads / p_.groups) != 0) {
       p_.v.prefetch(chunk, h + 1);
       dout_.prefetch(chunk, h + 1);
-    } else if (h + 1 < p_.heads) {
-      p_.q.prefetch(chunk, p_.group(h + 1));
-      p_.k.prefetch(chunk, p_.group(h + 1));
     }
     multiply_into_triangle(length, V_, Left{do_, wide_V_}, vt_, kChunk, dscores_, kChunk);
 
@@ -288,7 +306,7 @@ class ChunkBackward {
   const float* leaving(int64_t c, int64_t h) {
     const Chunk& chunk = chunks_.all[c];
     if (!chunk.last)
-      return dstates_ + p_.state_at(chunks_.all[c + 1], h);
+      return dstates_ + p_.state_gradient_at(chunks_.all[c + 1], h);
     if (!dfinal_)
       return nullptr;
     dfinal_.load(chunk.document, h, K_, 0, V_, own_dstate_, wide_V_);

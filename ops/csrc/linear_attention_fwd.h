@@ -1,5 +1,5 @@
-// Chunked linear attention, forward: first the states that enter the chunks, document by document, then all chunks'
-// outputs at once.
+// Chunked linear attention, forward: first the states that enter the chunks, document by document, then the outputs.
+// phases.h has the two orders in which chunks go through that.
 #pragma once
 
 #include "chunks.h"
@@ -17,6 +17,7 @@ struct LinearAttention {
   const float* skip; // (H, V), of v in out; or null
   float scale;
   int64_t heads, groups, slots; // slots: chunk states of a row
+  bool walked = false; // gradients of states are kept of the heads of one group, not of all chunks
 
   int64_t K() const {
     return q.channels;
@@ -31,114 +32,147 @@ struct LinearAttention {
   int64_t state_at(const Chunk& chunk, int64_t head) const {
     return (chunk.slot(slots) * heads + head) * K() * padded(V());
   }
+  // Of the gradient of that.
+  int64_t state_gradient_at(const Chunk& chunk, int64_t head) const {
+    return walked ? head % (heads / groups) * K() * padded(V()) : state_at(chunk, head);
+  }
+  LinearAttention for_walking() const {
+    LinearAttention p = *this;
+    p.walked = true;
+    return p;
+  }
 };
 
-// S = decay S + sum_j decay_j k_j v_j^T along every document; what enters a chunk is kept, except its document's first.
-inline void carry_states(
-    const LinearAttention& p, const Chunks& chunks, States initial, States final, float* chunk_states) {
-  const int64_t K = p.K(), wide_K = padded(K);
-  struct Scratch {
-    Tiles tiles;
-    float *k, *v;
-    Scratch(int64_t wide_K, int64_t columns)
-        : tiles(kChunk * (wide_K + columns)), k(tiles.take(kChunk * wide_K)), v(tiles.take(kChunk * columns)) {}
-  };
-  const auto make = [&](int64_t columns) { return Scratch(wide_K, columns); };
-  carry_along_documents(p, chunks, false, initial, final, chunk_states, make, [&](const Carried& at, Scratch& s) {
+// S = decay S + sum_j decay_j k_j v_j^T
+class CarryState {
+ public:
+  CarryState(const LinearAttention& p, int64_t columns)
+      : p_(p),
+        K_(p.K()),
+        wide_K_(padded(p.K())),
+        tiles_(kChunk * (wide_K_ + columns)),
+        k_(tiles_.take(kChunk * wide_K_)),
+        v_(tiles_.take(kChunk * columns)) {}
+
+  void step(const Carried& at) {
     if (!at.wanted)
       return;
     const Chunk& chunk = at.chunk;
     const int64_t h = at.head;
     if (at.next) {
-      p.k.prefetch(*at.next, p.group(h));
-      p.v.prefetch(*at.next, h);
+      p_.k.prefetch(*at.next, p_.group(h));
+      p_.v.prefetch(*at.next, h);
     }
-    const Decays decays(p.g, chunk, h);
-    p.k.load(chunk, p.group(h), s.k, wide_K);
+    const Decays decays(p_.g, chunk, h);
+    p_.k.load(chunk, p_.group(h), k_, wide_K_);
     // Zeros first: its padding is scaled with it, and would keep a NaN for the documents that follow.
-    std::fill_n(s.v, chunk.length * at.columns, 0.f);
-    p.v.load(chunk, h, at.first, at.count, s.v, at.columns);
+    std::fill_n(v_, chunk.length * at.columns, 0.f);
+    p_.v.load(chunk, h, at.first, at.count, v_, at.columns);
     for (int64_t j = 0; j < chunk.length; ++j) {
-      if (p.step)
-        scale_row(s.v + j * at.columns, at.width, p.step.at(chunk, h, j));
-      scale_row(s.v + j * at.columns, at.width, decays.to_end[j]);
+      if (p_.step)
+        scale_row(v_ + j * at.columns, at.width, p_.step.at(chunk, h, j));
+      scale_row(v_ + j * at.columns, at.width, decays.to_end[j]);
     }
     if (decays.any)
-      decay_state(at, K, [&](int64_t) { return decays.whole; });
-    const Left keys = Left{s.k, wide_K}.transposed();
-    multiply(K, at.width, chunk.length, keys, s.v, at.columns, at.state, at.columns, true);
-  });
+      decay_state(at, K_, [&](int64_t) { return decays.whole; });
+    const Left keys = Left{k_, wide_K_}.transposed();
+    multiply(K_, at.width, chunk.length, keys, v_, at.columns, at.state, at.columns, true);
+  }
+
+ private:
+  const LinearAttention& p_;
+  const int64_t K_, wide_K_;
+  Tiles tiles_;
+  float *k_, *v_;
+};
+
+// Along every document; what enters a chunk is kept, except its document's first.
+inline void carry_states(
+    const LinearAttention& p, const Chunks& chunks, States initial, States final, float* chunk_states) {
+  const auto make = [&](int64_t columns) { return CarryState(p, columns); };
+  carry_along_documents(
+      p, chunks, false, initial, final, chunk_states, make, [](const Carried& at, auto& state) { state.step(at); });
 }
 
 // out_i = scale * (sum_{j <= i} decay_ij (q_i . k_j) v_j + decay_i q_i S), and skip * v.
-inline void chunk_outputs(
-    const LinearAttention& p, const Chunks& chunks, States initial, const float* chunk_states, const Heads& out) {
-  const int64_t K = p.K(), V = p.V(), wide_K = padded(K), wide_V = padded(V);
-  struct Scratch {
-    Tiles tiles;
-    float *q, *kt, *v, *out, *scores, *weights, *state;
-    Scratch(int64_t K, int64_t wide_K, int64_t wide_V)
-        : tiles(kChunk * (wide_K + K + 2 * wide_V + 2 * kChunk) + K * wide_V + 128),
-          q(tiles.take(kChunk * wide_K)),
-          kt(tiles.take(K * kChunk)),
-          v(tiles.take(kChunk * wide_V)),
-          out(tiles.take(kChunk * wide_V)),
-          scores(tiles.take(kChunk * kChunk)),
-          weights(tiles.take(kChunk * kChunk)),
-          state(tiles.take(K * wide_V)) {}
-  };
-  const int64_t tasks = static_cast<int64_t>(chunks.all.size()) * p.groups;
-  const auto scratch = [&] { return Scratch(K, wide_K, wide_V); };
-  for_each_task(threads_for_states(p, chunks), tasks, scratch, [&](int64_t task, Scratch& s) {
-    const Chunk& chunk = chunks.all[task / p.groups];
-    const int64_t group = task % p.groups, heads = p.heads / p.groups, length = chunk.length;
-    if (task + 1 < tasks) {
-      const Chunk& next = chunks.all[(task + 1) / p.groups];
-      p.q.prefetch(next, (task + 1) % p.groups);
-      p.k.prefetch(next, (task + 1) % p.groups);
-    }
-    p.v.prefetch(chunk, group * heads);
-    p.q.load(chunk, group, s.q, wide_K);
-    p.k.load_transposed(chunk, group, s.kt, kChunk);
-    multiply_into_triangle(length, K, Left{s.q, wide_K}, s.kt, kChunk, s.scores, kChunk);
+class ChunkOutputs {
+ public:
+  ChunkOutputs(const LinearAttention& p, States initial, const float* chunk_states, const Heads& out)
+      : p_(p),
+        initial_(initial),
+        chunk_states_(chunk_states),
+        results_(out),
+        K_(p.K()),
+        V_(p.V()),
+        wide_K_(padded(p.K())),
+        wide_V_(padded(p.V())),
+        tiles_(kChunk * (wide_K_ + K_ + 2 * wide_V_ + 2 * kChunk) + K_ * wide_V_ + 128),
+        q_(tiles_.take(kChunk * wide_K_)),
+        kt_(tiles_.take(K_ * kChunk)),
+        v_(tiles_.take(kChunk * wide_V_)),
+        out_(tiles_.take(kChunk * wide_V_)),
+        scores_(tiles_.take(kChunk * kChunk)),
+        weights_(tiles_.take(kChunk * kChunk)),
+        state_(tiles_.take(K_ * wide_V_)) {}
+
+  void prefetch(const Chunk& chunk, int64_t group) const {
+    p_.q.prefetch(chunk, group);
+    p_.k.prefetch(chunk, group);
+  }
+
+  void run(const Chunk& chunk, int64_t group) {
+    const int64_t heads = p_.heads / p_.groups, length = chunk.length;
+    p_.v.prefetch(chunk, group * heads);
+    p_.q.load(chunk, group, q_, wide_K_);
+    p_.k.load_transposed(chunk, group, kt_, kChunk);
+    multiply_into_triangle(length, K_, Left{q_, wide_K_}, kt_, kChunk, scores_, kChunk);
     for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
-      const Decays decays(p.g, chunk, h);
-      decays.between(s.weights);
+      const Decays decays(p_.g, chunk, h);
+      decays.between(weights_);
       for (int64_t i = 0; i < length; ++i)
         for (int64_t j = 0; j <= i; j += kVec) {
           // Selected, not multiplied away: what q_i and a later k_j make of each other may be NaN.
-          const Vec weight = Vec::loadu(s.weights + i * kChunk + j), score = Vec::loadu(s.scores + i * kChunk + j);
-          Vec::blendv(weight * score * Vec(p.scale), Vec(0.f), weight == Vec(0.f)).store(s.weights + i * kChunk + j);
+          const Vec weight = Vec::loadu(weights_ + i * kChunk + j), score = Vec::loadu(scores_ + i * kChunk + j);
+          Vec::blendv(weight * score * Vec(p_.scale), Vec(0.f), weight == Vec(0.f)).store(weights_ + i * kChunk + j);
         }
-      p.v.load(chunk, h, s.v, wide_V);
+      p_.v.load(chunk, h, v_, wide_V_);
       if (h + 1 < (group + 1) * heads)
-        p.v.prefetch(chunk, h + 1);
-      if (p.step)
+        p_.v.prefetch(chunk, h + 1);
+      if (p_.step)
         for (int64_t j = 0; j < length; ++j)
-          scale_row(s.v + j * wide_V, wide_V, p.step.at(chunk, h, j));
-      if (chunk.first && !initial) {
-        std::fill(s.out, s.out + length * wide_V, 0.f);
+          scale_row(v_ + j * wide_V_, wide_V_, p_.step.at(chunk, h, j));
+      if (chunk.first && !initial_) {
+        std::fill(out_, out_ + length * wide_V_, 0.f);
       } else {
-        const float* state = chunk_states + (chunk.first ? 0 : p.state_at(chunk, h));
+        const float* state = chunk_states_ + (chunk.first ? 0 : p_.state_at(chunk, h));
         if (chunk.first) {
-          initial.load(chunk.document, h, K, 0, V, s.state, wide_V);
-          state = s.state;
+          initial_.load(chunk.document, h, K_, 0, V_, state_, wide_V_);
+          state = state_;
         }
-        multiply(length, wide_V, K, Left{s.q, wide_K}, state, wide_V, s.out, wide_V, false);
+        multiply(length, wide_V_, K_, Left{q_, wide_K_}, state, wide_V_, out_, wide_V_, false);
         for (int64_t i = 0; i < length; ++i)
-          scale_row(s.out + i * wide_V, wide_V, p.scale * decays.from_start[i]);
+          scale_row(out_ + i * wide_V_, wide_V_, p_.scale * decays.from_start[i]);
       }
-      multiply_triangle(length, wide_V, Left{s.weights, kChunk}, s.v, wide_V, s.out, wide_V);
-      if (p.skip != nullptr) {
-        if (p.step) // v itself
-          p.v.load(chunk, h, s.v, wide_V);
+      multiply_triangle(length, wide_V_, Left{weights_, kChunk}, v_, wide_V_, out_, wide_V_);
+      if (p_.skip != nullptr) {
+        if (p_.step) // v itself
+          p_.v.load(chunk, h, v_, wide_V_);
         for (int64_t i = 0; i < length; ++i)
-          for (int64_t d = 0; d < V; ++d)
-            s.out[i * wide_V + d] += p.skip[h * V + d] * s.v[i * wide_V + d];
+          for (int64_t d = 0; d < V_; ++d)
+            out_[i * wide_V_ + d] += p_.skip[h * V_ + d] * v_[i * wide_V_ + d];
       }
-      out.store(chunk, h, s.out, wide_V);
+      results_.store(chunk, h, out_, wide_V_);
     }
-  }, batch_of(tasks));
-}
+  }
+
+ private:
+  const LinearAttention& p_;
+  const States initial_;
+  const float* const chunk_states_;
+  const Heads& results_;
+  const int64_t K_, V_, wide_K_, wide_V_;
+  Tiles tiles_;
+  float *q_, *kt_, *v_, *out_, *scores_, *weights_, *state_;
+};
 
 } // namespace packc
