@@ -100,6 +100,7 @@ def test_only_outputs_are_scattered(kind):
     assert backend.op_count(torch.ops.packc.unpack.default) == 2
 
 
+@pytest.mark.slow
 def test_keys_are_packed_for_queries_that_have_no_mask():
     class Unmasked(Translator):
         def forward(self, input_ids, attention_mask, decoder_input_ids):
@@ -113,6 +114,7 @@ def test_keys_are_packed_for_queries_that_have_no_mask():
     torch.testing.assert_close(compiled(*batch[:3])[0], model(*batch[:3])[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_without_a_query():
     model = Translator()
     compiled = torch.compile(model, backend="packc", options={**DEBUG, "packc.strict": True})
@@ -146,6 +148,7 @@ def test_a_mask_that_hides_more_than_padding_stays_padded():
     compared(model, torch.compile(model, backend="packc", options=DEBUG), batch_of(RIGHT, OTHER))
 
 
+@pytest.mark.slow
 def test_a_bias_between_two_sequences_stays_padded():
     class Biased(Translator):
         def attend(self, q, k, v, visible):
@@ -179,7 +182,7 @@ def test_rows_that_run_whole():
 
 
 @pytest.mark.filterwarnings("ignore:packc left")
-@pytest.mark.parametrize("rows", [HOLE, EMPTY_ROW])
+@pytest.mark.parametrize("rows", [HOLE, pytest.param(EMPTY_ROW, marks=pytest.mark.slow)])
 def test_padding_that_a_batch_keeps_stays_hidden_where_no_other_attention_would_see_it(rows):
     def function(x, attention_mask, y, decoder_attention_mask):
         keys, queries = x * attention_mask[..., None], y * decoder_attention_mask[..., None]
