@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packc.boundaries import Given
-from packc.facts import Facts, Labelled, Rows, facts_of
+from packc.facts import Facts, Labelled, OfRows, Rows, facts_of
 from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
@@ -76,12 +76,15 @@ def _packing(rows: Rows, facts: Facts) -> Packing:
     reasons: Counter[str] = Counter()  # what a subscript calls is slower
     whole_rows = left_padded = real = 0
     outside, keep_empty, keep_left, keep_right = rows.outside, rows.keep_empty, rows.keep_left, rows.keep_right
+    weighs = any(row.other_values for row in map(OfRows._make, facts.rows))
     for first, end, count, other_values, first_label, end_label, beyond in facts.rows:
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
         if why is None and rows.one_before and count:
             start = max(0, first - 1)
         if beyond and outside is not None:
             start, stop, why = 0, length, outside
+        if weighs and not count:  # of a mask that is added, the row is all tokens
+            start, stop, why = 0, length, _VALUES
         if keep_empty is not None and not count:
             start, stop, why = 0, length, keep_empty
         whys: tuple[str, ...] = () if why is None else (why,)

@@ -57,6 +57,12 @@ def test_mask_values_other_than_zero_and_one_keep_the_row_whole():
     assert packing.reasons == {"mask values other than 0 and 1": 1}
 
 
+def test_a_row_of_zeros_beside_other_values_stays_whole():
+    """Of a mask that is added, zeros are tokens."""
+    packing = pack_batch(torch.tensor([[0.0, 0.0, 0.0], [0.0, -1e9, -1e9]]))
+    assert packing.cu_seqlens.tolist() == [0, 3, 6]
+
+
 def test_padding_may_have_to_stay_on_both_sides():
     packed, reasons = spans(["0110", "0011", "1100"], keep_left="left", keep_right="right")
     assert packed == ["1111", "1111", "1111"]
