@@ -1,6 +1,6 @@
 """What ``packc.sequence`` costs whole models.
 
-    python benchmarks/sequence_models.py [compile] [memory] [bytes] [time]
+    python benchmarks/sequence_models.py [compile] [memory] [bytes] [time] [overlap]
 
 A stock Mamba-2 and a stock hybrid, of random weights, on gloo processes of this machine with a thread each, beside
 packc in one process:
@@ -9,6 +9,9 @@ packc in one process:
 - memory: what a step's tensors take at most, weights and their gradients left out, on each of four ranks
 - bytes: received per rank and layer of the Mamba-2, counted by Linux on the sockets, beside the formula
 - time: CPU time of a step, of two ranks together
+- overlap: seconds of a step of two ranks, a core each, if every collective takes 100 ms longer than gloo's: measured,
+  and simulated beforehand from the order that packc gave Inductor's graphs and a step's time without those 100 ms.
+  Needs a machine that does nothing else
 
 ``--inner aot_eager`` leaves code generation out; ``--tokens`` are those of the batch.
 """
@@ -19,16 +22,26 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import median
+from time import perf_counter
+from typing import Any
+from unittest import mock
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import torch
 import torch.distributed as dist
 from families import FAMILIES, build
-from sequence_parallel import run
-from torch import Tensor
+from sequence_parallel import LATENCY, run
+from torch import Tensor, fx
+
+from packc.distributed.plans import check_that_all_agree
+from packc.passes.overlap import Task, inductor_pass, program_order, simulate
+from packc.passes.overlap.costs import RATES
+from packc.passes.overlap.hide_communication import hide_communication, tasks_of
+from packc.passes.overlap.tasks import total
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from wire import received_bytes
@@ -38,7 +51,7 @@ MODELS = ("mamba2", "bamba")
 
 
 def main() -> None:
-    parts = {"compile": compiling, "memory": memory, "bytes": wire, "time": cpu_time}
+    parts = {"compile": compiling, "memory": memory, "bytes": wire, "time": cpu_time, "overlap": overlap}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(parts))
     parser.add_argument("--inner", default="inductor")
@@ -158,6 +171,62 @@ def _seconds(_: int, size: int, name: str, inner: str, tokens: int, rounds: int 
         before = sum(os.times()[:2])
         step(given)
         seconds.append(sum(os.times()[:2]) - before)
+    return median(seconds)
+
+
+def overlap(options: argparse.Namespace) -> None:
+    for name in options.models:
+        (usual, once), (slow, collective), found = run(2, _steps, name, options.tokens, backend="slow")[0]
+        graphs = [[Task(*each) for each in graph] for graph in found]
+        scale = (usual - once) / sum(total(tasks, "compute") for tasks in graphs)
+        graphs = [[_scaled(task, scale, collective) for task in tasks] for tasks in graphs]
+        timelines = [simulate([tasks], [program_order(tasks)]) for tasks in graphs]
+        predicted = collective + sum(each.seconds for each in timelines)
+        count = sum(task.kind == "start" for tasks in graphs for task in tasks)
+        print(f"overlap {name:8} {options.tokens} tokens, {count} collectives of {collective:.3f} s")
+        print(f"  a step by gloo as it is {usual:.2f} s, and {LATENCY * (count + 1):.2f} s if none is hidden")
+        print(f"  measured {slow:.2f} s   simulated {predicted:.2f} s ({predicted / slow - 1:+.0%})")
+
+
+def _scaled(task: Task, scale: float, collective: float) -> Task:
+    return replace(task, seconds={"compute": scale * task.seconds, "start": collective}.get(task.kind, 0.0))
+
+
+def _steps(rank: int, size: int, name: str, tokens: int, rounds: int = 5) -> list[Any]:
+    """Seconds of a step, and of the comparison of a batch, which nothing hides, by gloo as it is; the same by a slow
+    link; and the tasks of the graphs, forward and backward, as Inductor runs them."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
+    graphs: list[list[Any]] = []
+
+    def noting(graph: fx.Graph) -> None:
+        hide_communication(graph)
+        nodes = [node for node in graph.nodes if node.op == "call_function"]
+        graphs.append([astuple(task) for task in tasks_of(nodes, RATES["cpu"])])
+
+    link: Any = dist.group.WORLD
+    found: list[Any] = []
+    with mock.patch.object(inductor_pass, "hide_communication", noting):
+        _, step = stepper(name, "inductor", size)
+        given = batch(tokens)
+        step(given)
+    for link.latency in (0.0, LATENCY):
+        found.append((_median(lambda: step(given), rounds), _median(_compare, rounds)))
+    return [*found, graphs]
+
+
+def _compare() -> None:
+    check_that_all_agree(dist.group.WORLD, "ranks", "")
+
+
+def _median(call: Callable[[], None], rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        began = perf_counter()
+        call()
+        dist.barrier()
+        seconds.append(perf_counter() - began)
     return median(seconds)
 
 

@@ -20,10 +20,11 @@ class _Later(_Work):
         super().__init__()
         self._error: Exception | None = None
         self._waited = waited
+        work = begin()  # here, for collectives must begin in one order on all ranks
 
         def run() -> None:
             try:
-                begin().wait()
+                work.wait()
                 time.sleep(latency)
             except Exception as error:  # raised where it is waited for
                 self._error = error
