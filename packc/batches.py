@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packc.boundaries import Given
-from packc.facts import Facts, Labelled, OfRows, Rows, facts_of
+from packc.facts import Facts, Labelled, Rows, facts_of
 from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
@@ -76,7 +76,7 @@ def _packing(rows: Rows, facts: Facts) -> Packing:
     reasons: Counter[str] = Counter()  # what a subscript calls is slower
     whole_rows = left_padded = real = 0
     outside, keep_empty, keep_left, keep_right = rows.outside, rows.keep_empty, rows.keep_left, rows.keep_right
-    weighs = any(row.other_values for row in map(OfRows._make, facts.rows))
+    weighs = any(other_values for _, _, _, other_values, *_ in facts.rows)
     for first, end, count, other_values, first_label, end_label, beyond in facts.rows:
         start, stop, why = _span(first, end, count, length, other_values, first_label, end_label)
         if why is None and rows.one_before and count:
