@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import enum
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -62,6 +63,13 @@ class Given(NamedTuple):
 
 
 _active: contextvars.ContextVar[tuple[Given, ...]] = contextvars.ContextVar("packc_documents", default=())
+_heeded: contextvars.ContextVar[tuple[Given, ...]] = contextvars.ContextVar("packc_heeded", default=())
+"""What a compiled graph asked for last."""
+_UNHEEDED = (
+    "packc.documents: nothing that packc compiled ran in this block, and nothing else keeps documents apart. If the"
+    " model is compiled, torch ran it as it is (TORCH_LOGS=recompiles): as a rule behind"
+    " torch._dynamo.config.recompile_limit"
+)
 
 Boundaries = Tensor | Mapping[str, Tensor]
 """Of the only sequence of a model; or of several, each by the path of an input of it."""
@@ -102,16 +110,22 @@ def documents(
     for each in by_path.values():
         if not isinstance(each, Tensor) or each.is_floating_point() or each.dtype == torch.bool:
             raise TypeError(f"packc.documents: {name} must be a tensor of integers")
-    token = _active.set(tuple(Given(name, each, around=True, of=path) for path, each in by_path.items()))
+    said = tuple(Given(name, each, around=True, of=path) for path, each in by_path.items())
+    token, heeded_before = _active.set(said), _heeded.get()
     try:
         yield
     finally:
         _active.reset(token)
+    if _heeded.get() is not said:
+        warnings.warn(_UNHEEDED, stacklevel=3)
+    _heeded.set(heeded_before)
 
 
 def handed_over() -> tuple[Given, ...]:
     """What :func:`documents` says of the call that is being made."""
-    return _active.get()
+    given = _active.get()
+    _heeded.set(given)
+    return given
 
 
 def of_streams(around: Sequence[Given], streams: Sequence[Sequence[str]]) -> list[list[Given]]:

@@ -1,5 +1,7 @@
 """Rows that hold several documents: every model gives what it gives of each document alone."""
 
+import warnings
+
 import pytest
 import torch
 from harness import tiny_mamba
@@ -237,6 +239,25 @@ def test_a_block_inside_of_a_compiled_function_is_heeded():
             return model(ids)
 
     torch.testing.assert_close(compiled(step)(ids, cu_seqlens), alone(model, ids, TWO_ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_nobody_heeds_warns():
+    """As where Dynamo has compiled a model too often, and runs it as it is."""
+    model, fast = Mixed(), compiled(Mixed())
+    with pytest.warns(UserWarning, match="nothing that packc compiled"), packc.documents(**by("seq_idx", TWO_ROWS)):
+        model(tokens(TWO_ROWS))
+    with warnings.catch_warnings(), packc.documents(**by("seq_idx", TWO_ROWS)):
+        warnings.simplefilter("error")
+        fast(tokens(TWO_ROWS))
+        with packc.documents(**by("seq_idx", TWO_ROWS)):
+            fast(tokens(TWO_ROWS))
+    torch._dynamo.reset()
+    fast = compiled(model)
+    with torch._dynamo.config.patch(recompile_limit=1), packc.documents(**by("seq_idx", TWO_ROWS)):
+        fast(tokens(TWO_ROWS))
+    limit, said = torch._dynamo.config.patch(recompile_limit=1), pytest.warns(UserWarning, match="recompile_limit")
+    with limit, said, torch.no_grad(), packc.documents(**by("seq_idx", TWO_ROWS)):
+        fast(tokens(TWO_ROWS))
 
 
 def test_explain_says_what_is_packed():
