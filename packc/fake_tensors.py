@@ -12,10 +12,11 @@ from packc.private_torch import private_torch
 
 with private_torch():
     _modes_under_way = torch._C._len_torch_dispatch_stack
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import active_fake_mode, detect_fake_mode
     from torch._subclasses import FakeTensor, FakeTensorMode
 
-__all__ = ["FakeTensor", "FakeTensorMode", "detect_fake_mode", "fake_mode_of", "has_values"]
+__all__ = ["FakeTensor", "FakeTensorMode", "detect_fake_mode", "enable_python_dispatcher", "fake_mode_of", "has_values"]
 
 
 def has_values(x: Tensor) -> bool:

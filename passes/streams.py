@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from packc.fake_tensors import detect_fake_mode
+from packc.fake_tensors import detect_fake_mode, enable_python_dispatcher
 from packc.passes.graph import Graph
 
 
@@ -43,7 +43,8 @@ def with_inputs_of_its_own(packed: Graph) -> Graph:
     """A packed graph, as the passes want one: its inputs with the index among them, every node with its fake value."""
     inputs = [*packed.inputs, *index_fakes(packed)]
     mode = detect_fake_mode(inputs)
-    with mode or contextlib.nullcontext(), torch.no_grad():
+    # Some ops ask for sizes as numbers where it is off, and of tokens nobody knows any.
+    with mode or contextlib.nullcontext(), torch.no_grad(), enable_python_dispatcher():
         _NotingValues(packed.gm).run(*inputs)
     return Graph(packed.gm, inputs, streams=packed.streams)
 

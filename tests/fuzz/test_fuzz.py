@@ -17,6 +17,10 @@ def test_packed_models_are_eager_ones(first):
     assert kinds.count("packed") >= 4, kinds
 
 
+def test_a_sequence_is_packed_beside_one_whose_packed_features_are_padded():
+    assert check(generate(70004224)).kind == "packed"  # of how many tokens, F.pad asked
+
+
 def test_a_fault_is_found_and_shrunk(monkeypatch):
     pack_batches = packed_call.pack_batches
     monkeypatch.setattr(
