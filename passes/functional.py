@@ -149,7 +149,8 @@ def _read_after(value: fx.Node, node: fx.Node) -> bool:
 
 
 def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
-    """What an in-place op leaves in the value that it writes; None if no functional op gives that."""
+    """What an in-place op leaves in the value that it writes, noted to lie in memory as that does; None if no
+    functional op gives it."""
     written, target = node.args[0], node.target
     before = value_of(written)
     assert isinstance(target, OpOverload)
@@ -170,7 +171,7 @@ def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
             source = call(aten.expand.default, (source, sizes))
         # With memory of its own, as what was written has: it may be a result.
         copied = call(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
-        copied.meta["val"] = before  # which says how an output lies in memory
+        copied.meta["val"] = before
         return copied
     overload = _functional_overload(target)
     if overload is None:
@@ -178,7 +179,10 @@ def _written(node: fx.Node, call: Callable[..., fx.Node]) -> fx.Node | None:
     part = call(overload, node.args, node.kwargs)
     after = value_of(part)
     # In place, the result keeps the dtype and the shape of what was written.
-    return part if (after.dtype, after.ndim) == (before.dtype, before.ndim) else None
+    if (after.dtype, after.ndim) != (before.dtype, before.ndim):
+        return None
+    part.meta["val"] = before
+    return part
 
 
 def _functional_overload(target: OpOverload) -> OpOverload | None:

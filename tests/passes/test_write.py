@@ -16,6 +16,7 @@ OUTPUTS = {
     "transposed": lambda x: x.transpose(1, 2),
     "transposed and laid out": lambda x: x.transpose(1, 2).contiguous() + 1,
     "written over": lambda x: _over(x.mT.contiguous().mT * 2, x),
+    "filled in place": lambda x: (x.mT.contiguous().mT * 2).masked_fill_(x > 0, 0.5),
     "time first": lambda x: (x.transpose(0, 1).contiguous() * 2).transpose(0, 1),
     "heads": lambda x: x.unflatten(-1, (2, 2)).transpose(1, 2),
 }
