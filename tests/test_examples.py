@@ -100,3 +100,17 @@ def test_generation_packs_its_prompts():
 def test_every_example_is_tested():
     tested = re.findall(r'"(\w+\.py)\b', Path(__file__).read_text())
     assert {file.name for file in EXAMPLES.glob("*.py")} == set(tested)
+
+
+@pytest.mark.slow
+def test_trainer_on_two_processes_has_the_losses_of_one():
+    environment = {**os.environ, "PACKC_INNER": "aot_eager", "PACKC_STRICT": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    losses = []
+    for launch in ([sys.executable], two):
+        command = [*launch, EXAMPLES / "sequence_trainer.py", "--steps=3", *SIZES]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        losses.append(re.findall(r"'(?:loss|grad_norm)': '([^']+)'", ran.stdout))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
