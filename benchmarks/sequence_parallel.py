@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -78,7 +79,12 @@ SIZES = {  # bytes of a transition, of a state
 
 def main() -> None:
     parts = {"bytes": count_bytes, "time": measure, "overlap": overlap, "memory": memory, "simulate": simulate}
-    for part in sys.argv[1:] or parts:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)} (default: all)")
+    wanted = parser.parse_args().parts or list(parts)
+    if unknown := [part for part in wanted if part not in parts]:
+        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(parts)}")
+    for part in wanted:
         parts[part]()
 
 
