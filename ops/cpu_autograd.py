@@ -20,6 +20,7 @@ with private_torch():
 
 _NAMESPACE = "packc_cpu::"
 _PUBLIC = {
+    "attention_spans": "packc.ops.varlen_attention",
     "gather_rows": "packc.ops.pack",
     "scatter_rows": "packc.ops.unpack",
     "silu": "torch.nn.functional.silu",
@@ -39,7 +40,8 @@ def refuse_derivatives() -> None:
 @functools.cache
 def _refuse_derivatives_of(name: str) -> None:
     op = getattr(torch.ops.packc_cpu, name).default
-    public = _PUBLIC.get(name, f"packc.ops.{re.sub('_(bwd|summary|adjoint)$', '', name)}")
+    function = re.sub("_(bwd|summary|adjoint)$", "", name)
+    public = _PUBLIC.get(function, f"packc.ops.{function}")
 
     def without_derivative(*args: Any) -> Any:
         if autograd.gradients_asked(*args) or autograd.tangents_given(*args):
