@@ -22,6 +22,7 @@ PARTS = {
     "what a head reads",
     "the labels of the loss",
     "a function of rows",
+    "attention as it is written",
 }
 ENTRY = re.compile(r"^- `([^`]+)`", re.M)
 
