@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from packc.passes.asks import HidesPadding, KeepLeft
+from packc.passes.attention_as_written import AsWritten
 from packc.passes.axes import inputs_of, is_tensor, same_size, value_of
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.module_names import module_path
@@ -40,12 +41,15 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
         reading = tokens.readings.get(node)
         read = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
         met = [reached[operand] for operand in read if operand in reached]
-        if reading is not None and (across := _across(node, read, reached, sequences)):
-            reached[node] = across
-            continue
-        if met and reading is not None:
-            hidden = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
-            met += [each for mask in hidden for each in inputs_of(mask) if each in reached]
+        if reading is not None:
+            masks = [ask.mask for ask in reading.asks if isinstance(ask, HidesPadding)]
+            hiding = [each for mask in masks for each in inputs_of(mask) if each in reached]
+            if (queries := _across(node, read, reached, sequences)) is not None:
+                reached[node] = queries
+                of_keys = [each for each in hiding if sequences.are_apart(each, queries)]
+                sequences.meet(node, [reached[node.args[1]], *of_keys], is_mixer=True)  # type: ignore[index]
+                continue
+            met += hiding if met else []
         if met:
             reached[node] = met[0]
             sequences.meet(node, met, is_mixer=reading is not None and (reading.is_mixer or reading.padded is not None))
@@ -56,7 +60,8 @@ def _across(
     node: fx.Node, read: Iterable[fx.Node], reached: dict[fx.Node, fx.Node], sequences: _Sequences
 ) -> fx.Node | None:
     """Of attention from one sequence to another, an input of the queries': they do not meet, whatever their sizes."""
-    if node.target is not torch.ops.aten.scaled_dot_product_attention.default or not set(node.args[:3]) <= set(read):
+    attends = node.target is torch.ops.aten.scaled_dot_product_attention.default or isinstance(node.target, AsWritten)
+    if not attends or not set(node.args[:3]) <= set(read):
         return None
     query, key = (reached.get(each) for each in node.args[:2])  # type: ignore[arg-type]
     apart = query is not None and key is not None and sequences.are_apart(query, key)
@@ -90,8 +95,8 @@ class _Sequences:
             self.clashes[id(joined)] = clash
 
     def are_apart(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether a mixer has looked along each of two sequences, which have not met."""
-        return self.members[a] is not self.members[b] and {id(self.members[a]), id(self.members[b])} <= self.mixed
+        """Whether two inputs have not met, position by position, so that nobody says that they have the same tokens."""
+        return self.members[a] is not self.members[b]
 
     def containing(self, mask: fx.Node) -> set[fx.Node]:
         found = self.members[mask]

@@ -57,6 +57,16 @@ def test_one_masked_and_one_not():
     assert_right(function, (x, mask, y), (mask, torch.ones(3, 8)))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_queries_are_no_tokens_of_the_keys_that_they_are_as_many_as(mixed):
+    def function(x, attention_mask, y):
+        q, k = (each.unflatten(2, (2, 2)).transpose(1, 2) for each in (mix(x) if mixed else x, y))
+        seen = (attention_mask != 0)[:, None, None]
+        return (F.scaled_dot_product_attention(q, k, k.cos(), attn_mask=seen).transpose(1, 2),)
+
+    assert_right(function, (values(), masks(RIGHT), values()), (torch.ones(3, 8),))
+
+
 class Dicts(nn.Module):
     def forward(self, chosen, rejected):
         return tuple(mix(each["x"] * each["attention_mask"][..., None]) for each in (chosen, rejected))
