@@ -47,7 +47,7 @@ def sequence_of(graph: Graph, inputs: Iterable[fx.Node], tokens: Tokens) -> set[
             if (queries := _across(node, read, reached, sequences)) is not None:
                 reached[node] = queries
                 of_keys = [each for each in hiding if sequences.are_apart(each, queries)]
-                sequences.meet(node, [reached[node.args[1]], *of_keys], is_mixer=True)  # type: ignore[index]
+                sequences.meet(node, [reached[node.args[1]], *of_keys], is_mixer=True)
                 continue
             met += hiding if met else []
         if met:
