@@ -16,7 +16,7 @@ from harness import PlainLM, batch_of, masks, shaken, tiny_mamba, tiny_mamba2
 from rank_work import LMOfBlocks
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -376,9 +376,21 @@ def uses(group: Any) -> dict[str, float]:
 
 
 def on_two_axes(_: Any, blocks: bool) -> float:
-    """Two batches, each cut over two of four ranks, over all of which FSDP2 shards weights: the worst error of
-    gradients against those of both batches in one process. With ``blocks``, each is a unit of FSDP2, and a graph."""
+    """Two batches, each cut over two of four ranks, over all of which FSDP2 shards weights. With ``blocks``, each is a
+    unit of FSDP2, and a graph."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    return _sharded_weights(mesh["data"], mesh["sequence"], init_device_mesh("cpu", (4,)), blocks)
+
+
+def on_three_axes(_: Any) -> float:
+    """FSDP2 shards weights over the ranks that have batches of their own, and has them as often as each is cut."""
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("data", "shard", "sequence"))
+    hybrid = DeviceMesh("cpu", mesh.mesh[0].T.contiguous(), mesh_dim_names=("replicate", "shard"))
+    return _sharded_weights(mesh["shard"], mesh["sequence"], hybrid, True)
+
+
+def _sharded_weights(data: DeviceMesh, sequence: DeviceMesh, weights: DeviceMesh, blocks: bool) -> float:
+    """The worst error of gradients against those of both batches in one process."""
     torch.manual_seed(3)
     model = LMOfBlocks()
     eager = copy.deepcopy(model)
@@ -386,9 +398,9 @@ def on_two_axes(_: Any, blocks: bool) -> float:
     for batch in batches:
         (eager(*batch.values())[0] / 2).backward()
     for each in [*(model.blocks if blocks else ()), model]:
-        fully_shard(each, mesh=init_device_mesh("cpu", (4,)))
-    compiled, _ = sharded(model, mesh["sequence"])
-    loss, _ = compiled(*batches[mesh.get_local_rank("data")].values())
+        fully_shard(each, mesh=weights)
+    compiled, _ = sharded(model, sequence)
+    loss, _ = compiled(*batches[data.get_local_rank()].values())
     loss.backward()
     pairs = zip(model.parameters(), eager.parameters(), strict=True)
     return max(_error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs)

@@ -1,5 +1,6 @@
 """A model compiled over the ranks of a group trains as one process does on the whole padded batch."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from sequence_work import (
     explained,
     leaks,
     of_its_own_tokens,
+    on_three_axes,
     on_two_axes,
     refusals,
     unread,
@@ -52,8 +54,9 @@ def test_attention_sees_what_it_sees_on_one_process(ranks, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "size"), [*itertools.product(FAMILIES, (2, 3)), *((family, 4) for family in ("mamba2", "bamba"))]
+)
 def test_families_that_the_table_says_can_be_cut(ranks, family, size):
     rows = ["1111111111111111", "1111111110000000", "1100000000000000"]  # xlstm's chunks are of 16
     for errors, *_ in ranks.run(worst_errors, size, family, [rows], timeout=900):
@@ -77,6 +80,12 @@ def test_evaluation_hidden_states_and_accumulated_gradients(ranks):
 @pytest.mark.parametrize("blocks", [False, True])
 def test_data_and_sequence_parallel_with_fsdp(ranks, blocks):
     for worst in ranks.run(on_two_axes, 4, blocks, timeout=400):
+        assert worst < 1e-4
+
+
+@pytest.mark.slow
+def test_data_shards_and_sequence_on_three_axes(ranks):
+    for worst in ranks.run(on_three_axes, 4, timeout=400):
         assert worst < 1e-4
 
 
