@@ -67,6 +67,7 @@ class MaskGraph:
 
         for node in self.nodes:
             fx.node.map_aggregate((node.args, node.kwargs), note)
+            note(value_of(node))
             if node.op == "get_attr":
                 found.update(shape_of(value_of(node), {}))
                 value = _attribute(node)
@@ -94,6 +95,7 @@ def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
             return None
         queue.extend(node.all_input_nodes)
     nodes = [node for node in graph.gm.graph.nodes if node in needed]
+    _fix_numbers(graph, nodes)
     begins = [node for node in nodes if node.op == "placeholder" or node in of_tokens]
     inputs = [node for node in begins if isinstance(value_of(node), Tensor)]
     padding = graph.mask if graph.padding else None
@@ -101,6 +103,24 @@ def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
         node for node in inputs if argument_path(node).split(".")[-1] == _POSITIONS and value_of(node).ndim == 2
     ]
     return MaskGraph(nodes, padding, positions, [node for node in inputs if node not in (padding, *positions)])
+
+
+def _fix_numbers(graph: Graph, nodes: list[fx.Node]) -> None:
+    """Guard numbers among the inputs that are no sizes, a window's say: what a mask shows is found for these."""
+    sizes = set().union(
+        *(
+            size.node.expr.free_symbols
+            for node in graph.placeholders
+            if is_tensor(node)
+            for size in value_of(node).shape
+            if isinstance(size, torch.SymInt)
+        )
+    )
+    for node in nodes:
+        value = value_of(node)
+        is_symbol = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if is_symbol and hint_of(value) is not None and not value.node.expr.free_symbols <= sizes:
+            node.meta["val"] = value.node.pytype(value)
 
 
 def _computed_of_tokens(graph: Graph) -> set[fx.Node]:

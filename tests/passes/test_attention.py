@@ -252,6 +252,19 @@ def test_a_label_before_a_rows_first_token_keeps_the_row_whole():
     torch.testing.assert_close(actual, model(x, mask, labels))
 
 
+def test_a_window_that_the_graph_is_given_is_heeded_when_it_changes():
+    torch._dynamo.reset()
+
+    def model(x, attention_mask, size):
+        return attend(x, attention_mask, window(attention_mask, size))
+
+    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=True)
+    for length, size in ((4, 7), (20, 7), (20, 3)):
+        given = masks(["1" * length, "1" * (length - 1) + "0", "11" + "0" * (length - 2)]), size
+        x = torch.randn(B, length, H * D)
+        torch.testing.assert_close(step(compiled, x, *given), step(model, x, *given), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [6, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_window_that_ends_beyond_the_first_batches_is_heeded_in_later_ones(size):
     torch._dynamo.reset()
