@@ -2,7 +2,8 @@
 
 It lays out what it computes as it likes, and brings what is saved for the backward into the strides that this expects;
 but not where they depend on a size that nobody knows, and then the backward refuses its inputs. Contiguous values come
-out so anyway; others do not, as heads that were transposed before they were computed with.
+out so anyway, but those that it computes in their place in what they are joined to; others do not, as heads that were
+transposed before they were computed with.
 
 And a value with a single channel, (1, 1, T, D), it takes for an image with channels last, of which it asks the sizes.
 """
@@ -26,7 +27,7 @@ _OP = torch.ops.packc.keep_strides.default
 def keep_strides(gm: fx.GraphModule) -> None:
     """Hold the axes of such values in the order in which they were traced, in a graph that Inductor will compile."""
     outputs = filter(_has_unknown_strides, gm.graph.output_node().all_input_nodes)
-    bases = [node for node in map(_base, outputs) if not _is_in_order(node)]
+    bases = [node for node in map(_base, outputs) if not _is_in_order(node) or _is_joined(node)]
     seen_through = [node for node in gm.graph.nodes if _looks_like_an_image(node) and any(map(_is_view, node.users))]
     held = [node for node in dict.fromkeys([*bases, *seen_through]) if node.op == "call_function"]
     if not held:
@@ -67,6 +68,12 @@ def _base(node: fx.Node) -> fx.Node:
 def _is_in_order(node: fx.Node) -> bool:
     order = _order(node)
     return order == sorted(order, reverse=True)
+
+
+def _is_joined(node: fx.Node) -> bool:
+    return any(
+        user.target is torch.ops.aten.cat.default or (_is_view(user) and _is_joined(user)) for user in node.users
+    )
 
 
 def _order(node: fx.Node) -> list[int]:

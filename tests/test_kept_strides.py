@@ -10,6 +10,7 @@ from packc import kept_strides
 
 B, L, H, D = 3, 8, 2, 4
 STRICT = {"packc.strict": True}
+TABLE = torch.randn(2, H * D, generator=torch.Generator().manual_seed(2))
 
 
 def attend(x, attention_mask):
@@ -29,6 +30,19 @@ def gradient(function):
 def test_a_backward_takes_heads_that_were_transposed_and_computed_on():
     torch._dynamo.reset()
     torch.testing.assert_close(gradient(torch.compile(attend, backend="packc", options=STRICT)), gradient(attend))
+
+
+def join(x, attention_mask):
+    """What is saved is also written beside something else, as zamba2 writes its embeddings."""
+    x = packc.ops.causal_conv1d(x * attention_mask[..., None], torch.ones(H * D, 2))
+    rows = F.embedding((x[..., 0] > 0).long(), TABLE)
+    joined = torch.cat([x, rows], -1)
+    return x * rows * (joined @ torch.ones(2 * H * D, H * D))
+
+
+def test_a_backward_takes_what_was_joined_to_something():
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradient(torch.compile(join, backend="packc", options=STRICT)), gradient(join))
 
 
 def test_without_it_inductor_refuses_them(monkeypatch):
