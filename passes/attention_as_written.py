@@ -71,6 +71,8 @@ def _scores(node: Any) -> _Scores | None:
             node, *sinks = joined
             continue
         if mask is None and node.target is aten.add.Tensor and is_tensor(args[1]) and not node.kwargs:
+            if not value_of(args[1]).is_floating_point():
+                return None  # truths that are added to scores hide nothing
             mask = args[1]
         elif not (
             node.target in CASTS

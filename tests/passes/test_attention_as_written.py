@@ -51,6 +51,7 @@ NOT = {
     "the sinks instead": lambda q, mask: shares(q, mask, sinks(q)).softmax(-1)[..., 1:] @ q,
     "its scores as sinks": lambda q, mask: (lambda s: torch.cat([s + mask, s], -1))(scores(q)).softmax(-1)[..., :L] @ q,
     "keys as sinks": lambda q, mask: torch.cat([scores(q) + mask, scores(q)], -1).softmax(-1)[..., :L] @ q,
+    "truths that are added": lambda q, mask: (scores(q).tanh() + (mask == 0)).softmax(-1) @ q,
     "without a mask": lambda q, mask: scores(q).tanh().softmax(-1) @ q,
     "read by others": (lambda q, mask: (lambda p: p @ q + p.amax(-1, True))((scores(q).tanh() + mask).softmax(-1))),
 }
