@@ -3,7 +3,8 @@
 Each family of families.py has hidden size 256, 4 layers and vocabulary 512, in fp32. Batches are 8 rows of up to 128
 tokens, once all full and once padded by half; a step is forward, loss and backward, without an optimizer. Every
 contender runs in a process of its own with the same allocator settings and a fresh Inductor cache; the stock one never
-imports packc. A contender whose step takes longer than the time limit "did not finish".
+imports packc. They compile one after the other, then step in turn. One whose step takes longer than the time limit
+"did not finish".
 
 Results are a line of JSON a family in models.jsonl, written as soon as it is measured: the command goes on where it was
 interrupted. From all lines it makes models.md and models.png.
@@ -16,6 +17,8 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +29,7 @@ from families import FAMILIES, batch, build, configuration
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from packc.demo.contender import Contender, Job, TimeLimit
+from packc.demo.contender import Contender, Job, Step, TimeLimit
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH = 128
@@ -87,36 +90,54 @@ def measure(family: str, options: argparse.Namespace, console: Console) -> dict[
         "length": length,
         "rows": len(FILLED),
         "machine": {"cores": os.cpu_count(), "load before": os.getloadavg()[0], "python": platform.python_version()}
-        | {"torch": torch.__version__, "transformers": transformers.__version__},
+        | {"threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    for name, backend in (("packc", "packc"), ("stock", options.stock)):
-        with console.status(f"{family}: {name}", refresh_per_second=1):  # seldom: every core belongs to the contender
-            found[name] = contend(job, backend, 1 if options.quick else options.rounds, options.time_limit)
+    backends = {"packc": "packc", "stock": options.stock}
+    with console.status(family, refresh_per_second=1):  # seldom: every core belongs to the contenders
+        found |= race(job, backends, 1 if options.quick else options.rounds, options.time_limit)
+    for name in backends:
         console.print(f"  {name}: {found[name].get('failure') or _summary(found[name])}", markup=False)
     return found | ratios(found["packc"], found["stock"])
 
 
-def contend(job: Job, backend: str, rounds: int, time_limit: float) -> dict[str, Any]:
-    """Median seconds of a step on either batch, and what went with it; or why there are none."""
+def race(job: Job, backends: dict[str, str], rounds: int, time_limit: float) -> dict[str, dict[str, Any]]:
+    """Of each contender, what was seen of it, or why it is out: they compile one after the other and step in turn."""
+    found: dict[str, dict[str, Any]] = {}
+    steps: dict[str, list[tuple[Step, Step]]] = {name: [] for name in backends}
+    first: dict[str, Step] = {}
+    with ExitStack() as running:
+        contenders = {}
+        for name, backend in backends.items():
+            with _or_out(name, found):
+                contenders[name] = running.enter_context(Contender(job, backend, time_limit=time_limit))
+                first[name] = contenders[name].step(HALF)
+                contenders[name].step(FULL)
+        for name in list(contenders) * rounds:
+            if name not in found:
+                with _or_out(name, found):
+                    steps[name].append((contenders[name].step(FULL), contenders[name].step(HALF)))
+    for name in backends.keys() - found.keys():
+        full, half = zip(*steps[name], strict=True)
+        found[name] = {
+            "first_seconds": first[name].seconds,
+            "full_seconds": median(each.seconds for each in full),
+            "half_seconds": median(each.seconds for each in half),
+            "peak_mib": max(each.peak_mib for each in half),
+            "loss": half[-1].loss,
+            "graphs": half[-1].graphs,
+        }
+    return found
+
+
+@contextmanager
+def _or_out(name: str, found: dict[str, dict[str, Any]]) -> Iterator[None]:
     try:
-        with Contender(job, backend, time_limit=time_limit) as contender:
-            first = contender.step(HALF)
-            contender.step(FULL)
-            steps = [(contender.step(FULL), contender.step(HALF)) for _ in range(rounds)]
-    except TimeLimit:
-        return {"failure": f"did not finish in {time_limit:.0f} s"}
+        yield
+    except TimeLimit as error:
+        found[name] = {"failure": str(error).partition(": ")[2]}
     except RuntimeError as error:
         said = [line for line in str(error).splitlines() if "Error: " in line] or str(error).splitlines()
-        return {"failure": said[-1][:200]}
-    full, half = zip(*steps, strict=True)
-    return {
-        "first_seconds": first.seconds,
-        "full_seconds": median(each.seconds for each in full),
-        "half_seconds": median(each.seconds for each in half),
-        "peak_mib": max(each.peak_mib for each in half),
-        "loss": half[-1].loss,
-        "graphs": half[-1].graphs,
-    }
+        found[name] = {"failure": said[-1][:200]}
 
 
 def ratios(packc: dict[str, Any], stock: dict[str, Any]) -> dict[str, float]:
