@@ -264,7 +264,7 @@ def walk_back(
             *(tiles, L, padded, channels, states, u_b, u_t, u_d, delta_b, delta_t, delta_d),
             *(SOFTPLUS, PACKED, BLOCK_T, BLOCK_D),
         )
-        for j in range(tiles):
+        for j in tl.range(tiles, disable_licm=PACKED):  # of what is hoisted out of it, one value too many would spill
             tile = tiles - 1 - j
             token = chunk_token + tile * BLOCK_T
             delta_at = at_token(delta, row, token, d, delta_b, delta_t, delta_d)

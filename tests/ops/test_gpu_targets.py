@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import triton
 from gpu_launches import CALLS
-from gpu_targets import CHIPS, SPILLS_ALLOWED, few
+from gpu_targets import CHIPS, few
 from packaging.version import Version
 
 
@@ -23,7 +23,7 @@ def test_kernels_compile_without_spills(op, pytestconfig):
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["chip"] for kernel in kernels} == (set(CHIPS) if everything else {chip for _, chip in few(op)})
-    spilled = [kernel for kernel in kernels if kernel["spilled"] > SPILLS_ALLOWED]
+    spilled = [kernel for kernel in kernels if kernel["spilled"] > kernel["may_spill"]]
     too_large = [kernel for kernel in kernels if kernel["shared_memory"] > kernel["limit"]]
     narrow = [kernel for kernel in kernels if kernel["wide_loads"] == 0 and reads_neighbours(kernel)]
     unsound = [kernel for kernel in kernels if kernel["wgmma"] and Version(triton.__version__) < Version("3.9")]
