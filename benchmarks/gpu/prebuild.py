@@ -1,8 +1,9 @@
 """Compiles every kernel that the steps launch, for sm_90 and without a GPU, into Triton's cache.
 
-Run it with the Python and Triton of the machine that the cache is for: both are part of its keys. It says registers and
-spills of every kernel, and fails where one does not compile or spills in a configuration that ships. With ``--travel``
-it compiles into a folder of its own and lays that out with the peers and a newer ptxas: see ``travel.py``.
+Run it with the Triton of the machine that the cache is for, and with its Python or ``--wheel``: both are part of the
+keys. It says registers and spills of every kernel, and fails where one does not compile or spills in a configuration
+that ships. With ``--travel`` it compiles into a folder of its own and lays that out with the peers and a newer ptxas:
+see ``travel.py``.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compile nothing: say what the cache does not hold")
     parser.add_argument("--here", action="store_true", help="what ships alone, into this process's own cache")
     parser.add_argument("--travel", action="store_true", help="lay out what travels")
+    parser.add_argument(
+        "--wheel", type=Path, metavar="FILE", help="of the same Triton, for the Python of the machine the cache is for"
+    )
     parser.add_argument("--unit", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.unit:
-        return compile_unit(args.unit, args.check)
+        return compile_unit(args.unit, args.check, args.wheel)
     if args.check or args.here:
         scratch = {"PACKC_GPU_SCRATCH": tempfile.gettempdir()}  # where no driver has made one
         return 0 if compile_all(args, scratch | os.environ | _binaries()) else 1
@@ -80,6 +84,7 @@ def compile_all(args: argparse.Namespace, environment: dict[str, str]) -> bool:
         kernels: list[Facts] = []
         other: list[str] = []
         command = [sys.executable, __file__, "--unit", name, *(["--check"] if args.check else [])]
+        command += ["--wheel", str(args.wheel)] if args.wheel else []
         hear = _reader(kernels, other)
         ending = child.run(["nice", "-n", "5", *command], environment | own, LIMIT, LIMIT, hear, other.append)
         with lock:
@@ -121,7 +126,7 @@ def _told(way: str, name: str, kernels: list[Facts], ending: child.Ending, other
 # ---- in a process of its own -----------------------------------------------------------------------------------------
 
 
-def compile_unit(name: str, check: bool) -> int:
+def compile_unit(name: str, check: bool, wheel: Path | None) -> int:
     import launching
     import stand_in
     from cases import CASES
@@ -143,7 +148,7 @@ def compile_unit(name: str, check: bool) -> int:
         missed.clear()
 
     launching.as_asked()
-    stand_in.install(heard, Path(os.environ["PACKC_GPU_SCRATCH"]) / f"libcuda-{os.getpid()}", look_up=check)
+    stand_in.install(heard, Path(os.environ["PACKC_GPU_SCRATCH"]) / f"libcuda-{os.getpid()}", check, wheel)
     if name == "models":
         launch_models()
     if name == "pack":

@@ -11,6 +11,7 @@ import hashlib
 import subprocess
 import sysconfig
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,29 +51,36 @@ class NotCompiled(Exception):
     """Instead of a compilation, where kernels are only looked up."""
 
 
-def install(compiled: Callable[[Any], None], libcuda: Path, look_up: bool = False) -> None:
+def install(compiled: Callable[[Any], None], libcuda: Path, look_up: bool = False, wheel: Path | None = None) -> None:
     """For the rest of the process. ``compiled`` hears of every kernel, as often as it is launched.
 
-    ``libcuda`` is a folder for a library of that name with nothing in it, to link against. With ``look_up`` nothing is
-    compiled: ``compiled`` hears None for a kernel that Triton's cache does not hold.
+    Args:
+        libcuda: a folder for a library of that name with nothing in it, to link against.
+        look_up: compile nothing; ``compiled`` hears None for a kernel that Triton's cache does not hold.
+        wheel: of the same Triton, for the Python of the machine that will launch. What it launches with wants that
+            Python's headers, and is left to it.
     """
     triton.runtime.driver.set_active(StandIn())
-    launchers = LAUNCHERS_OF_SIGNATURES and not look_up
+    launchers = LAUNCHERS_OF_SIGNATURES and wheel is None
+    if wheel is not None:
+        key = key_under(wheel)
+        cache.triton_key = lambda: key
     if launchers:
-        _make_empty_libcuda(libcuda)
         triton.knobs.nvidia.libcuda_path = str(libcuda)
-        nvidia.compile_module_from_src = build_launcher
-        nvidia.CudaUtils()
+        nvidia.compile_module_from_src = find_launcher if look_up else build_launcher
+        if not look_up:
+            _make_empty_libcuda(libcuda)
+            nvidia.CudaUtils()
 
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            if launchers:
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
         except NotCompiled:
             kernel = None
-        if launchers:
-            nvidia.CudaLauncher(kernel.src, kernel.metadata)
         compiled(kernel)
 
     def refuse(*_: Any) -> None:
@@ -114,10 +122,27 @@ def _as_on_a_device(op: Any) -> Callable[..., Any]:
     return lambda *args: op.redispatch(keys, *args)
 
 
+def key_under(wheel: Path) -> str:
+    """What a wheel of this Triton for another Python makes part of every kernel's key: the same, but for its library.
+
+    Raises:
+        ValueError: the wheel is of another release.
+    """
+    if wheel.name.split("-")[:2] != ["triton", triton.__version__]:
+        raise ValueError(f"{wheel.name} is not of triton {triton.__version__}, which compiles here")
+    with zipfile.ZipFile(wheel) as archive:
+        other = hashlib.sha256(archive.read("triton/_C/libtriton.so")).hexdigest()
+    own = hashlib.sha256((Path(triton.__file__).parent / "_C" / "libtriton.so").read_bytes()).hexdigest()
+    key = cache.triton_key()
+    if own not in key:
+        raise ValueError(f"the key of triton {triton.__version__} does not hold its library")
+    return key.replace(own, other)
+
+
 def build_launcher(src: str, name: str, **places: Any) -> Any:
     """In place of Triton's own: never loads what it builds, which wants a driver, and builds it for all platforms."""
-    file = name + sysconfig.get_config_var("EXT_SUFFIX")
-    managers = [cache.get_cache_manager(hashlib.sha256((src + key).encode()).hexdigest()) for key in PLATFORMS]
+    file = _launcher_file(name)
+    managers = _launcher_folders(src)
     if not managers[-1].has_file(file):
         kept: list[str] = []
         load, build._load_module_from_path = build._load_module_from_path, lambda name, path: kept.append(path)
@@ -128,6 +153,25 @@ def build_launcher(src: str, name: str, **places: Any) -> Any:
         binary = Path(kept[0]).read_bytes()
         for manager in managers:
             manager.put(binary, file, binary=True)
+    return _nothing_loaded()
+
+
+def find_launcher(src: str, name: str, **_: Any) -> Any:
+    """In place of Triton's own, where launchers are looked up."""
+    if not any(manager.has_file(_launcher_file(name)) for manager in _launcher_folders(src)):
+        raise NotCompiled
+    return _nothing_loaded()
+
+
+def _launcher_file(name: str) -> str:
+    return name + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def _launcher_folders(src: str) -> list[Any]:
+    return [cache.get_cache_manager(hashlib.sha256((src + key).encode()).hexdigest()) for key in PLATFORMS]
+
+
+def _nothing_loaded() -> Any:
     names = ("launch", "PyCUtensorMap", "load_binary", "get_device_properties", "cuOccupancyMaxActiveClusters")
     return types.SimpleNamespace(**dict.fromkeys((*names, "set_printf_fifo_size", "fill_tma_descriptor")))
 

@@ -1,5 +1,6 @@
 """What is taken along arrives: compiled kernels under new paths, peers, a compiler; and packc, never installed."""
 
+import hashlib
 import json
 import lzma
 import os
@@ -11,7 +12,10 @@ import child
 import importable
 import prebuild
 import pytest
+import stand_in
 import travel
+import triton
+from triton.runtime import cache
 
 
 @pytest.fixture
@@ -64,6 +68,20 @@ def test_peers_and_ptxas_arrive_and_packc_is_imported_from_the_clone(taken_along
 def test_without_anything_taken_along_there_are_no_paths_to_it(taken_along, tmp_path):
     environment = importable.environment(tmp_path, dry=True)
     assert (environment["PACKC_GPU_PTXAS"], environment["PACKC_GPU_PEERS"]) == ("", "")
+
+
+def test_kernels_are_kept_under_the_key_of_another_pythons_triton(tmp_path):
+    wheel = tmp_path / f"triton-{triton.__version__}-cp399-cp399-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("triton/_C/libtriton.so", b"another")
+    here, there = cache.triton_key(), stand_in.key_under(wheel)
+    differ = [(a, b) for a, b in zip(here.split("-"), there.split("-"), strict=True) if a != b]
+    assert [b for _, b in differ] == [hashlib.sha256(b"another").hexdigest()]
+
+
+def test_a_wheel_of_another_triton_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"triton-0.1-.* is not of triton {triton.__version__}"):
+        stand_in.key_under(tmp_path / "triton-0.1-cp312-cp312-linux_x86_64.whl")
 
 
 FINE = {"kernel": "k", "warps": 4, "hit": False, "registers": 255, "spilled": 0, "shared": 0}
