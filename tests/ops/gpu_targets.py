@@ -32,8 +32,8 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # Of the scan in fp16 ptxas keeps a value on the stack, for the sake of more warps: more registers than the 128 it
-    # takes would cost a quarter of those.
+    # Of three kernels ptxas keeps a value on the stack, for the sake of more warps: the scan in fp16 would lose a
+    # quarter of those with more registers than the 128 it takes.
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 << 10, spills=8),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 << 10),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
