@@ -29,7 +29,18 @@ def of_width_one(x, conv):
     return F.conv1d(x, conv.weight[..., :1], groups=D)
 
 
-CAUSAL = [padded_by_the_module, cut_from_the_end, padded_before, of_width_one]
+def windows(x, conv):
+    """With taps of each token's own, as well."""
+    taps = conv.weight.flip(-1)[:, 0, None] * x.sin()[..., None]
+    return (F.pad(x, (W - 1, 0)).unfold(-1, W, 1).flip(-1) * taps).sum(-1)
+
+
+def windows_cut_to_length(x, conv):
+    padded = F.pad(x, (W - 1, 0))[..., -(x.shape[-1] + W - 1) :]
+    return (padded.unfold(2, W, 1) * conv.weight[:, 0, None]).sum(-1)
+
+
+CAUSAL = [padded_by_the_module, cut_from_the_end, padded_before, of_width_one, windows, windows_cut_to_length]
 
 
 def all_that_was_padded(x, conv):
@@ -65,7 +76,17 @@ def dilated(x, conv):
     return F.conv1d(F.pad(x, (W - 1, 0)), conv.weight[..., :2], dilation=W - 1, groups=D)
 
 
+def windows_of_what_follows(x, conv):
+    return (F.pad(x, (0, W - 1)).unfold(-1, W, 1) * conv.weight[:, 0, None]).sum(-1)
+
+
+def windows_further_apart(x, conv):
+    return (F.pad(x, (W - 1, 0)).unfold(-1, W, 2) * conv.weight[:, 0, None]).sum(-1).repeat_interleave(2, -1)
+
+
 OTHERS = [
+    windows_of_what_follows,
+    windows_further_apart,
     all_that_was_padded,
     one_too_early,
     one_position_less,
