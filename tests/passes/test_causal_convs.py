@@ -29,6 +29,10 @@ def of_width_one(x, conv):
     return F.conv1d(x, conv.weight[..., :1], groups=D)
 
 
+def dilated(x, conv):
+    return F.conv1d(F.pad(x, (4, 0)), conv.weight, dilation=2, groups=D)
+
+
 def windows(x, conv):
     """With taps of each token's own, as well."""
     taps = conv.weight.flip(-1)[:, 0, None] * x.sin()[..., None]
@@ -40,7 +44,7 @@ def windows_cut_to_length(x, conv):
     return (padded.unfold(2, W, 1) * conv.weight[:, 0, None]).sum(-1)
 
 
-CAUSAL = [padded_by_the_module, cut_from_the_end, padded_before, of_width_one, windows, windows_cut_to_length]
+CAUSAL = [padded_by_the_module, cut_from_the_end, padded_before, of_width_one, dilated, windows, windows_cut_to_length]
 
 
 def all_that_was_padded(x, conv):
@@ -60,6 +64,10 @@ def padded_behind(x, conv):
     return F.conv1d(F.pad(x, (0, W - 1)), conv.weight, groups=D)
 
 
+def dilated_further_than_padded(x, conv):
+    return F.pad(F.conv1d(F.pad(x, (W - 1, 0)), conv.weight, dilation=2, groups=D), (W - 1, 0))
+
+
 def padded_with_ones(x, conv):
     return F.conv1d(F.pad(x, (W - 1, 0), value=1.0), conv.weight, groups=D)
 
@@ -70,10 +78,6 @@ def padded_with_its_end(x, conv):
 
 def across_channels(x, conv):
     return F.conv1d(F.pad(x, (W - 1, 0)), conv.weight.expand(-1, 2, -1), groups=D // 2)
-
-
-def dilated(x, conv):
-    return F.conv1d(F.pad(x, (W - 1, 0)), conv.weight[..., :2], dilation=W - 1, groups=D)
 
 
 def windows_of_what_follows(x, conv):
@@ -91,10 +95,10 @@ OTHERS = [
     one_too_early,
     one_position_less,
     padded_behind,
+    dilated_further_than_padded,
     padded_with_ones,
     padded_with_its_end,
     across_channels,
-    dilated,
 ]
 
 
