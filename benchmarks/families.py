@@ -89,6 +89,26 @@ def latent(hidden: int, layers: int) -> dict[str, Any]:
     }
 
 
+def inkling2(hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "unpadded_vocab_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": hidden // 4,
+        "sliding_window_size": 64,
+        "d_rel": 4,
+        "rel_extent": 64,
+        "moe_intermediate_size": hidden // 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_layers_per_attn_res_block": 1,
+        "layer_types": every_fourth("hybrid_sliding", "hybrid", layers),
+    }
+
+
 # Fused attention neither caps scores, as gemma2 does, nor knows the sinks of gpt_oss.
 written_out = {"attn_implementation": "eager"}
 FAMILIES = {
@@ -192,6 +212,24 @@ FAMILIES = {
         lambda h, n: {**headed(h, n), **delta_rule(h, n), **experts(h, n), "shared_expert_intermediate_size": h},
         config="Qwen3_5MoeTextConfig",
     ),
+    "qwen4_exp": Family(
+        "Qwen4ExpForCausalLM",
+        lambda h, n: {
+            **headed(h, n),
+            **delta_rule(h, n),
+            **experts(h, n),
+            "shared_expert_intermediate_size": h,
+            "eos_token_id": 1,
+            "hc_count": 2,
+            "hc_lowrank": h // 4,
+            "ple_layer_ids": [1],
+            "heads_per_ngram": 2,
+            "ngram_vocab_size_base": 64,
+            "split_ngram_parts": 1,
+            "layer_types": ["linear_attention"] * n,  # Dynamo breaks at every query of the others
+        },
+        config="Qwen4ExpTextConfig",
+    ),
     "olmo_hybrid": Family(
         "OlmoHybridForCausalLM", lambda h, n: {**heads(h, n), **delta_rule(h, n), "linear_num_value_heads": 2}
     ),
@@ -206,6 +244,37 @@ FAMILIES = {
     "bailing_hybrid": Family(
         "BailingHybridForCausalLM",
         lambda h, n: {**headed(h, n), **latent(h, n), "n_group": 1, "topk_group": 1},
+    ),
+    "glm5_next": Family(
+        "Glm5NextForConditionalGeneration",
+        lambda h, n: {
+            "text_config": {
+                **common(h, n),
+                **latent(h, n),
+                "intermediate_size": 2 * h,
+                "num_attention_heads": 4,
+                "q_lora_rank": h // 2,
+                "qk_rope_head_dim": 0,
+                "num_experts_per_tok": 2,
+                "linear_head_dim": h // 4,
+                "linear_num_heads": 4,
+                "hc_mult": 2,
+                "hc_sinkhorn_iters": 2,
+                "index_topk": 8,
+                "index_head_dim": h // 4,
+                "index_n_heads": 2,
+                "index_kpool": 4,
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": h,
+                "intermediate_size": h,
+                "num_heads": 4,
+                "out_hidden_size": h,
+                "projection_intermediate_size": h,
+            },
+        },
+        config="Glm5NextConfig",
     ),
     "minimax": Family(
         "MiniMaxForCausalLM",
@@ -229,8 +298,25 @@ FAMILIES = {
     ),
     "rwkv": Family("RwkvForCausalLM", lambda h, n: {"context_length": 512}),
     "xlstm": Family("xLSTMForCausalLM", lambda h, n: {"num_heads": 4, "chunk_size": 16, "mode": "train"}),
+    "zaya": Family(
+        "ZayaForCausalLM",
+        lambda h, n: {**headed(h, n), **experts(h, n), "num_experts_per_tok": 1, "router_hidden_size": h},
+    ),
     "inkling": Family("InklingForCausalLM", headed),
-    "inkling2": Family("Inkling2ForCausalLM", headed),
+    "inkling2": Family("Inkling2ForCausalLM", inkling2, config="Inkling2TextConfig"),
+    "inkling2_loop": Family(
+        "Inkling2LoopForCausalLM",
+        lambda h, n: {
+            **inkling2(h, n),
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+            "num_hidden_layers": 3,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 2,
+            "loop_num_passes": 2,
+            "loop_gate_rank": 8,
+        },
+        config="Inkling2LoopTextConfig",
+    ),
     "llama": Family("LlamaForCausalLM", headed),
     "qwen3": Family("Qwen3ForCausalLM", headed),
     "gemma3": Family(
@@ -331,7 +417,11 @@ def _padded(report: Report) -> str:
 def _rest(report: Report) -> str:
     graphs = f"{report.graphs} graphs" if report.graphs > 1 else ""
     padded = dict.fromkeys(boundary.reason for boundary in report.boundaries if report.tokens is not None)
-    return "; ".join(filter(None, [graphs, *map(_short, padded), _short(report.fallback or "")]))
+    fallback = _short(report.fallback or "")
+    if report.graphs > 2:
+        without_mask = re.sub(r"(padding mask among the inputs) \[[^]]*\]", r"\1 of some", fallback)
+        fallback = "; ".join(dict.fromkeys(without_mask.split("; ")))
+    return "; ".join(filter(None, [graphs, *map(_short, padded), fallback]))
 
 
 def _short(reason: str) -> str:

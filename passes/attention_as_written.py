@@ -1,7 +1,8 @@
-"""Attention that is written out, and is more than the fused op computes: with capped scores, or with sinks.
+"""Attention that is written out, and more than the fused op computes: with capped scores, with sinks or with biases.
 
     softmax(tanh(q @ k^T * scale / cap) * cap + mask) @ v
     softmax(cat([q @ k^T * scale + mask, sinks], -1))[..., :-1] @ v
+    softmax(q @ k^T * scale + biases + mask) @ v
 
 There is no op to put in its place, so it becomes one node that runs as it is written, on padded rows. What passes must
 know of it is what makes it attention: each query's scores are made of that query and one key at a time, then the mask
@@ -30,6 +31,11 @@ class AsWritten(Outlined):
     """``(q, transposed keys, v, mask, *others) -> out``: all of ``(B, heads, ., .)``."""
 
     name = "attention as it is written"
+
+
+def biases_of(node: fx.Node) -> tuple[Any, ...]:
+    """What is added to scores beside the mask, and what is joined to them; nothing of other nodes."""
+    return node.args[4:] if isinstance(node.target, AsWritten) else ()
 
 
 class _Scores(NamedTuple):
@@ -77,11 +83,16 @@ def _scores(node: Any) -> _Scores | None:
         elif not (
             node.target in CASTS
             or (mask is None and _subtracts_largest(node))
-            or (mask is not None and (node.target is aten.tanh.default or is_scaled(node)))
+            or (mask is not None and (node.target is aten.tanh.default or is_scaled(node) or _adds_biases(node)))
         ):
             return None
         node = args[0]
     return None
+
+
+def _adds_biases(node: fx.Node) -> bool:
+    """One for each query and key, ``(B or 1, heads or 1, queries or 1, keys)``."""
+    return node.target is aten.add.Tensor and is_tensor(node.args[1]) and value_of(node.args[1]).ndim == 4
 
 
 def _with_sinks(node: fx.Node) -> Any:

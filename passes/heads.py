@@ -16,6 +16,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from packc.passes.asks import HidesPadding
+from packc.passes.attention_as_written import biases_of
 from packc.passes.axes import (
     BATCH,
     OTHER,
@@ -140,7 +141,7 @@ class Heads:
         """Whether attention adds a value to its scores, made of each query's own place: ``(B, heads, L, keys)``."""
         reading = self.graph.tokens.readings.get(node)
         asked = reading is not None and any(isinstance(ask, HidesPadding) and ask.mask is value for ask in reading.asks)
-        if not asked or value not in self.places:
+        if not (asked or value in biases_of(node)) or value not in self.places:
             return False
         with self.graph.gm.graph.inserting_before(node):
             return self.places[value] is self._places_of_heads(value_of(value).shape[1])

@@ -18,7 +18,7 @@ from packc.passes.zeros import keeps_zero, zero_at_tokens
 # In order of preference. "loss_mask", "token_type_mask", "mlm_mask" and the like say something else, and even of these
 # only the first always says which positions are tokens: see confirm_mask.
 _TRUSTED = "attention_mask"
-_NAMES = (_TRUSTED, "input_mask", "padding_mask", "pad_mask", "mask")
+_NAMES = (_TRUSTED, "input_mask", "padding_mask", "pad_mask", "conv_mask", "mask")
 # Inputs that speak of tokens, but are not what a model makes them of.
 _OF_TOKENS = {"position_ids", "seq_idx", "labels", "token_type_ids"}
 _MOST_ROWS = 4

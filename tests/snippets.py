@@ -141,6 +141,11 @@ PRODUCTS = {
     "matmul with a weight": lambda x, m: x @ W,
     "weight times channels first": lambda x, m: (W @ x.transpose(1, 2)).transpose(1, 2),
     "matmul with a vector": lambda x, m: (x @ W[0])[..., None] * x,
+    "attention within each token": lambda x, m: (
+        F.scaled_dot_product_attention(W.expand(H, H, -1, -1), x[:, :, None], torch.stack([x, x + 1], 2)[:, :, :1])
+        + F.scaled_dot_product_attention(*[torch.stack([x, x + 1, -x], 2)] * 3, scale=0.5).mean(2, keepdim=True)
+        + F.scaled_dot_product_attention(*[x.view(-1, 1, 2, 2).double()] * 3).float().view(H, H, 1, H)
+    ).sum(2),
     "per token product": lambda x, m: (x.unsqueeze(-1) @ x.unsqueeze(-2)).sum(-1),
     "a weight for every head": lambda x, m: (
         (torch.stack([x, x + 1], 1) @ torch.stack([W, W.T])).sum(1)

@@ -75,19 +75,42 @@ def test_a_decoder_of_attention_alone_packs_whole(family):
     assert (report.tokens, report.boundaries, [mixer.op for mixer in report.mixers]) == (15, [], [ATTENTION] * 2)
 
 
-@pytest.mark.slow
-def test_attention_with_biases_of_each_token_is_packed_around():
+def tiny_inkling(name):
     import transformers
 
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": None}
-    config = transformers.InklingForCausalLM.config_class(**sizes, **heads, experts_implementation="eager")
-    model = shaken(transformers.InklingForCausalLM(config))
+    model, options = {
+        "inkling": (transformers.InklingForCausalLM, {}),
+        "inkling2": (
+            transformers.Inkling2ForCausalLM,
+            {
+                "unpadded_vocab_size": 32,
+                "swa_num_attention_heads": 2,
+                "swa_num_key_value_heads": 1,
+                "swa_head_dim": 8,
+                "sliding_window_size": 4,
+                "rel_extent": 3,
+                "n_routed_experts": 2,
+                "num_experts_per_tok": 1,
+                "layer_types": ["hybrid_sliding", "hybrid"],
+            },
+        ),
+    }[name]
+    config = transformers.CONFIG_MAPPING[f"{name}_text"]
+    return shaken(model(config(**sizes, **heads, **options, experts_implementation="eager")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inkling", "inkling2"])
+def test_attention_with_biases_of_each_token_is_packed_around(name):
+    model = tiny_inkling(name)
     compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
     for rows in (RIGHT, LEFT, HOLE):
         batch = batch_of(rows)
         assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
-    assert packc.explain(model)(**batch_of(RIGHT)).tokens == 15
+    report = packc.explain(model)(**batch_of(RIGHT))
+    assert (report.tokens, {mixer.packed for mixer in report.mixers if "conv" in mixer.op}) == (15, {True})
 
 
 @one_family_now_the_others_slow

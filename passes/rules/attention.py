@@ -10,16 +10,17 @@ from torch import fx
 
 from packc.ops.varlen_attention.dropout import SEEDS
 from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft, OneDocument
-from packc.passes.axes import BATCH, OTHER, SEQ, Layout, Whole, same_size, show, value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, Layout, Whole, covers_tokens, same_size, show, value_of
 from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise, Reading
-from packc.passes.rules.registry import Op, register_rule
+from packc.passes.rules.registry import Op, broadcast_layout, register_rule
 from packc.passes.visible import Band, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
 _TOKENS_FIRST = (BATCH, SEQ, OTHER, OTHER)
 _ACROSS = "attends from one sequence to another: runs padded"
+_MORE = "caps scores, adds biases to them, or has sinks: runs padded"
 _BY_ROWS = OneDocument("attends from one sequence to another, row by row")
 
 
@@ -28,7 +29,7 @@ def scaled_dot_product_attention(op: Op) -> Reading:
     """q, k, v (B, heads, L, channels), of one sequence; the mask (B or 1, heads or 1, L, L), or causal without one."""
     q, k, v, mask = op.args[:4]
     layouts = [op.layout(each) for each in (q, k, v)]
-    if (reading := _across_sequences(op)) is not None:
+    if (reading := _across_sequences(op) or _within_tokens(op)) is not None:
         return reading
     if any(layout != _HEADS_FIRST for layout in layouts):
         raise NotTokenwise(f"attends with {', '.join(map(show, layouts))} where (B, ., L, .) is one sequence's")
@@ -59,6 +60,27 @@ def _across_sequences(op: Op) -> Reading | None:
     return None
 
 
+def _within_tokens(op: Op) -> Reading | None:
+    """Attention of each token to what it has several of itself, ``(B, L, ., channels)``, on tokens two products and a
+    softmax: fused kernels are for long rows, and few. None for any other."""
+    q, k, v, mask, dropout = op.args[:5]
+    layouts = [op.layout(each) for each in (q, k, v)]
+    if not any(map(covers_tokens, layouts)) or any(each and each[-2:] != (OTHER, OTHER) for each in layouts):
+        return None
+    if mask is not None or op.argument("is_causal") or op.argument("enable_gqa"):
+        raise NotTokenwise("attends within tokens, by a mask or in groups of heads")
+    layout, needs = broadcast_layout(op, [q, k, v], value_of(op.node).shape)
+    dtype = value_of(op.node).dtype
+    scale = value_of(q).shape[-1] ** -0.5 if op.argument("scale") is None else op.argument("scale")
+    q, k, v = (_cast(each, dtype) for each in (q, k, v))
+    scores = Call(aten.matmul.default, (q, Call(aten.transpose.int, (k, -2, -1), {})), {})
+    exact = dtype if dtype == torch.float64 else torch.float32
+    shares = _cast(Call(aten.softmax.int, (Call(aten.mul.Tensor, (scores, scale), {}), -1, exact), {}), dtype)
+    if dropout:
+        shares = Call(aten.dropout.default, (shares, dropout, True), {})
+    return Reading(layout, needs, Call(aten.matmul.default, (shares, v), {}))
+
+
 def as_written(op: Op) -> Reading:
     """Of :class:`packc.passes.attention_as_written.AsWritten`."""
     q, transposed, v, mask, *others = op.args
@@ -72,7 +94,7 @@ def as_written(op: Op) -> Reading:
         if op.layout(each) == _HEADS_FIRST:  # of each query, as sinks may be
             layouts[each] = _HEADS_FIRST
     op.only_labelled(*layouts, mask)
-    return Reading(_HEADS_FIRST, layouts, padded="caps scores or has sinks: runs padded", asks=[HidesPadding(mask)])
+    return Reading(_HEADS_FIRST, layouts, padded=_MORE, asks=[HidesPadding(mask)])
 
 
 def attends_to_others(graph: Graph) -> bool:
@@ -144,5 +166,10 @@ def _operands(op: Op) -> list[Call]:
 
 def _tokens_first(operand: object, dtype: torch.dtype) -> Call:
     """(B, heads, L, channels) -> (B, L, heads, channels)."""
-    cast = operand if value_of(operand).dtype == dtype else Call(aten.to.dtype, (operand, dtype), {})
-    return Call(aten.transpose.int, (cast, 1, 2), {})
+    return Call(aten.transpose.int, (_cast(operand, dtype), 1, 2), {})
+
+
+def _cast(operand: object, dtype: torch.dtype) -> object:
+    if isinstance(operand, fx.Node) and value_of(operand).dtype == dtype:
+        return operand
+    return Call(aten.to.dtype, (operand, dtype), {})

@@ -29,7 +29,22 @@ def of_width_one(x, conv):
     return F.conv1d(x, conv.weight[..., :1], groups=D)
 
 
-CAUSAL = [padded_by_the_module, cut_from_the_end, padded_before, of_width_one]
+def dilated(x, conv):
+    return F.conv1d(F.pad(x, (4, 0)), conv.weight, dilation=2, groups=D)
+
+
+def windows(x, conv):
+    """With taps of each token's own, as well."""
+    taps = conv.weight.flip(-1)[:, 0, None] * x.sin()[..., None]
+    return (F.pad(x, (W - 1, 0)).unfold(-1, W, 1).flip(-1) * taps).sum(-1)
+
+
+def windows_cut_to_length(x, conv):
+    padded = F.pad(x, (W - 1, 0))[..., -(x.shape[-1] + W - 1) :]
+    return (padded.unfold(2, W, 1) * conv.weight[:, 0, None]).sum(-1)
+
+
+CAUSAL = [padded_by_the_module, cut_from_the_end, padded_before, of_width_one, dilated, windows, windows_cut_to_length]
 
 
 def all_that_was_padded(x, conv):
@@ -49,6 +64,10 @@ def padded_behind(x, conv):
     return F.conv1d(F.pad(x, (0, W - 1)), conv.weight, groups=D)
 
 
+def dilated_further_than_padded(x, conv):
+    return F.pad(F.conv1d(F.pad(x, (W - 1, 0)), conv.weight, dilation=2, groups=D), (W - 1, 0))
+
+
 def padded_with_ones(x, conv):
     return F.conv1d(F.pad(x, (W - 1, 0), value=1.0), conv.weight, groups=D)
 
@@ -61,19 +80,25 @@ def across_channels(x, conv):
     return F.conv1d(F.pad(x, (W - 1, 0)), conv.weight.expand(-1, 2, -1), groups=D // 2)
 
 
-def dilated(x, conv):
-    return F.conv1d(F.pad(x, (W - 1, 0)), conv.weight[..., :2], dilation=W - 1, groups=D)
+def windows_of_what_follows(x, conv):
+    return (F.pad(x, (0, W - 1)).unfold(-1, W, 1) * conv.weight[:, 0, None]).sum(-1)
+
+
+def windows_further_apart(x, conv):
+    return (F.pad(x, (W - 1, 0)).unfold(-1, W, 2) * conv.weight[:, 0, None]).sum(-1).repeat_interleave(2, -1)
 
 
 OTHERS = [
+    windows_of_what_follows,
+    windows_further_apart,
     all_that_was_padded,
     one_too_early,
     one_position_less,
     padded_behind,
+    dilated_further_than_padded,
     padded_with_ones,
     padded_with_its_end,
     across_channels,
-    dilated,
 ]
 
 

@@ -26,6 +26,7 @@ X, MASK = torch.randn(3, 8, 4), masks(RIGHT)
 def test_a_known_name_of_any_dtype(dtype):
     assert taken(lambda x, attention_mask: x * attention_mask[..., None], X, MASK.to(dtype))
     assert taken(lambda x, padding_mask: mix(x * padding_mask[..., None]), X, MASK.to(dtype))
+    assert taken(lambda x, conv_mask: mix(x * conv_mask[..., None]), X, MASK.to(dtype))
     assert taken(lambda x, mask: mix(x.masked_fill(mask[..., None] == 0, 0.0)), X, MASK.to(dtype))
 
 
