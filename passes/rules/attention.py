@@ -13,6 +13,7 @@ from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft, OneDocumen
 from packc.passes.axes import BATCH, OTHER, SEQ, Layout, Whole, covers_tokens, same_size, show, value_of
 from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise, Reading
+from packc.passes.repeated_heads import before_repeats
 from packc.passes.rules.registry import Op, broadcast_layout, register_rule
 from packc.passes.visible import Band, Seen
 
@@ -109,11 +110,22 @@ def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
         return _cross_attention(op, seen, padded)
     if not isinstance(seen, Band):
         raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
-    seed, operands = _seed(op), _operands(op)
-    options = (seen.causal, op.argument("scale"), seen.window, op.argument("dropout_p"), seed)
-    attend = Call(torch.ops.packc.varlen_attention.default, (*operands, None, *options), {})
+    _refuse_other_heads(op)
+    q, k, v = op.args[:3]
+    k, v = _as_they_were(op, k, v)
+    options = (seen.causal, op.argument("scale"), seen.window, op.argument("dropout_p"), _seed(op))
+    attend = Call(torch.ops.packc.varlen_attention.default, (*_operands(op, q, k, v), None, *options), {})
     out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
-    return replace(padded, call=out, padded=None, is_mixer=True)
+    return replace(padded, operands=dict.fromkeys((q, k, v), _HEADS_FIRST), call=out, padded=None, is_mixer=True)
+
+
+def _as_they_were(op: Op, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before their heads were repeated, if both were, and as often."""
+    before = before_repeats(k), before_repeats(v)
+    if None in before or any(op.layout(each) != _HEADS_FIRST for each in before):
+        return k, v
+    heads = {value_of(each).shape[1] for each in before}
+    return before if len(heads) == 1 else (k, v)  # type: ignore[return-value]
 
 
 def _cross_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
@@ -130,8 +142,9 @@ def _cross_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     rows, of_keys = (value_of(each).shape[0] for each in op.args[:2])
     if not same_size(rows, of_keys):
         raise NotTokenwise(f"{rows} rows of queries meet {of_keys} of keys: runs padded")
+    _refuse_other_heads(op)
     options = op.argument("scale"), op.argument("dropout_p"), _seed(op)
-    attend = Call(torch.ops.packc.cross_attention.default, (*_operands(op), None, None, *options), {})
+    attend = Call(torch.ops.packc.cross_attention.default, (*_operands(op, *op.args[:3]), None, None, *options), {})
     out = Call(aten.transpose.int, (attend, 1, 2), {})
     return replace(padded, call=out, padded=None, is_mixer=True, asks=[*padded.asks, _BY_ROWS])
 
@@ -155,13 +168,15 @@ def _seed(op: Op) -> Call | None:
     return Call(aten.randint.default, (SEEDS, []), {"dtype": torch.int64, "device": torch.device("cpu")})
 
 
-def _operands(op: Op) -> list[Call]:
-    q, k, v = op.args[:3]
-    heads, of_keys, of_values = (value_of(each).shape[1] for each in (q, k, v))
+def _refuse_other_heads(op: Op) -> None:
+    heads, of_keys, of_values = (value_of(each).shape[1] for each in op.args[:3])
     if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
         raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
+
+
+def _operands(op: Op, *given: fx.Node) -> list[Call]:
     dtype = value_of(op.node).dtype  # under autocast it is not that of q
-    return [_tokens_first(each, dtype) for each in (q, k, v)]
+    return [_tokens_first(each, dtype) for each in given]
 
 
 def _tokens_first(operand: object, dtype: torch.dtype) -> Call:
