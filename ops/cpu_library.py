@@ -1,10 +1,10 @@
 """Builds and loads the C++ kernels of ``ops/csrc``, once per machine, with the compiler that Inductor uses as well.
 
 Every ``csrc/NAME.cpp`` becomes a shared library of its own that registers its functions as ``torch.ops.packc_cpu.*``;
-those that tell integers of a batch, and have nothing to differentiate, as ``torch.ops.packc_batch.*``.
-The first question, ``load("NAME")``, compiles all those that the cache lacks, in parallel, and loads them. A kernel
-that does not build costs one warning, and its op runs the reference. The sources use the dispatcher only, so neither
-ninja nor Python's headers are needed.
+those that tell integers of a batch, and have nothing to differentiate, as ``torch.ops.packc_batch.*``. Schemas are
+inferred from the functions. The first question, ``load("NAME")``, compiles all those that the cache lacks, in parallel,
+and loads them. A kernel that does not build costs one warning, and its op runs the reference. The sources use the
+dispatcher only, so neither ninja nor Python's headers are needed.
 
 ``PACKC_CACHE_DIR`` moves the cache (``~/.cache/packc``), ``CXX`` names another compiler. Nothing is loaded that another
 user could have written. Whatever ends a build, nothing half-built is left under a library's name.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from packc.ops import autograd, dispatch
+from packc.ops.definition import LIBRARY
 from packc.ops.untraced import untraced
 
 Implementation = Callable[..., Any]
@@ -29,7 +30,6 @@ Implementation = Callable[..., Any]
 
 
 def register(
-    library: torch.library.Library,
     name: str,
     implementation: Implementation,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
@@ -71,7 +71,7 @@ def register(
         with dispatch.reference_only():
             return implementation(*args)
 
-    library.impl(name, untraced(differentiable), "Autograd")
+    LIBRARY.impl(name, untraced(differentiable), "Autograd")
 
 
 def below_autograd(op: Any, implementation: Implementation) -> Implementation:
@@ -87,7 +87,7 @@ def below_autograd(op: Any, implementation: Implementation) -> Implementation:
     return below
 
 
-def register_gradients(library: torch.library.Library, name: str, implementation: Implementation) -> None:
+def register_gradients(name: str, implementation: Implementation) -> None:
     """The derivatives of ``packc::name``, which has no kernels for them: those of its reference."""
 
     def setup_context(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
@@ -116,4 +116,4 @@ def register_gradients(library: torch.library.Library, name: str, implementation
         found = dict(zip(needed, pull_back(tuple(grads[n] for n in given)), strict=True))
         return tuple(found.get(n) for n in range(len(args)))
 
-    register(library, name, implementation, setup_context, backward)
+    register(name, implementation, setup_context, backward)

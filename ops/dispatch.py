@@ -81,7 +81,7 @@ def wanted_kernels() -> str:
     """``packc.config.kernels``, checked."""
     if _of_thread.reference_only:
         return "reference"
-    kernels = config.kernels  # once: reading an option is dear
+    kernels = config.__getattr__("kernels")  # not config.kernels: looking for an attribute first costs as much again
     if kernels not in ("auto", "reference", "cpu", "triton"):
         raise ValueError(f'packc.config.kernels must be "auto", "reference", "cpu" or "triton", not {kernels!r}')
     return kernels

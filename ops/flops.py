@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from packc.import_hook import on_import
 from packc.ops.shapes import Shapes
@@ -28,16 +30,18 @@ def flop_formula(op: Any) -> Callable[[Formula], Formula]:
     return decorate
 
 
-def count_flops(op: Any, flops: Formula, shapes: Shapes, arguments: Iterable[str], options: Iterable[str]) -> None:
-    """Counts ``flops``, of the sizes and options by name, for an ``op`` of these arguments."""
+def count_flops(
+    name: str, flops: Formula, shapes: Shapes, arguments: Collection[str], options: Iterable[str] = ()
+) -> None:
+    """Counts ``flops``, of the sizes and of those ``options`` that are arguments, by name, for ``packc::<name>``."""
 
     def formula(*args: Any, out_shape: Any = None, **named: Any) -> int:
         given = dict(zip(arguments, args)) | named  # noqa: B905  the rest is named, or left at its default
         # torch's counter has shapes in the place of tensors.
         sizes = shapes.sizes({name: given.get(name) for name in shapes.shapes})
-        return flops(**sizes, **{name: given[name] for name in options})
+        return flops(**sizes, **{name: given[name] for name in options if name in arguments})
 
-    flop_formula(op)(formula)
+    flop_formula(getattr(torch.ops.packc, name))(formula)
 
 
 def _register_all(counter: ModuleType) -> None:

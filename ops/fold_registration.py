@@ -29,29 +29,27 @@ import torch
 from torch import Tensor
 
 from packc.ops import derivatives
+from packc.ops.definition import define, schema
 from packc.ops.flops import count_flops
 from packc.ops.mixer import Mixer
 from packc.ops.shapes import Shapes, Sizes
 from packc.ops.summary import Summary, Through
 
 
-def register(library: torch.library.Library, mixer: Mixer, summary: Summary) -> None:
+def register(mixer: Mixer, summary: Summary) -> None:
     """The two ops of ``mixer``."""
-    _define(library, mixer, "fold", summary, summary.through, to_right=True)
-    _define(library, mixer, "fold_adjoint", summary, summary.through_adjoint, to_right=False)
+    _define(mixer, "fold", summary, summary.through, to_right=True)
+    _define(mixer, "fold_adjoint", summary, summary.through_adjoint, to_right=False)
 
 
-def _define(
-    library: torch.library.Library, mixer: Mixer, what: str, summary: Summary, through: Through, to_right: bool
-) -> None:
+def _define(mixer: Mixer, what: str, summary: Summary, through: Through, to_right: bool) -> None:
     name, weights = f"{mixer.name}_{what}", summary.through_takes
-    shape_of = {each.rstrip("?"): shape for each, shape in mixer.tensors.items()}
     shapes = Shapes(
         name,
         {
             "transitions": f"segments {summary.transition}",
             "states": f"segments {mixer.state}",
-            **{each: shape_of[each] for each in weights},
+            **{each: mixer.shape_of[each] for each in weights},
         },
         "states",
     )
@@ -76,12 +74,9 @@ def _define(
 
     names = ["transitions", "states", *weights, "upstream", "ends"]
     returns = "(Tensor entering, Tensor kept)" if to_right else "Tensor"
-    library.define(f"{name}({', '.join(f'Tensor {each}' for each in names)}) -> {returns}")
-    library.impl(name, kernel, "CPU")
-    library.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"packc::{name}", fake, lib=library)
-    count_flops(getattr(torch.ops.packc, name), flops, shapes, names, ())
-    derivatives.register_gradients(library, name, kernel)
+    define(schema(name, dict.fromkeys(names, "Tensor"), returns), kernel, fake)
+    count_flops(name, flops, shapes, names)
+    derivatives.register_gradients(name, kernel)
 
 
 def _of_one(mixer: Mixer, summary: Summary, sizes: Sizes) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +29,21 @@ def implementations(mixer: Mixer) -> Callable[[torch.dtype, Tensor], Any]:
         return loaded[choice]
 
     return implementation
+
+
+def in_states_dtype(mixer: Mixer, arguments: Iterable[str]) -> Callable[[Sequence[Any], torch.dtype], list[Any]]:
+    """Of an op of these arguments: states, and what is declared to be like them, in a dtype; the others as they are."""
+    names = {"initial_state", "dfinal_state", *mixer.in_state_dtype}
+    places = [n for n, name in enumerate(arguments) if name in names]
+
+    def converted(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        given = list(args)
+        for n in places:
+            if given[n] is not None:
+                given[n] = given[n].to(dtype)
+        return given
+
+    return converted
 
 
 def _load(folder: str, choice: str) -> Any:

@@ -16,60 +16,43 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from packc.ops.definition import define, schema
 from packc.ops.flops import count_flops
-from packc.ops.implementations import implementations
+from packc.ops.implementations import implementations, in_states_dtype
 from packc.ops.mixer import Mixer
 from packc.ops.shapes import Shapes
 from packc.ops.summary import Late
 
 
-def register(library: torch.library.Library, mixer: Mixer, late: Late) -> None:
+def register(mixer: Mixer, late: Late) -> None:
     """The two ops of ``mixer``."""
-    implementation, changed = implementations(mixer), len(mixer.results)
+    implementation, entered, left = implementations(mixer), len(mixer.results), len(late.leave_changes)
+    in_enter = in_states_dtype(mixer, mixer.enter_arguments)
+    in_leave = in_states_dtype(mixer, mixer.leave_arguments)
 
     def enter(*args: Any) -> None:
         # Of the state's dtype there is one tensor that tells.
-        kernels = implementation(args[changed].dtype, args[0])
-        late.enter(kernels, args[:changed], *_in(args[changed].dtype, mixer, mixer.enter_arguments, args)[changed:])
-
-    gradients = len(late.leave_changes)
+        dtype = args[entered].dtype
+        late.enter(implementation(dtype, args[0]), args[:entered], *in_enter(args, dtype)[entered:])
 
     def leave(*args: Any) -> None:
-        given = _in(args[gradients].dtype, mixer, mixer.leave_arguments, args)
-        late.leave(args[:gradients], *given[gradients:])
+        late.leave(args[:left], *in_leave(args, args[left].dtype)[left:])
 
-    shape_of = {name.rstrip("?"): shape for name, shape in mixer.tensors.items()}
-    out = {"out": mixer.out or shape_of[mixer.like]}
-    _define(library, mixer, "enter", mixer.enter_arguments, {**out, **shape_of}, enter, late.flops)
-    changes = {f"d{name}": shape_of[name] for name in late.leave_changes}
-    _define(library, mixer, "leave", mixer.leave_arguments, {**changes, **shape_of}, leave, late.leave_flops)
-
-
-def _in(dtype: torch.dtype, mixer: Mixer, arguments: Mapping[str, str], args: tuple[Any, ...]) -> list[Any]:
-    """With what states hang on in their dtype."""
-    return [
-        x.to(dtype) if name in mixer.in_state_dtype and isinstance(x, Tensor) else x
-        for name, x in zip(arguments, args, strict=True)
-    ]
+    _define(mixer, "enter", mixer.enter_arguments, {"out": mixer.shape_of_out}, enter, late.flops)
+    changes = {f"d{name}": mixer.shape_of[name] for name in late.leave_changes}
+    _define(mixer, "leave", mixer.leave_arguments, changes, leave, late.leave_flops)
 
 
 def _define(
-    library: torch.library.Library,
     mixer: Mixer,
     what: str,
     arguments: Mapping[str, str],
-    shape_of: Mapping[str, str],
+    changes: Mapping[str, str],
     kernel: Callable[..., None],
     flops: Callable[..., int],
 ) -> None:
     name = f"{mixer.name}_{what}"
-    library.define(f"{name}({', '.join(f'{kind} {argument}' for argument, kind in arguments.items())}) -> ()")
-    library.impl(name, kernel, "CPU")
-    library.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"packc::{name}", lambda *args: None, lib=library)
-    shapes = Shapes(name, {each: shape for each, shape in shape_of.items() if each in arguments}, next(iter(arguments)))
-    options = [argument for argument in arguments if argument in mixer.options]
-    count_flops(getattr(torch.ops.packc, name), flops, shapes, arguments, options)
+    define(schema(name, arguments, "()"), kernel, lambda *args: None)
+    shape_of = {**changes, **{each: shape for each, shape in mixer.shape_of.items() if each in arguments}}
+    shapes = Shapes(name, shape_of, next(iter(arguments)))
+    count_flops(name, flops, shapes, arguments, mixer.options)

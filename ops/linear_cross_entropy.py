@@ -12,23 +12,28 @@ torch's own ``linear_cross_entropy`` (2.13) makes gradients in the forward, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from packc.ops import derivatives, dispatch
+from packc.ops.definition import LIBRARY, define
 from packc.ops.flops import flop_formula
 
-_lib = torch.library.Library("packc", "FRAGMENT")
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor labels"
 _LOSS = "int ignore_index, float label_smoothing, float scale, float cap"
-_lib.define(f"linear_cross_entropy({_HEAD}, {_LOSS}) -> (Tensor losses, Tensor logsumexp)")
-_lib.define(
-    f"linear_cross_entropy_bwd(Tensor grad, Tensor logsumexp, {_HEAD}, {_LOSS}, bool[] wanted)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
-)
+
+
+class _Loss(NamedTuple):
+    """The numbers among the arguments, in order."""
+
+    ignore_index: int
+    label_smoothing: float
+    scale: float
+    cap: float
+
 
 _TOKENS, _LOGITS = 256, 2**24
 """Least tokens of a chunk, and the logits that one may have in any case."""
@@ -76,44 +81,36 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(n * T // number, (n + 1) * T // number)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, how: _Loss) -> Tensor:
     """Of a chunk, a tensor of nobody else's."""
     logits = F.linear(x, weight, bias).to(_wide(x))
-    if cap:
-        return logits.mul_(scale / cap).tanh_().mul_(cap)
-    return logits if scale == 1 else logits.mul_(scale)
+    if how.cap:
+        return logits.mul_(how.scale / how.cap).tanh_().mul_(how.cap)
+    return logits if how.scale == 1 else logits.mul_(how.scale)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _live(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _live(labels: Tensor, how: _Loss) -> tuple[Tensor, Tensor]:
     """Which labels count, and all of them as ``(T, 1)`` classes."""
-    live = labels != ignore_index
+    live = labels != how.ignore_index
     return live, torch.where(live, labels, 0).unsqueeze(1)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    scale: float,
-    cap: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
+    how = _Loss(*numbers)
     if dispatch.wanted_kernels() == "reference":
-        return _reference(x, weight, bias, labels, ignore_index, label_smoothing, scale, cap)
+        return _reference(x, weight, bias, labels, how)
     losses = x.new_empty(x.shape[0], dtype=_wide(x))
     logsumexp = torch.empty_like(losses)
-    live, classes = _live(labels, ignore_index)
+    live, classes = _live(labels, how)
     for chunk in _chunks(x, weight):
-        logits = _logits(x[chunk], weight, bias, scale, cap)
+        logits = _logits(x[chunk], weight, bias, how)
         loss = logits.gather(1, classes[chunk]).squeeze(1).neg_()
-        if label_smoothing:
-            loss = loss.mul_(1 - label_smoothing).sub_(logits.mean(1), alpha=label_smoothing)
+        if how.label_smoothing:
+            loss = loss.mul_(1 - how.label_smoothing).sub_(logits.mean(1), alpha=how.label_smoothing)
         largest = logits.amax(1, keepdim=True)
         total = logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
         losses[chunk] = loss.add_(total).masked_fill_(~live[chunk], 0)
@@ -121,25 +118,16 @@ def _forward(
     return losses, logsumexp
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    scale: float,
-    cap: float,
-) -> tuple[Tensor, Tensor]:
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: _Loss) -> tuple[Tensor, Tensor]:
     """The same of all tokens at once, by what torch differentiates to any order."""
-    logits = F.linear(x, weight, bias).to(_wide(x)) * scale
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    live, classes = _live(labels, ignore_index)
+    logits = F.linear(x, weight, bias).to(_wide(x)) * how.scale
+    if how.cap:
+        logits = how.cap * torch.tanh(logits / how.cap)
+    live, classes = _live(labels, how)
     logsumexp = logits.logsumexp(1)
-    loss = -(1 - label_smoothing) * logits.gather(1, classes).squeeze(1)
-    if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(1)
+    loss = -(1 - how.label_smoothing) * logits.gather(1, classes).squeeze(1)
+    if how.label_smoothing:
+        loss = loss - how.label_smoothing * logits.mean(1)
     return torch.where(live, loss + logsumexp, 0), logsumexp
 
 
@@ -150,30 +138,27 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    scale: float,
-    cap: float,
-    wanted: list[bool],
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens are taken in fp32. Empty where a gradient is not wanted."""
+    *numbers, wanted = others
+    how = _Loss(*numbers)
     if dispatch.wanted_kernels() == "reference":
-        return _backward_reference(
-            grad, x, weight, bias, labels, ignore_index, label_smoothing, scale, cap, wanted=wanted
-        )
+        return _backward_reference(grad, x, weight, bias, labels, how, wanted)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
     grad_weight = weight.new_zeros(weight.shape if wanted[1] else 0, dtype=_wide(x))
     grad_bias = weight.new_zeros(weight.shape[:1] if wanted[2] else 0, dtype=_wide(x))
-    live, classes = _live(labels, ignore_index)
+    live, classes = _live(labels, how)
     grad = torch.where(live, grad, 0).unsqueeze(1)
     for chunk in _chunks(x, weight):
-        logits = _logits(x[chunk], weight, bias, scale, cap)
-        slope = (1 - (logits / cap).square_()) if cap else None
+        logits = _logits(x[chunk], weight, bias, how)
+        slope = (1 - (logits / how.cap).square_()) if how.cap else None
         of_logits = logits.sub_(logsumexp[chunk].unsqueeze(1)).exp_()
-        if label_smoothing:
-            of_logits.sub_(label_smoothing / weight.shape[0])
-        of_logits.scatter_add_(1, classes[chunk], of_logits.new_full((), label_smoothing - 1).expand_as(classes[chunk]))
-        of_logits.mul_(grad[chunk] if scale == 1 else grad[chunk] * scale)
+        if how.label_smoothing:
+            of_logits.sub_(how.label_smoothing / weight.shape[0])
+        of_label = of_logits.new_full((), how.label_smoothing - 1).expand_as(classes[chunk])
+        of_logits.scatter_add_(1, classes[chunk], of_label)
+        of_logits.mul_(grad[chunk] if how.scale == 1 else grad[chunk] * how.scale)
         if slope is not None:
             of_logits.mul_(slope)
         if wanted[2]:
@@ -189,10 +174,10 @@ def _backward(
 
 
 def _backward_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: _Loss, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     def losses(*given: Tensor) -> Tensor:
-        return _reference(given[0], given[1], given[2] if bias is not None else None, *others)[0]
+        return _reference(given[0], given[1], given[2] if bias is not None else None, labels, how)[0]
 
     inputs = (x, weight) if bias is None else (x, weight, bias)
     found = torch.func.vjp(losses, *inputs)[1](grad)
@@ -221,15 +206,14 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.scale, ctx.cap = args
-    ctx.save_for_backward(results[1], *tensors)
+    ctx.save_for_backward(results[1], *args[:4])
+    ctx.numbers = args[4:]
     ctx.mark_non_differentiable(results[1])
 
 
 def _pull_back(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    loss = (ctx.ignore_index, ctx.label_smoothing, ctx.scale, ctx.cap)
     wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.packc.linear_cross_entropy_bwd.default(grad, *ctx.saved_tensors, *loss, wanted)
+    grads = torch.ops.packc.linear_cross_entropy_bwd.default(grad, *ctx.saved_tensors, *ctx.numbers, wanted)
     return (*(each if is_wanted else None for each, is_wanted in zip(grads, wanted, strict=True)), *[None] * 5)
 
 
@@ -247,17 +231,17 @@ def _autocast(device: str) -> Any:
     return cast
 
 
-for _name, _kernel, _fake in (
-    ("linear_cross_entropy", _forward, _forward_fake),
-    ("linear_cross_entropy_bwd", _backward, _backward_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"packc::{_name}", _fake, lib=_lib)
-derivatives.register(_lib, "linear_cross_entropy", _forward, _setup, _pull_back)
-derivatives.register_gradients(_lib, "linear_cross_entropy_bwd", _backward)
+define(f"linear_cross_entropy({_HEAD}, {_LOSS}) -> (Tensor losses, Tensor logsumexp)", _forward, _forward_fake)
+define(
+    f"linear_cross_entropy_bwd(Tensor grad, Tensor logsumexp, {_HEAD}, {_LOSS}, bool[] wanted)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    _backward,
+    _backward_fake,
+)
+derivatives.register("linear_cross_entropy", _forward, _setup, _pull_back)
+derivatives.register_gradients("linear_cross_entropy_bwd", _backward)
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _lib.impl("linear_cross_entropy", _autocast(_device), _key)
+    LIBRARY.impl("linear_cross_entropy", _autocast(_device), _key)
 
 
 @flop_formula(torch.ops.packc.linear_cross_entropy)

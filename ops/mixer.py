@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packc.ops.definition import schema
 from packc.ops.shapes import Groups, Shape, Shapes, Sizes
 from packc.ops.summary import Summary
 
@@ -99,13 +100,22 @@ class Mixer:
     # ---- what follows ------------------------------------------------------------------------------------------------
 
     @cached_property
+    def shape_of(self) -> dict[str, str]:
+        """Of each tensor: its shape, by name."""
+        return {name.rstrip("?"): shape for name, shape in self.tensors.items()}
+
+    @cached_property
+    def shape_of_out(self) -> str:
+        return self.out or self.shape_of[self.like]
+
+    @cached_property
     def tensor_names(self) -> tuple[str, ...]:
-        return tuple(name.rstrip("?") for name in self.tensors)
+        return tuple(self.shape_of)
 
     @cached_property
     def per_token(self) -> tuple[str, ...]:
         """Arguments ``(B, L, ...)``."""
-        return tuple(name.rstrip("?") for name, shape in self.tensors.items() if "B L" in shape)
+        return tuple(name for name, shape in self.shape_of.items() if "B L" in shape)
 
     @cached_property
     def differentiable(self) -> tuple[str, ...]:
@@ -174,25 +184,19 @@ class Mixer:
 
     def schemas(self) -> tuple[str, str]:
         """Of the op and of its ``_bwd``."""
-
-        def schema(name: str, arguments: Mapping[str, str], results: Sequence[str]) -> str:
-            takes = ", ".join(f"{kind} {argument}" for argument, kind in arguments.items())
-            return f"{name}({takes}) -> ({', '.join(f'Tensor {result}' for result in results)})"
-
-        gradients = [f"d{name}" for name in self.differentiable]
-        forward = schema(self.name, self.arguments, self.results)
-        return forward, schema(f"{self.name}_bwd", self.backward_arguments, gradients)
+        results = ", ".join(f"Tensor {name}" for name in self.results)
+        gradients = ", ".join(f"Tensor d{name}" for name in self.differentiable)
+        forward = schema(self.name, self.arguments, f"({results})")
+        return forward, schema(f"{self.name}_bwd", self.backward_arguments, f"({gradients})")
 
     @cached_property
     def shapes(self) -> Shapes:
         """Of all that have gradients, and of those used up before."""
-        shapes = {name.rstrip("?"): shape for name, shape in self.tensors.items()}
-        if self.state is not None:
-            shapes["initial_state"] = f"documents {self.state}"
-        return Shapes(self.name, {**shapes, **self.before}, self.like, self.groups, self.check)
+        states = {} if self.state is None else {"initial_state": f"documents {self.state}"}
+        return Shapes(self.name, {**self.shape_of, **states, **self.before}, self.like, self.groups, self.check)
 
     def out_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        return Shape(self.out or self.tensors[self.like]).of(sizes)
+        return Shape(self.shape_of_out).of(sizes)
 
     def state_shape(self, sizes: Sizes, documents: int) -> tuple[int, ...]:
         """Of the states of so many documents."""

@@ -21,34 +21,30 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from packc.ops import autograd, derivatives, documents, fold_registration, late_registration, summary_registration
+from packc.ops.definition import define
 from packc.ops.flops import count_flops
-from packc.ops.implementations import implementations
+from packc.ops.implementations import implementations, in_states_dtype
 from packc.ops.mixer import MIXERS, Mixer, state_dtype
-from packc.ops.shapes import Sizes
-
-_library = torch.library.Library("packc", "FRAGMENT")
 
 
 def declare(mixer: Mixer) -> Mixer:
     """Registers the ops of ``mixer``."""
     assert mixer.name not in MIXERS, f"two declarations of {mixer.name}"
     MIXERS[mixer.name] = mixer
-    kernels = {mixer.name: _forward(mixer), f"{mixer.name}_bwd": _backward(mixer)}
-    fakes = {mixer.name: _forward_fake(mixer), f"{mixer.name}_bwd": _backward_fake(mixer)}
-    for (name, kernel), schema in zip(kernels.items(), mixer.schemas(), strict=True):
-        _library.define(schema, tags=mixer.tags)
-        _library.impl(name, kernel, "CPU")
-        _library.impl(name, kernel, "CUDA")
-        torch.library.register_fake(f"packc::{name}", fakes[name], lib=_library)
-    _count_flops(mixer)
-    forward, backward = kernels.values()
-    derivatives.register(_library, mixer.name, forward, *_differentiation(mixer, backward))
-    derivatives.register_gradients(_library, f"{mixer.name}_bwd", backward)
+    kernels, fakes = (_forward(mixer), _backward(mixer)), (_forward_fake(mixer), _backward_fake(mixer))
+    for schema, kernel, fake in zip(mixer.schemas(), kernels, fakes, strict=True):
+        define(schema, kernel, fake, mixer.tags)
+    name, name_bwd = mixer.name, f"{mixer.name}_bwd"
+    count_flops(name, mixer.flops, mixer.shapes, mixer.arguments, mixer.options)
+    count_flops(name_bwd, mixer.backward_flops, mixer.shapes, mixer.backward_arguments, mixer.options)
+    forward, backward = kernels
+    derivatives.register(name, forward, *_differentiation(mixer, backward))
+    derivatives.register_gradients(name_bwd, backward)
     if mixer.summary is not None:
-        summary_registration.register(_library, mixer, mixer.summary)
-        fold_registration.register(_library, mixer, mixer.summary)
+        summary_registration.register(mixer, mixer.summary)
+        fold_registration.register(mixer, mixer.summary)
         if mixer.summary.late is not None:
-            late_registration.register(_library, mixer, mixer.summary.late)
+            late_registration.register(mixer, mixer.summary.late)
     return mixer
 
 
@@ -93,20 +89,13 @@ def _preparation(mixer: Mixer, arguments: dict[str, str]) -> Callable[[tuple[Any
     names, shapes = mixer.differentiable, mixer.shapes
     tensors_of = itemgetter(*map(places.index, names))
     cu_seqlens, like = places.index("cu_seqlens"), places.index(mixer.like)
-    states = ("initial_state", "dfinal_state", *mixer.in_state_dtype)
-    in_state_dtype = [n for n, name in enumerate(places) if name in states]
-    implementation = implementations(mixer)
+    implementation, converted = implementations(mixer), in_states_dtype(mixer, places)
 
     def prepare(args: tuple[Any, ...]) -> tuple[Any, list[Any], Any]:
         tensors = tensors_of(args)
         shapes.check_sizes(tensors, args[cu_seqlens])
         dtype = state_dtype(*tensors)
-        kernels = implementation(dtype, args[like])
-        converted = list(args)
-        for n in in_state_dtype:
-            if converted[n] is not None:
-                converted[n] = converted[n].to(dtype)
-        return kernels, converted, tensors
+        return implementation(dtype, args[like]), converted(args, dtype), tensors
 
     return prepare
 
@@ -114,14 +103,10 @@ def _preparation(mixer: Mixer, arguments: dict[str, str]) -> Callable[[tuple[Any
 # ---- fakes -----------------------------------------------------------------------------------------------------------
 
 
-def _sizes(mixer: Mixer, given: dict[str, Any]) -> Sizes:
-    return mixer.shapes.sizes({name: None if (x := given[name]) is None else x.shape for name in mixer.tensor_names})
-
-
 def _forward_fake(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
     def forward(*args: Any) -> tuple[Tensor, ...]:
         given = dict(zip(mixer.arguments, args, strict=True))
-        like, sizes = given[mixer.like], _sizes(mixer, given)
+        like, sizes = given[mixer.like], mixer.shapes.sizes_of({name: given[name] for name in mixer.tensor_names})
         dtype = state_dtype(*(given[name] for name in mixer.differentiable))
         results = [like.new_empty(mixer.out_shape(sizes))]
         if mixer.state is not None:
@@ -148,15 +133,6 @@ def _backward_fake(mixer: Mixer) -> Callable[..., tuple[Tensor, ...]]:
         return tuple(map(gradient, mixer.differentiable))
 
     return backward
-
-
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
-
-
-def _count_flops(mixer: Mixer) -> None:
-    op, backward = getattr(torch.ops.packc, mixer.name), getattr(torch.ops.packc, f"{mixer.name}_bwd")
-    count_flops(op, mixer.flops, mixer.shapes, mixer.arguments, mixer.options)
-    count_flops(backward, mixer.backward_flops, mixer.shapes, mixer.backward_arguments, mixer.options)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -193,8 +169,8 @@ def _differentiation(mixer: Mixer, kernel: Callable[..., Any]) -> tuple[Callable
         saved = ctx.saved_tensors
         dout = douts[0]
         if dout is None:
-            shapes = {name: None if x is None else x.shape for name, x in zip(mixer.tensor_names, saved)}  # noqa: B905
-            dout = saved[like].new_zeros(mixer.out_shape(mixer.shapes.sizes(shapes)))
+            sizes = mixer.shapes.sizes_of(dict(zip(mixer.tensor_names, saved)))  # noqa: B905  nor what was kept
+            dout = saved[like].new_zeros(mixer.out_shape(sizes))
         # Of states that nobody asked for there are none.
         dfinal = douts[1] if mixer.state is not None and ctx.others[-1] else None
         given = (*saved, *ctx.others, dout, dfinal, *[is_channel_first(saved[n]) for n in own_layout])

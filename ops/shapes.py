@@ -93,6 +93,9 @@ class Shapes:
                 found = dict(self.shapes[name].named(shape) or ()) | found
         return found
 
+    def sizes_of(self, tensors: Mapping[str, Tensor | None]) -> Sizes:
+        return self.sizes({name: None if x is None else x.shape for name, x in tensors.items()})
+
     def check(self, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None) -> None:
         """Raises for arguments that do not fit. Sizes that only a run can tell are left to :meth:`check_sizes`."""
         if torch.compiler.is_dynamo_compiling() or type(tensors[self.like]) not in _PLAIN:

@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 
 from packc.ops import derivatives, documents
+from packc.ops.definition import define, schema
 from packc.ops.flops import count_flops
-from packc.ops.implementations import implementations
+from packc.ops.implementations import implementations, in_states_dtype
 from packc.ops.mixer import Mixer, state_dtype
 from packc.ops.shapes import Shape, Shapes, Sizes
 from packc.ops.summary import Summary
 
 
-def register(library: torch.library.Library, mixer: Mixer, summary: Summary) -> None:
+def register(mixer: Mixer, summary: Summary) -> None:
     """The two ops of ``mixer``."""
-    shape_of = {name.rstrip("?"): shape for name, shape in mixer.tensors.items()}
 
     def state(sizes: Sizes, like: Tensor, dtype: torch.dtype) -> Tensor:
         return like.new_empty(mixer.state_shape(sizes, 1), dtype=dtype)
@@ -46,11 +46,11 @@ def register(library: torch.library.Library, mixer: Mixer, summary: Summary) -> 
         return transition, state(sizes, like, dtype)
 
     def op(what: str, arguments: Mapping[str, str], like: str, run: Callable[..., Any] | None, **others: Any) -> None:
-        tensors = {name: shape_of[name] for name in arguments if name in shape_of}
+        tensors = {name: mixer.shape_of[name] for name in arguments if name in mixer.shape_of}
         if like == "dout":
-            tensors = {"dout": mixer.out or shape_of[mixer.like], **tensors}
+            tensors = {"dout": mixer.shape_of_out, **tensors}
         shapes = Shapes(f"{mixer.name}_{what}", tensors, like, mixer.groups, _check_row(like))
-        _define(library, mixer, what, shapes, arguments, run, **others)
+        _define(mixer, what, shapes, arguments, run, **others)
 
     op(
         "summary",
@@ -73,7 +73,6 @@ def register(library: torch.library.Library, mixer: Mixer, summary: Summary) -> 
 
 
 def _define(
-    library: torch.library.Library,
     mixer: Mixer,
     what: str,
     shapes: Shapes,
@@ -87,7 +86,7 @@ def _define(
     name, places = shapes.op, list(arguments)
     tensors_of = itemgetter(*map(places.index, shapes.shapes))
     like = places.index(shapes.like)
-    in_state_dtype = [n for n, argument in enumerate(places) if argument in mixer.in_state_dtype]
+    converted = in_states_dtype(mixer, arguments)
     implementation = implementations(mixer) if run is not None else _implementations(mixer, what)
 
     def kernel(*args: Any) -> Any:
@@ -95,25 +94,16 @@ def _define(
         shapes.check_sizes(tensors, None)
         _check_place(name, places[-1], args[-1], args[like])
         dtype = state_dtype(*tensors)
-        given = list(args)
-        for n in in_state_dtype:
-            if given[n] is not None:
-                given[n] = given[n].to(dtype)
-        kernels = implementation(dtype, args[like])
+        kernels, given = implementation(dtype, args[like]), converted(args, dtype)
         return run(kernels, *given) if run is not None else getattr(kernels, what)(*given)
 
     def fake(*args: Any) -> Any:
         tensors = dict(zip(shapes.shapes, tensors_of(args), strict=True))
-        sizes = shapes.sizes({name: None if x is None else x.shape for name, x in tensors.items()})
-        return results(sizes, args[like], state_dtype(*tensors.values()))
+        return results(shapes.sizes_of(tensors), args[like], state_dtype(*tensors.values()))
 
-    library.define(f"{name}({', '.join(f'{kind} {argument}' for argument, kind in arguments.items())}) -> {returns}")
-    library.impl(name, kernel, "CPU")
-    library.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"packc::{name}", fake, lib=library)
-    options = [argument for argument in arguments if argument in mixer.options]
-    count_flops(getattr(torch.ops.packc, name), flops, shapes, arguments, options)
-    derivatives.register_gradients(library, name, kernel)
+    define(schema(name, arguments, returns), kernel, fake)
+    count_flops(name, flops, shapes, arguments, mixer.options)
+    derivatives.register_gradients(name, kernel)
 
 
 def _implementations(mixer: Mixer, what: str) -> Callable[[torch.dtype, Tensor], Any]:

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from packc.fake_tensors import detect_fake_mode
+from packc.passes.arguments import arguments_of
 from packc.passes.axes import same_size, value_of
 from packc.passes.graph import Graph, call_like
 
@@ -63,10 +64,7 @@ def causal_convs(graph: Graph) -> Graph:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    given = list(node.args)
-    for argument in node.target._schema.arguments[len(given) :]:  # type: ignore[union-attr]
-        given.append(node.kwargs.get(argument.name, argument.default_value))
-    return [list(each) if isinstance(each, (list, tuple)) else each for each in given]
+    return [list(each) if isinstance(each, (list, tuple)) else each for each in arguments_of(node).values()]
 
 
 def _unpadded(x: fx.Node, width: int) -> fx.Node | None:

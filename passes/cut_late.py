@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from packc.passes.arguments import argument
 from packc.passes.axes import is_made_of_integers, is_tensor, same_size, value_of
 from packc.passes.graph import Graph, call_like
 from packc.passes.place_wise import is_entrywise, works_behind
@@ -55,18 +56,24 @@ def cut_late(graph: Graph) -> Graph:
 
 def cut_of(node: fx.Node, rows: list[Any]) -> _Cut | None:
     """What a slice of rows ``(B, L, ...)`` leaves out; None for any other, and where that is not a small number."""
-    if node.target is not aten.slice.Tensor or (len(node.args) > 4 and node.args[4] != 1):
+    if node.target is not aten.slice.Tensor or argument(node, "step") != 1:
         return None
     whole: Any = node.args[0]
-    shape, dim = value_of(whole).shape, node.args[1] if len(node.args) > 1 else 0
-    if dim % len(shape) != 1 or not any(all(map(same_size, shape[:2], each)) for each in rows):  # type: ignore[operator]
+    shape = value_of(whole).shape
+    if argument(node, "dim") % len(shape) != 1 or not any(all(map(same_size, shape[:2], each)) for each in rows):
         return None
-    gone = shape[1] - value_of(node).shape[1]
+    gone = left_out(node)
+    return _Cut(whole, *gone) if gone is not None and 0 < sum(gone) <= _MOST else None
+
+
+def left_out(sliced: fx.Node) -> tuple[int, int] | None:
+    """How many positions a slice leaves out at the front and at the back; None where that is not a fixed number."""
+    front = argument(sliced, "start") or 0
+    gone = value_of(sliced.args[0]).shape[1] - value_of(sliced).shape[1]
     gone = gone if isinstance(gone, int) else gone.node.maybe_as_int()
-    front: Any = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
-    if gone is None or not 0 < gone <= _MOST or not isinstance(front, int) or not 0 <= front <= gone:
+    if not isinstance(front, int) or gone is None or not 0 <= front <= gone:
         return None
-    return _Cut(whole, front, gone - front)
+    return front, gone - front
 
 
 def _base(node: fx.Node, cuts: dict[fx.Node, _Cut]) -> _Cut | None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from packc.passes.arguments import argument
 from packc.passes.asks import HidesPadding
 from packc.passes.attention_as_written import biases_of
 from packc.passes.axes import (
@@ -107,7 +108,7 @@ class Heads:
             return
         labels = _labels(node, read)
         if labels is not None and self._is_input(labels) and value_of(places).ndim == 1:
-            self._ask(places, self._make(aten.ne.Scalar, (labels, _ignored(node))))
+            self._ask(places, self._make(aten.ne.Scalar, (labels, argument(node, "ignore_index"))))
             return
         if (picked := self._picked(node, read[0], places)) is not None:
             self._ask(picked)
@@ -299,7 +300,3 @@ def _labels(node: fx.Node, read: list[fx.Node]) -> Any:
     if node.target is not aten.cross_entropy_loss.default or read != [node.args[0]] or value_of(node).ndim:
         return None
     return node.args[1] if not value_of(node.args[1]).is_floating_point() else None
-
-
-def _ignored(node: fx.Node) -> Any:
-    return node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)

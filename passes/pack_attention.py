@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from packc.passes.arguments import argument
 from packc.passes.asks import HidesKeys, HidesPadding
 from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise
@@ -30,8 +31,7 @@ def pack_attention(graph: Graph) -> Graph:
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
         masks = [ask.mask for ask in reading.asks if isinstance(ask, (HidesPadding, HidesKeys))]
-        causal: bool = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)  # type: ignore
-        seen = {**graph.seen, **graph.hides_keys}.get(masks[0]) if masks else Band(causal)
+        seen = {**graph.seen, **graph.hides_keys}.get(masks[0]) if masks else Band(argument(node, "is_causal"))
         if reading.padded is None or seen is None:
             continue
         try:

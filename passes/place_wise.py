@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
+from packc.passes.arguments import argument
 from packc.passes.axes import is_tensor, value_of
 from packc.passes.rules import rule_for
 from packc.passes.rules.pointwise import pointwise
@@ -31,8 +30,6 @@ def works_behind(node: fx.Node, rank: int) -> bool:
 
 def dims_of(node: fx.Node) -> list[int]:
     """The axes along which an op works, counted from the front."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    at = names.index("dim")
-    given: Any = node.args[at] if at < len(node.args) else node.kwargs.get("dim", 0)
+    given = argument(node, "dim")
     rank = value_of(node.args[0]).ndim + (node.target is aten.unsqueeze.default)
     return [dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])]

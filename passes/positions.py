@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from packc.passes.arguments import argument
 from packc.passes.axes import same_size, value_of
 from packc.passes.choose import is_random
 from packc.passes.sources import is_argument
@@ -15,7 +16,7 @@ from packc.passes.sources import is_argument
 aten = torch.ops.aten
 _AROUND = {aten.flip.default, aten.roll.default, aten.linspace.default, aten.sort.default, aten.argsort.default}
 _ALONG = {aten.softmax.int, aten.log_softmax.int, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default}
-_STARTS = {aten.arange.start: 0, aten.arange.start_step: 0, aten.slice.Tensor: 2}
+_STARTS = {aten.arange.start, aten.arange.start_step, aten.slice.Tensor}
 
 
 def knows_only_positions(node: fx.Node) -> bool:
@@ -46,13 +47,12 @@ def _made_from(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _counts_otherwise(node: fx.Node, length: Any) -> bool:
-    if node.target in _STARTS and len(node.args) > _STARTS[node.target]:
-        start = node.args[_STARTS[node.target]]
+    if node.target in _STARTS:
+        start = argument(node, "start")
         return start is not None and not (isinstance(start, (int, float)) and start >= 0)
     if node.target in _ALONG:
-        given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        shape = value_of(node.args[0]).shape
-        dims = given if isinstance(given, (list, tuple)) else range(len(shape)) if given is None else [given]
+        given, shape = argument(node, "dim"), value_of(node.args[0]).shape
+        dims = [given] if isinstance(given, int) else given or range(len(shape))
         return any(same_size(shape[dim], length) for dim in dims)
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     by_a_size = pointwise and any(

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 import packc.ops.linear_cross_entropy  # noqa: F401  (the op)
+from packc.passes.arguments import argument, arguments_of
 from packc.passes.axes import value_of
 from packc.passes.graph import switches_mode
 
@@ -161,7 +162,7 @@ def _head(loss: fx.Node, modes: dict[fx.Node, tuple[fx.Node, ...]]) -> _Head | N
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target is not aten.linear.default:
         steps.append(node)
         node = node.args[0] if node.args else None
-    if not isinstance(node, fx.Node) or node.target is not aten.linear.default or _argument(loss, 2, None) is not None:
+    if not isinstance(node, fx.Node) or node.target is not aten.linear.default or argument(loss, "weight") is not None:
         return None
     weight = node.args[1]
     if not _is_input(weight) or not all(_is_input(bias) for bias in node.args[2:] if bias is not None):
@@ -247,7 +248,7 @@ def _tail(graph: fx.Graph, output: int, head: _Head) -> Tail | None:
         node = node.args[0]
     if None in where or index not in (None, *inputs):
         return None
-    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    _, weight, bias = arguments_of(linear).values()
     return Tail(
         output=output,
         weight=inputs.index(weight),
@@ -296,18 +297,13 @@ def _is_input(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
-def _argument(loss: fx.Node, position: int, default: Any) -> Any:
-    name = loss.target._schema.arguments[position].name  # type: ignore[union-attr]
-    return loss.args[position] if position < len(loss.args) else loss.kwargs.get(name, default)
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _write(graph: fx.Graph, loss: fx.Node, head: _Head) -> None:
-    hidden, weight, *bias = head.linear.args
+    hidden, weight, bias = arguments_of(head.linear).values()
     labels: Any = loss.args[1]
-    ignore_index = _argument(loss, 4, -100)
+    ignore_index, smoothing = argument(loss, "ignore_index"), argument(loss, "label_smoothing")
 
     def write(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = graph.call_function(target, args, kwargs)
@@ -316,10 +312,10 @@ def _write(graph: fx.Graph, loss: fx.Node, head: _Head) -> None:
 
     with graph.inserting_before(loss):
         tokens = write(aten.reshape.default, hidden, [-1, value_of(weight).shape[1]])
-        given = (tokens, weight, *(bias or [None]), labels, ignore_index, _argument(loss, 5, 0.0), head.scale, head.cap)
+        given = (tokens, weight, bias, labels, ignore_index, smoothing, head.scale, head.cap)
         both = write(torch.ops.packc.linear_cross_entropy.default, *given)
         result = write(operator.getitem, both, 0)
-        reduction = _argument(loss, 3, _MEAN)
+        reduction = argument(loss, "reduction")
         if reduction != _NONE:
             result = write(aten.sum.default, result)
         if reduction == _MEAN:

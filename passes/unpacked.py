@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from packc.ops.mixer import MIXERS
+from packc.passes.arguments import argument
 from packc.passes.axes import covers_tokens
 from packc.passes.graph import CU_SEQLENS, Graph
 from packc.passes.module_names import module_path
@@ -55,10 +56,7 @@ def mixers_of(gm: fx.GraphModule) -> list[fx.Node]:
 
 def knows_documents(node: fx.Node) -> bool:
     """Whether a mixer in Dynamo's graph is told by the model where documents begin."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = names.index("cu_seqlens")
-    given = node.args[place] if place < len(node.args) else node.kwargs.get("cu_seqlens")
-    return given is not None
+    return argument(node, "cu_seqlens") is not None
 
 
 def has_rows(gm: fx.GraphModule) -> bool:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from packc.passes.arguments import argument
 from packc.passes.axes import same_size, value_of
+from packc.passes.cut_late import left_out
 from packc.passes.graph import Graph, call_like
 from packc.passes.outlined import is_random
 from packc.passes.place_wise import is_entrywise
 
 aten = torch.ops.aten
 
-_LOSSES = {aten.cross_entropy_loss.default: (3, 4), aten.nll_loss_nd.default: (3, 4)}  # (reduction, ignore_index)
+_LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default}
 _FLATTENS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
@@ -41,7 +43,7 @@ def widen_losses(graph: Graph) -> Graph:
             flat = value_of(logits).ndim == 2
             labels = _padded_labels(gm, node, sliced, flat=flat)
             loss = call_like(gm.graph, node, node.target, (logits, labels, *node.args[2:]), node.kwargs)
-            if _argument(node, _LOSSES[node.target][0], 1) == 0:
+            if argument(node, "reduction") == 0:
                 loss = _cut(gm, loss, sliced, flat=flat)
         node.replace_all_uses_with(loss)
         changed = True
@@ -49,11 +51,6 @@ def widen_losses(graph: Graph) -> Graph:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return graph
-
-
-def _argument(node: fx.Node, position: int, default: Any) -> Any:
-    name = node.target._schema.arguments[position].name  # type: ignore[union-attr]
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
 
 def _chain_to_slice(logits: Any) -> tuple[fx.Node, list[fx.Node]] | None:
@@ -64,10 +61,10 @@ def _chain_to_slice(logits: Any) -> tuple[fx.Node, list[fx.Node]] | None:
         if node.target is aten.slice.Tensor:
             x = node.args[0]
             full, part = value_of(x).shape, value_of(node).shape
-            step = node.args[4] if len(node.args) > 4 else 1
-            along_length = len(full) == 3 and node.args[1] in (1, -2) and step == 1
+            dim, step = argument(node, "dim"), argument(node, "step")
+            along_length = len(full) == 3 and dim in (1, -2) and step == 1
             if along_length and not same_size(full[1], part[1]):
-                rows_alone = _dropped(node) is not None and _keep_positions_apart(steps[::-1])
+                rows_alone = left_out(node) is not None and _keep_positions_apart(steps[::-1])
                 return (node, steps[::-1]) if rows_alone else None
         elif node.target in _FLATTENS:
             if value_of(node).ndim != 2 or not same_size(value_of(node).shape[1], value_of(node.args[0]).shape[-1]):
@@ -103,17 +100,6 @@ def _keep_positions_apart(steps: list[fx.Node]) -> bool:
     return positions in (None, 2)
 
 
-def _dropped(sliced: fx.Node) -> tuple[int, int] | None:
-    """How many positions a slice drops at the front and at the back; None where that is not a fixed number."""
-    full, part = value_of(sliced.args[0]).shape[1], value_of(sliced).shape[1]
-    start = sliced.args[2] if len(sliced.args) > 2 else 0
-    total = full - part
-    total = total if isinstance(total, int) else total.node.maybe_as_int()
-    if not isinstance(start, int) or start < 0 or total is None or total < start:
-        return None
-    return start, total - start
-
-
 def _replay(gm: fx.GraphModule, x: Any, steps: list[fx.Node]) -> fx.Node:
     for step in steps:
         if step.target is aten.slice.Tensor:
@@ -135,8 +121,8 @@ def _cut(gm: fx.GraphModule, losses: fx.Node, sliced: fx.Node, *, flat: bool) ->
 
 
 def _padded_labels(gm: fx.GraphModule, loss: fx.Node, sliced: fx.Node, *, flat: bool) -> fx.Node:
-    front, back = _dropped(sliced)  # type: ignore[misc]
-    ignore_index = _argument(loss, _LOSSES[loss.target][1], -100)  # type: ignore[index]
+    front, back = left_out(sliced)  # type: ignore[misc]
+    ignore_index = argument(loss, "ignore_index")
     batch = _size(gm, value_of(sliced).shape[0], like=loss)
     rows = call_like(gm.graph, loss, aten.reshape.default, (loss.args[1], [batch, -1]))
     # Not constant_pad_nd, whose result has the very length of the example on torch 2.11.

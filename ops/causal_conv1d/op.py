@@ -5,7 +5,7 @@ The op keeps nothing but its inputs for the backward, which computes the pre-act
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,25 +41,6 @@ def _check(op: str, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | N
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATING:
             raise refused(tensor, f"{name} must be floating", TypeError)
-
-
-def _forward(
-    kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    return kernels.forward(x, weight, bias, activation is not None, *rest)
-
-
-def _backward(
-    kernels: Any,
-    dout: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    *rest: Any,
-) -> Sequence[Tensor | None]:
-    return kernels.backward(dout, dfinal_state, x, weight, bias, activation is not None, *rest)
 
 
 # A segment shifts the inputs that came before it out of the state, and its own in: how many it has is the transition.
@@ -112,7 +93,7 @@ def _enter(
     inside = torch.arange(seeing, device=x.device) < end
     offsets, states = _first_tokens(entering, end, seeing)
     # What is not this document's has no say in what is kept of it.
-    seen, (left, _) = kernels.forward(x[:, :seeing], weight, bias, activation is not None, offsets, states, True)
+    seen, (left, _) = kernels.forward(x[:, :seeing], weight, bias, activation, offsets, states, True)
     out[:, :seeing] = torch.where(inside[:, None], seen, out[:, :seeing])
     if final_state.shape[0]:
         short = (end > 0) & (end <= seeing)  # else it has been shifted out
@@ -134,7 +115,7 @@ def _adjoint(
         return torch.zeros_like(entering)
     seeing = min(x.shape[1], weight.shape[1] - 1)
     offsets, states = _first_tokens(entering, end, seeing)
-    first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation is not None
+    first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation
     dstates = kernels.backward(*first, offsets, states)[-1]
     return dstates[:1]
 
@@ -169,8 +150,6 @@ MIXER = declare(
         gives_zero=("x",),
         unless=("bias",),
         check=_check,
-        forward=_forward,
-        backward=_backward,
         example=Example({"D": 3, "W": 4}),
         flops=_flops,
         # The pre-activation once more, and the gradients of the input and of the taps.

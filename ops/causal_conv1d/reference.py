@@ -55,7 +55,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    silu: bool,
+    activation: str | None,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -65,7 +65,7 @@ def forward(
     layout = _layout(x, cu_seqlens, W)
     rows = _rows(layout, wide_x, initial_state)
     out = _preactivation(layout, rows, wide_weight, wide_bias)
-    if silu:
+    if activation is not None:
         out = F.silu(out)
     final_state = rows.new_empty(0, D, W - 1)
     if output_final_state:
@@ -80,7 +80,7 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    silu: bool,
+    activation: str | None,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -89,7 +89,7 @@ def backward(
     layout = _layout(x, cu_seqlens, W)
     rows = _rows(layout, wide_x, initial_state)
     dpre = rearrange(dout.to(rows.dtype), "b l d -> (b l) d")
-    if silu:
+    if activation is not None:
         pre = _preactivation(layout, rows, wide_weight, wide_bias)
         s = torch.sigmoid(pre)
         dpre = dpre * s * (1 + pre * (1 - s))

@@ -44,14 +44,14 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    silu: bool,
+    activation: str | None,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     (B, L, D), W = x.shape, weight.shape[1]
     if W > _WIDEST:
-        return reference.forward(x, weight, bias, silu, cu_seqlens, initial_state, output_final_state)
+        return reference.forward(x, weight, bias, activation, cu_seqlens, initial_state, output_final_state)
     cu_seqlens, of_token = _boundaries(cu_seqlens, L)
     out = x.new_empty(x.shape)
     launch(
@@ -66,7 +66,7 @@ def forward(
         L=L,
         D=D,
         W=W,
-        SILU=silu,
+        SILU=activation is not None,
     )
     N = documents.count(cu_seqlens, x) if output_final_state else 0
     final_state = x.new_empty((N, D, W - 1), dtype=torch.float32)
@@ -89,13 +89,13 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    silu: bool,
+    activation: str | None,
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     (B, L, D), W = x.shape, weight.shape[1]
     if W > _WIDEST:
-        return reference.backward(dout, dfinal_state, x, weight, bias, silu, cu_seqlens, initial_state)
+        return reference.backward(dout, dfinal_state, x, weight, bias, activation, cu_seqlens, initial_state)
     cu_seqlens, of_token = _boundaries(cu_seqlens, L)
     common = {
         **_tensor("dfinal_state", dfinal_state, ("document", "channel", "slot"), "final"),
@@ -103,7 +103,7 @@ def backward(
         **_tensor("initial_state", initial_state, ("document", "channel", "slot"), "state"),
         "cu_seqlens": cu_seqlens,
         "L": L,
-        "SILU": silu,
+        "SILU": activation is not None,
     }
     dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     dbias = None if bias is None else bias.new_empty(bias.shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from packc.ops import documents
 from packc.ops.common.chunks import CHUNK
+from packc.ops.common.triton_products import fp32_products
 from packc.ops.tritonsrc import tokens
 from packc.ops.tritonsrc.launch import launch
 
@@ -27,6 +28,7 @@ class Chunks(NamedTuple):
     first: Tensor  # int32 (documents + 1,): each document's first chunk
     starts: Tensor  # int32 (documents + 1,): each document's first token
     documents: int
+    packed: bool  # whether they share row 0
 
     @property
     def bound(self) -> int:
@@ -108,7 +110,22 @@ def _found(cu_seqlens: Tensor | None, x: Tensor) -> Chunks:
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    return Chunks(table, first, starts, count)
+    return Chunks(table, first, starts, count, packed=cu_seqlens is not None)
+
+
+def shared_arguments(k: Tensor, v: Tensor, chunks: Chunks) -> dict[str, Any]:
+    """Of every kernel that works on chunks."""
+    return {
+        "table": chunks.table,
+        "rows": v.shape[0],
+        "tokens": v.shape[1],
+        "heads": v.shape[2],
+        "groups": k.shape[2],
+        "K": k.shape[3],
+        "PACKED": chunks.packed,
+        "CHUNK": CHUNK,
+        "PRECISION": fp32_products(v.dtype),
+    }
 
 
 @triton.jit
@@ -167,37 +184,13 @@ def store_per_token(x, value, row, token, head, length, x_b, x_t, x_h, CHUNK: tl
 
 
 @triton.jit
-def load_state(
-    x,
-    document,
-    head,
-    x_n,
-    x_h,
-    x_k,
-    x_v,
-    first_k,
-    first_v,
-    K,
-    V,
-    there,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Block of a document's ``(K, V)`` state in fp32; zero outside, or if it is not ``there``."""
+def _load_state(x, nth, head, strides, first_k, first_v, K, V, there, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Block of a head's ``nth`` state ``(K, V)`` in fp32; zero outside, or if it is not ``there``."""
+    x_n, x_h, x_k, x_v = strides
     k, v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    x += document * x_n + head * x_h + tl.cast(first_k, tl.int64) * x_k + tl.cast(first_v, tl.int64) * x_v
+    x += nth * x_n + head * x_h + tl.cast(first_k, tl.int64) * x_k + tl.cast(first_v, tl.int64) * x_v
     inside = (k < tl.where(there, K - first_k, 0))[:, None] & (v < V - first_v)[None, :]
     return tl.load(x + (k[:, None] * x_k + v[None, :] * x_v), inside, 0.0).to(tl.float32)
-
-
-@triton.jit
-def load_kept(
-    x, slot, head, heads, first_k, first_v, K, V, WIDE_V, there, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """The same of a state between chunks."""
-    return load_state(
-        x, slot, head, heads * K * WIDE_V, K * WIDE_V, WIDE_V, 1, first_k, first_v, K, V, there, BLOCK_K, BLOCK_V
-    )
 
 
 @triton.jit
@@ -214,32 +207,17 @@ def slots_behind(starts, document, count, slots, PACKED: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def load_between(
-    kept,
-    ends,  # (documents, heads, K, V), or None for zeros
-    slot,
-    document,
-    at_end,
-    head,
-    heads,
-    ends_n,
-    ends_h,
-    ends_k,
-    ends_v,
-    first_k,
-    first_v,
-    K,
-    V,
-    WIDE_V,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Block of the state that enters a chunk, from ``ends`` if it is the document's first; or of what leaves it."""
-    state = load_kept(kept, slot, head, heads, first_k, first_v, K, V, WIDE_V, at_end == 0, BLOCK_K, BLOCK_V)
+def load_between(kept, ends, place, first_k, first_v, K, V, WIDE_V, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Block of the state that enters a chunk, or of what leaves it.
+
+    From ``ends (documents, heads, K, V)``, or None for zeros, at an end of its document, and else from ``kept``.
+    ``place``: its slot there, document, whether it is at an end, head, heads, and the strides of ``ends``.
+    """
+    slot, document, at_end, head, heads, strides = place
+    dense = heads * K * WIDE_V, K * WIDE_V, WIDE_V, 1
+    state = _load_state(kept, slot, head, dense, first_k, first_v, K, V, at_end == 0, BLOCK_K, BLOCK_V)
     if ends is not None:
-        state += load_state(
-            ends, document, head, ends_n, ends_h, ends_k, ends_v, first_k, first_v, K, V, at_end, BLOCK_K, BLOCK_V
-        )
+        state += _load_state(ends, document, head, strides, first_k, first_v, K, V, at_end, BLOCK_K, BLOCK_V)
     return state
 
 

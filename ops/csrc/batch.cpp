@@ -202,18 +202,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_index(
   return {index, narrow, wide};
 }
 
-TORCH_LIBRARY_FRAGMENT(packc_batch, m) {
-  m.def("facts(Tensor mask, Tensor[] labels, int[] ignored, int[] ahead, Tensor[] inside) -> Tensor");
-  m.def(
-      "documents(Tensor mask, Tensor[] given, int[] walks, int[] names, int[] of_model, Tensor[] moved,"
-      " int[] ignored, int[] ahead) -> (Tensor, int[])");
-  m.def("index(int[] starts, int[] stops, Tensor begins, int length) -> (Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(packc_batch, CPU, m) {
-  m.impl("facts", batch_facts);
-  m.impl("documents", batch_documents);
-  m.impl("index", batch_index);
+TORCH_LIBRARY_FRAGMENT(packc_batch, library) {
+  library.def("facts", torch::dispatch(c10::kCPU, TORCH_FN(batch_facts)));
+  library.def("documents", torch::dispatch(c10::kCPU, TORCH_FN(batch_documents)));
+  library.def("index", torch::dispatch(c10::kCPU, TORCH_FN(batch_index)));
 }
 
 } // namespace

@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "causal_conv1d_bwd.h"
@@ -39,8 +41,8 @@ void with_constants(int64_t W, bool silu, const Body& body) {
 }
 
 std::tuple<Tensor, Tensor> causal_conv1d(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& initial_state, bool output_final_state) {
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, std::optional<std::string_view> activation,
+    const OptionalTensor& cu_seqlens, const OptionalTensor& initial_state, bool output_final_state) {
   const Documents documents(cu_seqlens, x.size(0), x.size(1));
   check_shapes(x, weight, bias, initial_state, documents.count());
   const Filter filter(weight, bias);
@@ -50,8 +52,8 @@ std::tuple<Tensor, Tensor> causal_conv1d(
       {output_final_state ? documents.count() : 0, filter.D, filter.W - 1}, x.options().dtype(at::kFloat));
   with_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    with_constants(filter.W, silu, [&](auto width, auto activation) {
-      forward<T, width.value, activation.value>(x, filter, documents, initial, out);
+    with_constants(filter.W, activation.has_value(), [&](auto width, auto silu) {
+      forward<T, width.value, silu.value>(x, filter, documents, initial, out);
     });
     if (output_final_state && filter.W > 1)
       final_states<T>(x, documents, initial, filter.W, state);
@@ -61,7 +63,8 @@ std::tuple<Tensor, Tensor> causal_conv1d(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
     const Tensor& dout, const OptionalTensor& dfinal_state, const Tensor& x, const Tensor& weight,
-    const OptionalTensor& bias, bool silu, const OptionalTensor& cu_seqlens, const OptionalTensor& initial_state) {
+    const OptionalTensor& bias, std::optional<std::string_view> activation, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& initial_state) {
   const Documents documents(cu_seqlens, x.size(0), x.size(1));
   const int64_t N = documents.count();
   check_shapes(x, weight, bias, initial_state, N);
@@ -77,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
       states_handed_on(dfinal, documents, filter.W, grads.dinitial);
   }
   with_dtype(x.scalar_type(), [&](auto zero) {
-    with_constants(filter.W, silu, [&](auto width, auto activation) {
-      backward<decltype(zero), width.value, activation.value>(dout, dfinal, x, filter, documents, initial, grads);
+    with_constants(filter.W, activation.has_value(), [&](auto width, auto silu) {
+      backward<decltype(zero), width.value, silu.value>(dout, dfinal, x, filter, documents, initial, grads);
     });
   });
   const auto [dweight, dbias] = parameter_totals(grads.sums, filter.D);
@@ -90,15 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
       initial ? grads.dinitial.to(initial_state->scalar_type()) : none()};
 }
 
-TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
-  m.def(
-      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens, Tensor? initial_state, "
-      "bool output_final_state) -> (Tensor, Tensor)");
-  m.def(
-      "causal_conv1d_bwd(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
-      "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.impl("causal_conv1d", c10::DispatchKey::CPU, TORCH_FN(causal_conv1d));
-  m.impl("causal_conv1d_bwd", c10::DispatchKey::CPU, TORCH_FN(causal_conv1d_bwd));
+TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
+  library.def("causal_conv1d", torch::dispatch(c10::kCPU, TORCH_FN(causal_conv1d)));
+  library.def("causal_conv1d_bwd", torch::dispatch(c10::kCPU, TORCH_FN(causal_conv1d_bwd)));
 }
 
 } // namespace

@@ -299,22 +299,10 @@ Tensor gated_delta_rule_adjoint(
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
-  library.def(
-      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, "
-      "Tensor? initial_state, bool output_final_state) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
-      "Tensor g, Tensor beta, float scale, Tensor? cu_seqlens, Tensor? initial_state) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "gated_delta_rule_summary(Tensor k, Tensor v, Tensor g, Tensor beta, Tensor begin) -> (Tensor, Tensor)");
-  library.def(
-      "gated_delta_rule_adjoint(Tensor dout, Tensor q, Tensor k, Tensor g, Tensor beta, float scale, Tensor end) "
-      "-> Tensor");
-  library.impl("gated_delta_rule", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule));
-  library.impl("gated_delta_rule_bwd", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_bwd));
-  library.impl("gated_delta_rule_summary", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_summary));
-  library.impl("gated_delta_rule_adjoint", c10::DispatchKey::CPU, TORCH_FN(gated_delta_rule_adjoint));
+  library.def("gated_delta_rule", torch::dispatch(c10::kCPU, TORCH_FN(gated_delta_rule)));
+  library.def("gated_delta_rule_bwd", torch::dispatch(c10::kCPU, TORCH_FN(gated_delta_rule_bwd)));
+  library.def("gated_delta_rule_summary", torch::dispatch(c10::kCPU, TORCH_FN(gated_delta_rule_summary)));
+  library.def("gated_delta_rule_adjoint", torch::dispatch(c10::kCPU, TORCH_FN(gated_delta_rule_adjoint)));
 }
 
 } // namespace packc

@@ -253,27 +253,12 @@ Tensor everywhere_alike(const Tensor& x) {
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
-  library.def(
-      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? step, Tensor? skip, float scale, "
-      "Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state, bool value_major, bool round_out) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "linear_attention_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor q, Tensor k, Tensor v, "
-      "Tensor? g, Tensor? step, Tensor? skip, float scale, Tensor? cu_seqlens, Tensor? initial_state, bool value_major) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "linear_attention_summary(Tensor k, Tensor v, Tensor? g, Tensor? step, bool value_major, Tensor begin) "
-      "-> (Tensor, Tensor)");
-  library.def(
-      "linear_attention_adjoint(Tensor dout, Tensor q, Tensor? g, float scale, bool value_major, Tensor end) -> Tensor");
-  library.def("silu(Tensor x) -> Tensor");
-  library.def("silu_slope(Tensor x) -> Tensor");
-  library.impl("linear_attention", c10::DispatchKey::CPU, TORCH_FN(linear_attention));
-  library.impl("linear_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_attention_bwd));
-  library.impl("linear_attention_summary", c10::DispatchKey::CPU, TORCH_FN(linear_attention_summary));
-  library.impl("linear_attention_adjoint", c10::DispatchKey::CPU, TORCH_FN(linear_attention_adjoint));
-  library.impl("silu", c10::DispatchKey::CPU, TORCH_FN(everywhere_alike<silu>));
-  library.impl("silu_slope", c10::DispatchKey::CPU, TORCH_FN(everywhere_alike<silu_slope>));
+  library.def("linear_attention", torch::dispatch(c10::kCPU, TORCH_FN(linear_attention)));
+  library.def("linear_attention_bwd", torch::dispatch(c10::kCPU, TORCH_FN(linear_attention_bwd)));
+  library.def("linear_attention_summary", torch::dispatch(c10::kCPU, TORCH_FN(linear_attention_summary)));
+  library.def("linear_attention_adjoint", torch::dispatch(c10::kCPU, TORCH_FN(linear_attention_adjoint)));
+  library.def("silu", torch::dispatch(c10::kCPU, TORCH_FN(everywhere_alike<silu>)));
+  library.def("silu_slope", torch::dispatch(c10::kCPU, TORCH_FN(everywhere_alike<silu_slope>)));
 }
 
 } // namespace packc

@@ -222,19 +222,11 @@ Tensor linear_scan_adjoint(const Tensor& all_douts, const Tensor& all_a, const T
   return dstate;
 }
 
-TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
-  m.def(
-      "linear_scan(Tensor a, Tensor b, Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor a, Tensor b, "
-      "Tensor? cu_seqlens, Tensor? initial_state) -> (Tensor, Tensor, Tensor)");
-  m.def("linear_scan_summary(Tensor a, Tensor b, Tensor begin) -> (Tensor, Tensor)");
-  m.def("linear_scan_adjoint(Tensor dout, Tensor a, Tensor end) -> Tensor");
-  m.impl("linear_scan", c10::DispatchKey::CPU, TORCH_FN(linear_scan));
-  m.impl("linear_scan_bwd", c10::DispatchKey::CPU, TORCH_FN(linear_scan_bwd));
-  m.impl("linear_scan_summary", c10::DispatchKey::CPU, TORCH_FN(linear_scan_summary));
-  m.impl("linear_scan_adjoint", c10::DispatchKey::CPU, TORCH_FN(linear_scan_adjoint));
+TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
+  library.def("linear_scan", torch::dispatch(c10::kCPU, TORCH_FN(linear_scan)));
+  library.def("linear_scan_bwd", torch::dispatch(c10::kCPU, TORCH_FN(linear_scan_bwd)));
+  library.def("linear_scan_summary", torch::dispatch(c10::kCPU, TORCH_FN(linear_scan_summary)));
+  library.def("linear_scan_adjoint", torch::dispatch(c10::kCPU, TORCH_FN(linear_scan_adjoint)));
 }
 
 } // namespace

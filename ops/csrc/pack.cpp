@@ -78,14 +78,9 @@ Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t rows) {
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
-  m.def("gather_rows(Tensor x, Tensor index) -> Tensor");
-  m.def("scatter_rows(Tensor x, Tensor index, int rows) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(packc_cpu, CPU, m) {
-  m.impl("gather_rows", gather_rows);
-  m.impl("scatter_rows", scatter_rows);
+TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
+  library.def("gather_rows", torch::dispatch(c10::kCPU, TORCH_FN(gather_rows)));
+  library.def("scatter_rows", torch::dispatch(c10::kCPU, TORCH_FN(scatter_rows)));
 }
 
 } // namespace

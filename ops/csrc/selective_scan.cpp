@@ -153,26 +153,11 @@ Tensor selective_scan_adjoint(
   return walk_states<true>(p).state;
 }
 
-TORCH_LIBRARY_FRAGMENT(packc_cpu, m) {
-  m.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "bool delta_softplus, Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "selective_scan_bwd(Tensor dout, Tensor? dfinal_state, Tensor chunk_states, Tensor u, Tensor delta, Tensor A, "
-      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? cu_seqlens, "
-      "Tensor? initial_state, bool channel_first_ddelta) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "selective_scan_summary(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus, "
-      "Tensor begin) -> (Tensor, Tensor)");
-  m.def(
-      "selective_scan_adjoint(Tensor dout, Tensor delta, Tensor A, Tensor C, Tensor? z, Tensor? delta_bias, "
-      "bool delta_softplus, Tensor end) -> Tensor");
-  m.impl("selective_scan", c10::DispatchKey::CPU, TORCH_FN(selective_scan));
-  m.impl("selective_scan_bwd", c10::DispatchKey::CPU, TORCH_FN(selective_scan_bwd));
-  m.impl("selective_scan_summary", c10::DispatchKey::CPU, TORCH_FN(selective_scan_summary));
-  m.impl("selective_scan_adjoint", c10::DispatchKey::CPU, TORCH_FN(selective_scan_adjoint));
+TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
+  library.def("selective_scan", torch::dispatch(c10::kCPU, TORCH_FN(selective_scan)));
+  library.def("selective_scan_bwd", torch::dispatch(c10::kCPU, TORCH_FN(selective_scan_bwd)));
+  library.def("selective_scan_summary", torch::dispatch(c10::kCPU, TORCH_FN(selective_scan_summary)));
+  library.def("selective_scan_adjoint", torch::dispatch(c10::kCPU, TORCH_FN(selective_scan_adjoint)));
 }
 
 } // namespace

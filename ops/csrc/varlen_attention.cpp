@@ -159,23 +159,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_spans_bwd(
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(packc_cpu, library) {
-  library.def(
-      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float? scale, int? window, "
-      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
-  library.def(
-      "varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, "
-      "Tensor cu_seqlens, bool causal, float? scale, int? window, float dropout_p, Tensor? seed) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "attention_spans(Tensor q, Tensor k, Tensor v, Tensor spans, bool causal, float scale, int? window, "
-      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
-  library.def(
-      "attention_spans_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor spans, "
-      "bool causal, float scale, int? window, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
-  library.impl("varlen_attention", c10::DispatchKey::CPU, TORCH_FN(varlen_attention));
-  library.impl("varlen_attention_bwd", c10::DispatchKey::CPU, TORCH_FN(varlen_attention_bwd));
-  library.impl("attention_spans", c10::DispatchKey::CPU, TORCH_FN(attention_spans));
-  library.impl("attention_spans_bwd", c10::DispatchKey::CPU, TORCH_FN(attention_spans_bwd));
+  library.def("varlen_attention", torch::dispatch(c10::kCPU, TORCH_FN(varlen_attention)));
+  library.def("varlen_attention_bwd", torch::dispatch(c10::kCPU, TORCH_FN(varlen_attention_bwd)));
+  library.def("attention_spans", torch::dispatch(c10::kCPU, TORCH_FN(attention_spans)));
+  library.def("attention_spans_bwd", torch::dispatch(c10::kCPU, TORCH_FN(attention_spans_bwd)));
 }
 
 } // namespace packc

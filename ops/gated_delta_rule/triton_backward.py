@@ -21,6 +21,7 @@ from packc.ops.common.triton_chunks import (
     load_between,
     load_per_token,
     load_tile,
+    shared_arguments,
     state_strides,
     store_per_token,
     token_strides,
@@ -45,7 +46,6 @@ from packc.ops.gated_delta_rule.triton_gates import (
     load_dense,
     pair_tile,
     pair_tile_transposed,
-    shared_arguments,
     store_dense,
 )
 from packc.ops.gated_delta_rule.triton_pair_gradients import grad_pairs, pull_channels
@@ -129,6 +129,8 @@ def _grad_tokens(
         head, first_k = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_K
         group = head // (heads // groups)
         slot = row * slots + token // CHUNK - 1
+        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
+        leaving = slot + 1, document, last, head, heads, (dfinal_n, dfinal_h, dfinal_k, dfinal_v)
         t = tl.arange(0, CHUNK)
         # From the states: of queries, of keys that read, and of keys that are read.
         query = tl.zeros([CHUNK, BLOCK_K], tl.float32)
@@ -136,52 +138,14 @@ def _grad_tokens(
         key = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         through = tl.zeros([BLOCK_K], tl.float32)
         for first_v in range(0, V, BLOCK_V):
-            state = load_between(
-                kept,
-                initial,
-                slot,
-                document,
-                first,
-                head,
-                heads,
-                initial_n,
-                initial_h,
-                initial_k,
-                initial_v,
-                first_k,
-                first_v,
-                K,
-                V,
-                WIDE_V,
-                BLOCK_K,
-                BLOCK_V,
-            )
+            state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             gradients = load_tile(
                 dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
             )
             query += dot_by_computed(gradients, tl.trans(state), PRECISION)
             owed = load_dense(wanted, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             reader += dot_fp32(owed, tl.trans(state), PRECISION)
-            dstate = load_between(
-                dkept,
-                dfinal,
-                slot + 1,
-                document,
-                last,
-                head,
-                heads,
-                dfinal_n,
-                dfinal_h,
-                dfinal_k,
-                dfinal_v,
-                first_k,
-                first_v,
-                K,
-                V,
-                WIDE_V,
-                BLOCK_K,
-                BLOCK_V,
-            )
+            dstate = load_between(dkept, dfinal, leaving, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             through += tl.sum(state * dstate, 1)
             error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             key += dot_fp32(error, tl.trans(dstate), PRECISION)
@@ -258,7 +222,7 @@ def backward(
 ) -> Gradients:
     """dout, q, k and v in one dtype, the others in fp32; gradients in fp32 where heads are added up, else in theirs."""
     dout, q, k, v, g, beta = countable(dout, q, k, v, g, beta)
-    chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
+    chunks = chunks_of(cu_seqlens, v)
     rows, tokens, heads, V = v.shape
     groups, K = k.shape[2:]
     kept = chunk_states.view(chunk_states_shape(k, v))
@@ -266,7 +230,7 @@ def backward(
     dstates = kept.new_zeros((chunks.documents, heads, K, V))
     if dfinal_state is not None:
         dstates.copy_(dfinal_state)
-    gate, shared = gate_of(g, chunks, packed), shared_arguments(k, v, chunks, packed)
+    gate, shared = gate_of(g, chunks), shared_arguments(k, v, chunks)
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     pairs = pairs_of(q, k, gate, shared, with_itself=True)
     readers, errors = solve(k, gate, beta, resolvents, shared), solve(v, None, beta, resolvents, shared)

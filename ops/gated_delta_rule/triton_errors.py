@@ -13,7 +13,7 @@ from packc.ops.common.triton_chunks import chunk_of, load_between, load_tile, st
 from packc.ops.common.triton_products import dot_computed, dot_fp32
 from packc.ops.gated_delta_rule.triton_gates import load_dense, pair_tile_transposed, store_dense
 from packc.ops.linear_attention.triton_states import block_of
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "dout_b"])
@@ -51,30 +51,12 @@ def _recompute_errors(
     if length > 0:
         head, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
         slot = row * slots + token // CHUNK - 1
+        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
         if errors is not None:
             error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             for first_k in range(0, K, BLOCK_K):
                 keys = load_dense(readers, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
-                state = load_between(
-                    kept,
-                    initial,
-                    slot,
-                    document,
-                    first,
-                    head,
-                    heads,
-                    initial_n,
-                    initial_h,
-                    initial_k,
-                    initial_v,
-                    first_k,
-                    first_v,
-                    K,
-                    V,
-                    WIDE_V,
-                    BLOCK_K,
-                    BLOCK_V,
-                )
+                state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
                 error -= dot_fp32(keys, state, PRECISION)
             store_dense(errors, error, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
 
@@ -116,7 +98,7 @@ def recompute_errors(
         WIDE_V=0 if kept is None else kept.shape[4],
         BLOCK_K=block_of(shared["K"], torch.float32),
         BLOCK_V=block_v,
-        **{name: shared[name] for name in ("table", "tokens", "heads", "K", "PACKED", "CHUNK", "PRECISION")},
+        **taken(_recompute_errors, shared),
         **token_strides(dout=dout),
         **state_strides(initial=initial),
         num_warps=4,

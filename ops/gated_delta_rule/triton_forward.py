@@ -19,6 +19,7 @@ from packc.ops.common.triton_chunks import (
     load_between,
     load_per_token,
     load_tile,
+    shared_arguments,
     state_strides,
     token_strides,
 )
@@ -29,7 +30,6 @@ from packc.ops.gated_delta_rule.triton_gates import (
     gate_of,
     load_dense,
     pair_tile,
-    shared_arguments,
     store_dense,
 )
 from packc.ops.gated_delta_rule.triton_pairs import pairs_of
@@ -83,6 +83,7 @@ def _outputs(
         head, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
         group = head // (heads // groups)
         slot = row * slots + token // CHUNK - 1
+        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
             queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
@@ -90,26 +91,7 @@ def _outputs(
                 queries = queries.to(tl.float32) * channels_from_start(
                     sums, row, token, head, rows, tokens, heads, length, first_k, K, CHUNK, BLOCK_K
                 )
-            state = load_between(
-                kept,
-                initial,
-                slot,
-                document,
-                first,
-                head,
-                heads,
-                initial_n,
-                initial_h,
-                initial_k,
-                initial_v,
-                first_k,
-                first_v,
-                K,
-                V,
-                WIDE_V,
-                BLOCK_K,
-                BLOCK_V,
-            )
+            state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             result += dot_by_computed(queries, state, PRECISION)
         if g is not None:
             coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
@@ -136,14 +118,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in one dtype, the others in fp32."""
     q, k, v, g, beta = countable(q, k, v, g, beta)
-    chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
+    chunks = chunks_of(cu_seqlens, v)
     heads, K, V = v.shape[2], k.shape[3], v.shape[3]
     out = v.new_empty(v.shape)
     states = v.new_zeros((chunks.documents, heads, K, V), dtype=torch.float32)
     if initial_state is not None:
         states.copy_(initial_state)
     kept = v.new_empty(chunk_states_shape(k, v), dtype=torch.float32)
-    gate, shared = gate_of(g, chunks, packed), shared_arguments(k, v, chunks, packed)
+    gate, shared = gate_of(g, chunks), shared_arguments(k, v, chunks)
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     readers, u = solve(k, gate, beta, resolvents, shared), solve(v, None, beta, resolvents, shared)
     correct_states(k, gate, beta, readers, u, chunks, states, kept, shared)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from packc.ops.common.chunks import CHUNK
 from packc.ops.common.triton_chunks import Chunks, chunk_of, head_strides, inside_of, load_tile, token_strides
-from packc.ops.common.triton_products import fp32_products, log_decays
+from packc.ops.common.triton_products import log_decays
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
@@ -142,7 +142,7 @@ def _sum_log_decays(
         store_dense(rest, fine, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)
 
 
-def gate_of(g: Tensor, chunks: Chunks, packed: bool) -> Gate:
+def gate_of(g: Tensor, chunks: Chunks) -> Gate:
     """Of fp32 ``(B, L, H)`` or ``(B, L, H, K)``, any strides."""
     if g.ndim == 3:
         return Gate(g, None)
@@ -159,24 +159,9 @@ def gate_of(g: Tensor, chunks: Chunks, packed: bool) -> Gate:
         tokens=tokens,
         heads=heads,
         K=K,
-        PACKED=packed,
+        PACKED=chunks.packed,
         CHUNK=CHUNK,
         BLOCK_K=block,
         **token_strides(g=g),
     )
     return Gate(None, sums)
-
-
-def shared_arguments(k: Tensor, v: Tensor, chunks: Chunks, packed: bool) -> dict[str, Any]:
-    """Of every kernel that works on chunks."""
-    return {
-        "table": chunks.table,
-        "rows": v.shape[0],
-        "tokens": v.shape[1],
-        "heads": v.shape[2],
-        "groups": k.shape[2],
-        "K": k.shape[3],
-        "PACKED": packed,
-        "CHUNK": CHUNK,
-        "PRECISION": fp32_products(v.dtype),
-    }

@@ -34,7 +34,7 @@ from packc.ops.gated_delta_rule.triton_gates import (
     pair_tile_transposed,
     store_dense,
 )
-from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.launch import autotuned, launch, taken
 
 
 @autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["V"])
@@ -178,7 +178,6 @@ def grad_pairs(
     chunks, heads, V = shared["table"].shape[0], shared["heads"], dout.shape[3]
     shapes = 2 * [(chunks, heads, shared["CHUNK"], shared["CHUNK"])] + 2 * [beta.shape]
     of_pairs = PairGradients(*(errors.new_empty(shape) for shape in shapes))
-    of_chunks = ("table", "tokens", "heads", "PACKED", "CHUNK", "PRECISION")
     launch(
         _grad_pairs,
         (chunks, heads),
@@ -194,7 +193,7 @@ def grad_pairs(
         V=V,
         BLOCK_V=16,
         g=gate.g,
-        **{name: shared[name] for name in of_chunks},
+        **taken(_grad_pairs, shared),
         **token_strides(dout=dout),
         **head_strides(g=gate.g, beta=beta, dbeta=of_pairs.beta),
     )

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
+from packc.ops.common.triton_chunks import chunk_of, load_per_token, load_tile, token_strides
 from packc.ops.common.triton_products import between, dot, dot_fp32, log_decays, select
 from packc.ops.gated_delta_rule.triton_channels import LEVELS, decay_to_meeting, meets
 from packc.ops.gated_delta_rule.triton_gates import Gate, load_sums, pair_tile
 from packc.ops.linear_attention.triton_states import BEFORE_HOPPER, CONFIGS, block_of
-from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.launch import autotuned, launch, taken
 
 
 @autotuned([triton.Config({}, num_warps=4, num_stages=1)], key=["K"])
@@ -119,15 +119,20 @@ def pairs_of(x: Tensor, k: Tensor, gate: Gate, shared: dict[str, Any], with_itse
     """fp32 ``(chunks, H, CHUNK, CHUNK)``: of tokens of x ``(B, L, G, K)`` with k of earlier ones, 0 for later ones."""
     chunks, heads = shared["table"].shape[0], shared["heads"]
     pairs = k.new_empty((chunks, heads, shared["CHUNK"], shared["CHUNK"]), dtype=torch.float32)
-    arguments = {"x": x, "k": k, "pairs": pairs, "strict": int(not with_itself), **token_strides(x=x, k=k)}
-    of_chunks = ("table", "heads", "groups", "K", "PACKED", "CHUNK", "PRECISION")
-    arguments |= {name: shared[name] for name in of_chunks}
     if gate.per_channel:
-        more = {"sums": gate.sums, "rows": shared["rows"], "tokens": shared["tokens"]}
         # fp32 inputs take more registers than there are for blocks of 32.
-        block_k = 16 if k.dtype == torch.float32 else block_of(k.shape[3], torch.float32)
-        launch(_pairs_of_channels, (chunks, heads), **arguments, **more, BLOCK_K=block_k)
+        kernel, block_k = _pairs_of_channels, 16 if k.dtype == torch.float32 else block_of(k.shape[3], torch.float32)
     else:
-        more = {"g": gate.g, **head_strides(g=gate.g)}
-        launch(_pairs_of_heads, (chunks, heads), **arguments, **more, BLOCK_K=block_of(k.shape[3], k.dtype))
+        kernel, block_k = _pairs_of_heads, block_of(k.shape[3], k.dtype)
+    launch(
+        kernel,
+        (chunks, heads),
+        x=x,
+        k=k,
+        pairs=pairs,
+        strict=int(not with_itself),
+        BLOCK_K=block_k,
+        **taken(kernel, gate.arguments() | shared),
+        **token_strides(x=x, k=k),
+    )
     return pairs

@@ -18,7 +18,7 @@ from torch import Tensor
 from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token
 from packc.ops.common.triton_products import dot_fp32, fp32_products
 from packc.ops.gated_delta_rule.triton_channels import meets
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 
 HALF = tl.constexpr(32)
 HALF_LEVELS = tl.constexpr(5)
@@ -74,8 +74,8 @@ def resolve(pairs: Tensor, beta: Tensor, shared: dict[str, Any]) -> Tensor:
         tuple(pairs.shape[:2]),
         pairs=pairs,
         beta=beta,
-        **{name: shared[name] for name in ("table", "heads", "PACKED", "CHUNK")},
-        PRECISION=fp32_products(torch.float32),  # errors grow from step to step
+        # Errors grow from step to step.
+        **taken(_resolve, shared | {"PRECISION": fp32_products(torch.float32)}),
         **head_strides(beta=beta),
         num_warps=2,
     )

@@ -26,7 +26,7 @@ from packc.ops.gated_delta_rule.triton_gates import (
     store_dense,
 )
 from packc.ops.linear_attention.triton_states import block_of
-from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.launch import autotuned, launch, taken
 
 
 def _columns(channels: int, dtype: torch.dtype) -> int:
@@ -128,8 +128,7 @@ def solve(x: Tensor, gate: Gate | None, beta: Tensor, resolvents: Tensor, shared
         channels=channels,
         BLOCK=block,
         **(gate or Gate(None, None)).arguments(),
-        **{name: value for name, value in shared.items() if name not in ("K", "groups")},
-        groups=groups,
+        **taken(_solve, shared | {"groups": groups}),
         **token_strides(x=x),
         **head_strides(beta=beta),
     )
@@ -152,7 +151,7 @@ def solve_transposed(
         dv=dv,
         V=V,
         BLOCK=block,
-        **{name: shared[name] for name in ("table", "tokens", "heads", "PACKED", "CHUNK", "PRECISION")},
+        **taken(_solve_transposed, shared),
         **head_strides(beta=beta),
         num_warps=4,
         num_stages=1,

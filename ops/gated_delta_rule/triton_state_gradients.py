@@ -36,7 +36,7 @@ from packc.ops.gated_delta_rule.triton_gates import (
 )
 from packc.ops.gated_delta_rule.triton_states import document_of, state_tile
 from packc.ops.linear_attention.triton_states import block_of
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 
 _COLUMNS = 32  # of V, of a program
 
@@ -181,7 +181,7 @@ def correct_gradients(
         BLOCK_K=16 if k.dtype == torch.float32 else block_of(k.shape[3], torch.float32),
         BLOCK_V=_COLUMNS,
         **gate.arguments(),
-        **{name: value for name, value in shared.items() if name != "table"},
+        **taken(_correct_gradients, shared),
         **token_strides(q=q, k=k, dout=dout),
         **head_strides(beta=beta),
         # fp32 inputs take more registers: with four, some ptxas keep values on the stack for sm_100.

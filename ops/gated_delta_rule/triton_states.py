@@ -31,7 +31,7 @@ from packc.ops.gated_delta_rule.triton_gates import (
     store_dense,
 )
 from packc.ops.linear_attention.triton_states import block_of
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def correct_states(
         BLOCK_K=block_of(k.shape[3], torch.float32),
         BLOCK_V=block_v,
         **gate.arguments(),
-        **{name: value for name, value in shared.items() if name != "table"},
+        **taken(_correct_states, shared),
         **token_strides(k=k),
         **head_strides(beta=beta),
         num_warps=4,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from packc.ops import documents
 from packc.ops.common.chunks import chunk_states_shape
-from packc.ops.common.triton_chunks import chunks_of, countable
+from packc.ops.common.triton_chunks import chunks_of, countable, shared_arguments
 from packc.ops.gated_delta_rule.triton_errors import recompute_errors
-from packc.ops.gated_delta_rule.triton_gates import gate_of, shared_arguments
+from packc.ops.gated_delta_rule.triton_gates import gate_of
 from packc.ops.gated_delta_rule.triton_pairs import pairs_of
 from packc.ops.gated_delta_rule.triton_resolvents import resolve
 from packc.ops.gated_delta_rule.triton_solutions import solve
@@ -26,7 +26,7 @@ def summary(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, begin: Tensor) -> tup
     states = v.new_zeros((2, v.shape[2], K, V + K), dtype=torch.float32)
     states[1, :, :, V:].diagonal(dim1=-2, dim2=-1).fill_(1)
     kept = v.new_empty(chunk_states_shape(k, v), dtype=torch.float32)
-    gate, shared = gate_of(g, chunks, True), shared_arguments(k, v, chunks, True)
+    gate, shared = gate_of(g, chunks), shared_arguments(k, v, chunks)
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     readers, u = solve(k, gate, beta, resolvents, shared), solve(v, None, beta, resolvents, shared)
     correct_states(k, gate, beta, readers, u, chunks, states, kept, shared)
@@ -38,7 +38,7 @@ def adjoint(dout: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: 
     chunks = chunks_of(documents.cut(end, dout), dout)
     dstates = dout.new_zeros((2, dout.shape[2], k.shape[3], dout.shape[3]), dtype=torch.float32)
     dkept = dout.new_empty(chunk_states_shape(k, dout), dtype=torch.float32)
-    gate, shared = gate_of(g, chunks, True), shared_arguments(k, dout, chunks, True)
+    gate, shared = gate_of(g, chunks), shared_arguments(k, dout, chunks)
     resolvents = resolve(pairs_of(k, k, gate, shared, with_itself=False), beta, shared)
     readers, pairs = solve(k, gate, beta, resolvents, shared), pairs_of(q, k, gate, shared, with_itself=True)
     du = recompute_errors(dout, None, None, pairs, None, None, scale, shared)

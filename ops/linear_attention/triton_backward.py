@@ -7,16 +7,18 @@ keep the device busy; torch adds up the parts, in an order that nothing changes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from packc.ops.common.chunks import CHUNK, chunk_states_shape
-from packc.ops.common.triton_chunks import chunks_of, countable, head_strides, state_strides, token_strides
-from packc.ops.common.triton_products import (
-    fp32_products,
+from packc.ops.common.triton_chunks import (
+    chunks_of,
+    countable,
+    head_strides,
+    shared_arguments,
+    state_strides,
+    token_strides,
 )
 from packc.ops.linear_attention.reference import Gradients
 from packc.ops.linear_attention.triton_forward import key_major
@@ -24,7 +26,7 @@ from packc.ops.linear_attention.triton_grad_pairs import grad_pairs
 from packc.ops.linear_attention.triton_grad_qk import grad_qk
 from packc.ops.linear_attention.triton_grad_v import grad_v
 from packc.ops.linear_attention.triton_states import block_of, carry_states, half_block_of
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -46,7 +48,7 @@ def backward(
 ) -> Gradients:
     """In fp32 where parts are added up, else in the arguments' dtypes."""
     dout, q, k, v, g, step = countable(dout, q, k, v, g, step)
-    chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
+    chunks = chunks_of(cu_seqlens, v)
     rows, tokens, heads, V = v.shape
     groups, K = k.shape[2:]
     block_k, block_v = half_block_of(K, v.dtype), block_of(V, v.dtype)
@@ -55,12 +57,10 @@ def backward(
     dkept = torch.empty_like(kept)
     initial, dfinal = key_major(initial_state, value_major), key_major(dfinal_state, value_major)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    carry_states(q, dout, g, None, scale, chunks, dfinal, key_major(dinitial, value_major), dkept, packed, reverse=True)
+    carry_states(q, dout, g, None, scale, chunks, dfinal, key_major(dinitial, value_major), dkept, reverse=True)
 
-    shared: dict[str, Any] = {"g": g, "step": step, "table": chunks.table, "scale": float(scale)}
-    shared |= {"heads": heads, "groups": groups, "K": K, "V": V, "PACKED": packed, "CHUNK": CHUNK}
-    shared |= {"PRECISION": fp32_products(v.dtype), "BLOCK_K": block_k, "BLOCK_V": block_v}
-    shared |= head_strides(g=g, step=step)
+    shared = shared_arguments(k, v, chunks) | {"g": g, "step": step, "scale": float(scale), "V": V}
+    shared |= {"BLOCK_K": block_k, "BLOCK_V": block_v, **head_strides(g=g, step=step)}
     tokens_of = {"q": q, "k": k, "v": v, "dout": dout} | token_strides(q=q, k=k, v=v, dout=dout)
     states = {"dkept": dkept, "dfinal": dfinal, "slots": kept.shape[1], "WIDE_V": kept.shape[4]} | state_strides(
         dfinal=dfinal
@@ -72,7 +72,7 @@ def backward(
     launch(
         grad_v,
         (chunks.bound, heads, blocks_v),
-        **shared,
+        **taken(grad_v, shared),
         **tokens_of,
         **states,
         **token_strides(dv=dv),
@@ -90,7 +90,7 @@ def backward(
     launch(
         grad_pairs,
         (chunks.bound, heads),
-        **shared,
+        **taken(grad_pairs, shared),
         **tokens_of,
         **dg_strides,
         dscores=dscores,
@@ -102,13 +102,13 @@ def backward(
         launch(
             grad_qk,
             (chunks.bound, groups * parts, blocks_k),
-            **{**shared, "BLOCK_V": half_block_of(V, v.dtype)},
+            **taken(grad_qk, shared | {"BLOCK_V": half_block_of(V, v.dtype)}),
             **states,
-            **token_strides(other=other, tokens=own, x=x, dx=dx[0]),
+            **token_strides(other=other, own=own, x=x, dx=dx[0]),
             **dg_strides,
             **state_strides(initial=initial),
             other=other,
-            tokens=own,
+            own=own,
             x=x,
             kept=kept,
             initial=initial,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.common.chunks import CHUNK, chunk_states_shape
+from packc.ops.common.chunks import chunk_states_shape
 from packc.ops.common.triton_chunks import (
     chunk_of,
     chunks_of,
@@ -16,6 +16,7 @@ from packc.ops.common.triton_chunks import (
     load_between,
     load_per_token,
     load_tile,
+    shared_arguments,
     state_strides,
     store_tile,
     token_strides,
@@ -25,13 +26,12 @@ from packc.ops.common.triton_products import (
     dot,
     dot_by_computed,
     dot_computed,
-    fp32_products,
     from_start,
     log_decays,
     select,
 )
 from packc.ops.linear_attention.triton_states import CONFIGS, block_of, carry_states, half_block_of
-from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.launch import autotuned, launch, taken
 
 
 @autotuned(CONFIGS, key=["K", "V"])
@@ -93,32 +93,14 @@ def _outputs(
         first_v = tl.program_id(2) * BLOCK_V
         channels_v = first_v + tl.arange(0, BLOCK_V)
         slot = row * slots + token // CHUNK - 1
+        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
         scores = tl.zeros([CHUNK, CHUNK], tl.float32)
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
             queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
             scores += dot(queries, tl.trans(keys), PRECISION)
-            state = load_between(
-                kept,
-                initial,
-                slot,
-                document,
-                first,
-                head,
-                heads,
-                initial_n,
-                initial_h,
-                initial_k,
-                initial_v,
-                first_k,
-                first_v,
-                K,
-                V,
-                WIDE_V,
-                BLOCK_K,
-                BLOCK_V,
-            )
+            state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             result += dot_by_computed(queries, state, PRECISION)
         t = tl.arange(0, CHUNK)
         if g is not None:
@@ -158,7 +140,7 @@ def forward(
     round_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, g, step = countable(q, k, v, g, step)
-    chunks, packed = chunks_of(cu_seqlens, v), cu_seqlens is not None
+    chunks = chunks_of(cu_seqlens, v)
     heads, K, V = v.shape[2], k.shape[3], v.shape[3]
     out = v.new_empty(v.shape, dtype=v.dtype if round_out else torch.float32)
     sizes = (chunks.documents if output_final_state else 0, heads, *((V, K) if value_major else (K, V)))
@@ -167,7 +149,7 @@ def forward(
     initial = key_major(initial_state, value_major)
     if v.numel() > 0 or output_final_state:
         ends = key_major(final_state, value_major) if output_final_state else None
-        carry_states(k, v, g, step, 1.0, chunks, initial, ends, kept, packed, reverse=False)
+        carry_states(k, v, g, step, 1.0, chunks, initial, ends, kept, reverse=False)
     # fp32 products take more registers than sm_80 has for blocks of 32.
     block_v = block_of(V, v.dtype) if v.dtype == torch.bfloat16 else 16
     launch(
@@ -179,22 +161,16 @@ def forward(
         g=g,
         step=step,
         skip=skip,
-        table=chunks.table,
         kept=kept,
         initial=initial,
         out=out,
         scale=float(scale),
-        heads=heads,
-        groups=q.shape[2],
         slots=kept.shape[1],
-        K=K,
         V=V,
         WIDE_V=kept.shape[4],
-        PACKED=packed,
-        CHUNK=CHUNK,
-        PRECISION=fp32_products(v.dtype),
         BLOCK_K=half_block_of(K, v.dtype),
         BLOCK_V=block_v,
+        **taken(_outputs, shared_arguments(k, v, chunks)),
         **token_strides(q=q, k=k, v=v, out=out),
         **head_strides(g=g, step=step),
         **state_strides(initial=initial),

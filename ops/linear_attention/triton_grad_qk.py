@@ -30,12 +30,12 @@ _EIGHT = triton.Config({}, num_warps=8, num_stages=1, maxnreg=255)
 @autotuned([*BEFORE_HOPPER, _EIGHT], key=["K", "V", "KEYS"], before_hopper=BEFORE_HOPPER)
 @triton.jit(
     do_not_specialize=[
-        *("slots", "other_b", "tokens_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")
+        *("slots", "other_b", "own_b", "g_b", "step_b", "x_b", "dx_b", "dg_b", "per_part", "per_block", "parts")
     ]
 )
 def grad_qk(
     other,  # (rows, L, groups, K): q for dk, k for dq
-    tokens,  # the other one
+    own,  # the other one
     x,  # (rows, L, heads, V): v for dk, the gradient of out for dq
     g,
     step,
@@ -61,10 +61,10 @@ def grad_qk(
     other_t,
     other_h,
     other_d,
-    tokens_b,
-    tokens_t,
-    tokens_h,
-    tokens_d,
+    own_b,
+    own_t,
+    own_h,
+    own_d,
     x_b,
     x_t,
     x_h,
@@ -107,51 +107,15 @@ def grad_qk(
         in_group = heads // groups
         for nth in range(part, in_group, parts):
             head = group * in_group + nth
+            entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
+            leaving = slot + 1, document, last, head, heads, (dfinal_n, dfinal_h, dfinal_k, dfinal_v)
             carried = tl.zeros([CHUNK, BLOCK_K], tl.float32)  # from S do, or dS v
             through = tl.zeros([BLOCK_K], tl.float32)
             for first_v in range(0, V, BLOCK_V):
                 values = load_tile(x, row, token, head, length, x_b, x_t, x_h, x_d, first_v, V, CHUNK, BLOCK_V)
-                state = load_between(
-                    kept,
-                    initial,
-                    slot,
-                    document,
-                    first,
-                    head,
-                    heads,
-                    initial_n,
-                    initial_h,
-                    initial_k,
-                    initial_v,
-                    first_k,
-                    first_v,
-                    K,
-                    V,
-                    WIDE_V,
-                    BLOCK_K,
-                    BLOCK_V,
-                )
+                state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
                 if KEYS:
-                    dstate = load_between(
-                        dkept,
-                        dfinal,
-                        slot + 1,
-                        document,
-                        last,
-                        head,
-                        heads,
-                        dfinal_n,
-                        dfinal_h,
-                        dfinal_k,
-                        dfinal_v,
-                        first_k,
-                        first_v,
-                        K,
-                        V,
-                        WIDE_V,
-                        BLOCK_K,
-                        BLOCK_V,
-                    )
+                    dstate = load_between(dkept, dfinal, leaving, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
                     through += tl.sum(state * dstate, 1)
                     state = dstate
                 carried += dot_by_computed(values, tl.trans(state), PRECISION)
@@ -166,22 +130,8 @@ def grad_qk(
                     carried *= to_end(coarse, fine, CHUNK)[:, None]
                 else:
                     carried *= from_start(coarse, fine)[:, None]
-                own = load_tile(
-                    tokens,
-                    row,
-                    token,
-                    group,
-                    length,
-                    tokens_b,
-                    tokens_t,
-                    tokens_h,
-                    tokens_d,
-                    first_k,
-                    K,
-                    CHUNK,
-                    BLOCK_K,
-                )
-                owed = tl.sum(own.to(tl.float32) * carried, 1)
+                tile = load_tile(own, row, token, group, length, own_b, own_t, own_h, own_d, first_k, K, CHUNK, BLOCK_K)
+                owed = tl.sum(tile.to(tl.float32) * carried, 1)
                 target = dg + tl.program_id(2) * per_block.to(tl.int64)
                 if KEYS:
                     # What came before a token is summed from the left, not a whole less a part: strong decays make the

@@ -96,32 +96,14 @@ def grad_v(
         first_v = tl.program_id(2) * BLOCK_V
         channels_v = first_v + tl.arange(0, BLOCK_V)
         slot = row * slots + token // CHUNK
+        leaving = slot, document, last, head, heads, (dfinal_n, dfinal_h, dfinal_k, dfinal_v)
         scores = tl.zeros([CHUNK, CHUNK], tl.float32)  # of keys with queries: what is summed over is on the right
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
             queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
             keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
             scores += dot(keys, tl.trans(queries), PRECISION)
-            dstate = load_between(
-                dkept,
-                dfinal,
-                slot,
-                document,
-                last,
-                head,
-                heads,
-                dfinal_n,
-                dfinal_h,
-                dfinal_k,
-                dfinal_v,
-                first_k,
-                first_v,
-                K,
-                V,
-                WIDE_V,
-                BLOCK_K,
-                BLOCK_V,
-            )
+            dstate = load_between(dkept, dfinal, leaving, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             result += dot_by_computed(keys, dstate, PRECISION)
         t = tl.arange(0, CHUNK)
         if g is not None:

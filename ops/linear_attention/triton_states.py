@@ -11,26 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.common.chunks import CHUNK
 from packc.ops.common.triton_chunks import (
     Chunks,
     chunk_of,
     head_strides,
     load_per_token,
     load_tile,
+    shared_arguments,
     slots_behind,
     state_strides,
     token_strides,
 )
 from packc.ops.common.triton_products import (
     dot_by_computed,
-    fp32_products,
     from_start,
     log_decays,
     to_end,
     whole,
 )
-from packc.ops.tritonsrc.launch import autotuned, launch
+from packc.ops.tritonsrc.launch import autotuned, launch, taken
 
 # Of kernels that make (64, 64) results.
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (4, 8)]
@@ -208,7 +207,6 @@ def carry_states(
     begins: Tensor | None,
     ends: Tensor | None,
     kept: Tensor,
-    packed: bool,
     reverse: bool,
 ) -> None:
     """Fills ``kept`` with the states between chunks and ``ends`` with those behind documents.
@@ -221,22 +219,18 @@ def carry_states(
         begins: ``(documents, H, K, V)``, any strides: what each document begins with; None for zeros.
         ends: fp32 ``(documents, H, K, V)``, any strides, or None.
         kept: fp32 ``chunk_states_shape``.
-        packed: whether documents share row 0.
         reverse: whether from the last chunk to the first: then ``begins`` is behind the documents, ``ends`` in front.
     """
-    heads, groups, K, V, wide_V = y.shape[2], x.shape[2], x.shape[3], y.shape[3], kept.shape[4]
+    heads, K, V, wide_V = y.shape[2], x.shape[3], y.shape[3], kept.shape[4]
     decays = kept.new_empty((chunks.bound, heads)) if g is not None else kept
     shared = {
         "ends": ends,
         "decays": decays,
-        "heads": heads,
         "slots": kept.shape[1],
-        "K": K,
         "V": V,
         "WIDE_V": wide_V,
         "REVERSE": reverse,
-        "PACKED": packed,
-        "CHUNK": CHUNK,
+        **shared_arguments(x, y, chunks),
         **state_strides(ends=ends),
     }
     block_k, block_v = block_of(K, x.dtype), block_of(V, x.dtype)
@@ -247,16 +241,13 @@ def carry_states(
         y=y,
         g=g,
         step=step,
-        table=chunks.table,
         kept=kept,
         scale=float(scale),
-        groups=groups,
-        PRECISION=fp32_products(x.dtype),
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         **token_strides(x=x, y=y),
         **head_strides(g=g, step=step),
-        **shared,
+        **taken(_add, shared),
     )
     launch(
         _carry,
@@ -271,7 +262,7 @@ def carry_states(
         BLOCK=_BLOCK,
         num_warps=4,
         **state_strides(begins=begins),
-        **shared,
+        **taken(_carry, shared),
     )
 
 

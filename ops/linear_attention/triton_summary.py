@@ -40,5 +40,5 @@ def _carry(
     heads, K, V = y.shape[2], x.shape[3], y.shape[3]
     states = y.new_empty((2, heads, *((V, K) if value_major else (K, V))), dtype=torch.float32)
     kept = y.new_empty(chunk_states_shape(x, y), dtype=torch.float32)
-    carry_states(x, y, g, step, scale, chunks, None, key_major(states, value_major), kept, True, reverse)
+    carry_states(x, y, g, step, scale, chunks, None, key_major(states, value_major), kept, reverse)
     return states

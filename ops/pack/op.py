@@ -11,14 +11,8 @@ import torch
 from torch import SymInt, Tensor
 
 from packc.ops import derivatives, dispatch
+from packc.ops.definition import define
 from packc.ops.untraced import untraced
-
-_lib = torch.library.Library("packc", "FRAGMENT")
-_lib.define("pack(Tensor x, Tensor index) -> Tensor")
-_lib.define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor")
-_lib.define("counted_anew(Tensor index, Tensor cu_seqlens, SymInt length) -> Tensor")
-_lib.define("row_ends(Tensor index, SymInt batch, SymInt length, SymInt size) -> (Tensor at, Tensor absent)")
-_lib.define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)")
 
 
 def _pack(x: Tensor, index: Tensor) -> Tensor:
@@ -111,17 +105,15 @@ def _row_ends_fake(
     return index.new_empty((batch * size,)), index.new_empty((batch * size,), dtype=torch.bool)
 
 
-for _key in ("CPU", "CUDA"):
-    _lib.impl("row_ends", _row_ends, _key)
-    _lib.impl("counted_anew", _counted_anew, _key)
-    _lib.impl("pack", _pack, _key)
-    _lib.impl("unpack", _unpack, _key)
-    _lib.impl("packing_index", _packing_index, _key)
-torch.library.register_fake("packc::pack", _pack_fake, lib=_lib)
-torch.library.register_fake("packc::unpack", _unpack_fake, lib=_lib)
-torch.library.register_fake("packc::row_ends", _row_ends_fake, lib=_lib)
-torch.library.register_fake("packc::counted_anew", _counted_anew_fake, lib=_lib)
-torch.library.register_fake("packc::packing_index", _packing_index_fake, lib=_lib)
+define("pack(Tensor x, Tensor index) -> Tensor", _pack, _pack_fake)
+define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor", _unpack, _unpack_fake)
+define("counted_anew(Tensor index, Tensor cu_seqlens, SymInt length) -> Tensor", _counted_anew, _counted_anew_fake)
+define(
+    "row_ends(Tensor index, SymInt batch, SymInt length, SymInt size) -> (Tensor at, Tensor absent)",
+    _row_ends,
+    _row_ends_fake,
+)
+define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)", _packing_index, _packing_index_fake)
 
 
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,5 +136,5 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.packc.pack.default(grad, index), None, None, None
 
 
-derivatives.register(_lib, "pack", _pack, _pack_setup, _pack_backward)
-derivatives.register(_lib, "unpack", _unpack, _unpack_setup, _unpack_backward)
+derivatives.register("pack", _pack, _pack_setup, _pack_backward)
+derivatives.register("unpack", _unpack, _unpack_setup, _unpack_backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def autotuned(
         return tuned
 
     return tune
+
+
+def taken(kernel: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Of arguments that many kernels share, those of ``kernel``."""
+    return {name: value for name, value in shared.items() if name in kernel.arg_names}
 
 
 def launch(kernel: Any, grid: Grid, **arguments: Any) -> None:

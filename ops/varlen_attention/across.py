@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.definition import LIBRARY, define
 from packc.ops.varlen_attention import spans as spans
 
-_lib = torch.library.Library("packc", "FRAGMENT")
-_lib.define(
-    "document_spans(Tensor cu_seqlens, Tensor cu_seqlens_k, SymInt T, SymInt T_k) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_lib.define(
+LIBRARY.define(
     "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor cu_seqlens_k, float? scale, "
     "float dropout_p, Tensor? seed) -> Tensor"
 )
@@ -64,7 +60,10 @@ def _cross_attention(
     return out.reshape(B, L, H, v.shape[3])
 
 
-for _device in ("CPU", "CUDA"):
-    _lib.impl("document_spans", _document_spans, _device)
-torch.library.register_fake("packc::document_spans", _document_spans_fake, lib=_lib)
-_lib.impl("cross_attention", _cross_attention, "CompositeImplicitAutograd")
+define(
+    "document_spans(Tensor cu_seqlens, Tensor cu_seqlens_k, SymInt T, SymInt T_k) -> Tensor",
+    _document_spans,
+    _document_spans_fake,
+    (torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("cross_attention", _cross_attention, "CompositeImplicitAutograd")

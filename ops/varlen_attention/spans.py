@@ -7,13 +7,13 @@ keeps its inputs, ``out`` and ``logsumexp (H, T)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from packc.ops import derivatives
+from packc.ops.definition import define
 from packc.ops.flops import flop_formula
 from packc.ops.mixer import state_dtype
 from packc.ops.varlen_attention import cpu, spans_cuda, spans_reference
@@ -23,13 +23,6 @@ _arguments = "Tensor q, Tensor k, Tensor v"
 _options = "Tensor spans, bool causal, float scale, SymInt? window, float dropout_p, Tensor? seed"
 # On CUDA spans are read on the host, which no CUDA graph can hold.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
-_lib = torch.library.Library("packc", "FRAGMENT")
-_lib.define(f"attention_spans({_arguments}, {_options}) -> (Tensor out, Tensor logsumexp)", tags=_tags)
-_lib.define(
-    f"attention_spans_bwd(Tensor dout, {_arguments}, Tensor out, Tensor logsumexp, {_options}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=_tags,
-)
 _implementations: dict[str, Any] = {"reference": spans_reference, "cpu": cpu, "triton": spans_cuda}
 
 
@@ -72,16 +65,16 @@ def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, .
     return (*torch.ops.packc.attention_spans_bwd.default(dout, *tensors, *ctx.options, seed), *[None] * 6)
 
 
-def _register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _lib.impl(name, kernel, "CPU")
-    _lib.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"packc::{name}", fake, lib=_lib)
-
-
-_register("attention_spans", _forward, _forward_fake)
-_register("attention_spans_bwd", _backward, _backward_fake)
-derivatives.register(_lib, "attention_spans", _forward, _setup, _gradients)
-derivatives.register_gradients(_lib, "attention_spans_bwd", _backward)
+define(f"attention_spans({_arguments}, {_options}) -> (Tensor out, Tensor logsumexp)", _forward, _forward_fake, _tags)
+define(
+    f"attention_spans_bwd(Tensor dout, {_arguments}, Tensor out, Tensor logsumexp, {_options}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward,
+    _backward_fake,
+    _tags,
+)
+derivatives.register("attention_spans", _forward, _setup, _gradients)
+derivatives.register_gradients("attention_spans_bwd", _backward)
 
 
 # Which queries see which keys is data: as if there were one span of all, and its queries the last of its keys.

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from packc.passes.arguments import arguments_of
 from packc.passes.forms.form import Write
 from packc.passes.forms.packed import Packed
 from packc.passes.graph import Graph, Ranks
@@ -135,7 +136,5 @@ def refuse_what_looks_across_ranks(graph: Graph) -> None:
 def _draws_nothing(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return True
-    schema = node.target._schema.arguments
-    given = {each.name: each.default_value for each in schema if each.has_default_value()}
-    given |= dict(zip((each.name for each in schema), node.args, strict=False)) | dict(node.kwargs)
+    given = arguments_of(node)
     return given.get("train") is False or given.get("p", given.get("dropout_p")) in (0, 0.0)

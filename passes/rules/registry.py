@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from packc.passes.arguments import arguments_of
 from packc.passes.attention_as_written import AsWritten
 from packc.passes.axes import Axis, Layout, covers_tokens, is_tensor, same_size, show, value_of
 from packc.passes.graph import Tokens
@@ -26,21 +27,13 @@ class Op:
         self.target: OpOverload = node.target  # type: ignore[assignment]
         self.layout = tokens.layout
         self.padding = tokens.padding
-        self.args = self._positional()
-
-    def _positional(self) -> tuple[Any, ...]:
-        """All arguments in schema order, defaults filled in: rules never ask where a caller wrote one."""
-        given = list(self.node.args)
-        if not isinstance(self.target, OpOverload):
-            return tuple(given)
-        for argument in self.target._schema.arguments[len(given) :]:
-            given.append(self.node.kwargs.get(argument.name, argument.default_value))
-        return tuple(given)
+        self._named = arguments_of(node)
+        self.args = tuple(self._named.values()) if isinstance(self.target, OpOverload) else node.args
+        """All, in the order of the schema: rules never ask where a caller wrote one."""
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the schema; ``default`` if the op has none of this name."""
-        names = [argument.name for argument in self.target._schema.arguments]
-        return self.args[names.index(name)] if name in names else default
+        return self._named.get(name, default)
 
     def with_args(self, **changed: Any) -> Call:
         """The op itself with the named arguments replaced."""

@@ -11,9 +11,7 @@ import packc
 from packc.ops import cpu_library
 
 SOURCES = [source.read_text() for source in cpu_library.SOURCES.glob("*.cpp")]
-NAMES = sorted(
-    name for text in SOURCES if "FRAGMENT(packc_cpu," in text for name in re.findall(r'"(\w+)\(Tensor', text)
-)
+NAMES = sorted(name for text in SOURCES if "FRAGMENT(packc_cpu," in text for name in re.findall(r'def\("(\w+)"', text))
 LOADED = pytest.mark.skipif(any(cpu_library._load_all().values()), reason="needs a C++ compiler")
 ROOTS = {"packc": packc, "torch": torch}
 
