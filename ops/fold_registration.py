@@ -23,12 +23,14 @@ loop. They are plain torch on every device, and have its derivatives.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from packc.ops import derivatives
+from packc.ops import summary as summaries
 from packc.ops.definition import define, schema
 from packc.ops.flops import count_flops
 from packc.ops.mixer import Mixer
@@ -58,11 +60,10 @@ def _define(mixer: Mixer, what: str, summary: Summary, through: Through, to_righ
         *given, upstream, ends = others
         shapes.check_sizes((transitions, states, *given), None)
         arguments = dict(zip(weights, given, strict=True))
-        entering, segments = torch.zeros_like(states[:1]), range(states.shape[0])
-        for s in (segments if to_right else segments[::-1])[:-1]:
-            state = states[s : s + 1]
-            passed = through(transitions[s : s + 1], entering, arguments) + state
-            entering = torch.where(upstream[s], torch.where(ends[s], state, passed), entering)
+        segments = range(states.shape[0])
+        order = (segments if to_right else segments[::-1])[:-1]
+        walk = _walk_on_host if summaries.on_host(ends) else _walk
+        entering = walk(lambda t, state: through(t, state, arguments), transitions, states, order, upstream, ends)
         return (entering, transitions.clone(memory_format=torch.contiguous_format)) if to_right else entering
 
     def fake(transitions: Tensor, states: Tensor, *_: Tensor) -> Any:
@@ -77,6 +78,40 @@ def _define(mixer: Mixer, what: str, summary: Summary, through: Through, to_righ
     define(schema(name, dict.fromkeys(names, "Tensor"), returns), kernel, fake)
     count_flops(name, flops, shapes, names)
     derivatives.register_gradients(name, kernel)
+
+
+def _walk(
+    through: Callable[[Tensor, Tensor], Tensor],
+    transitions: Tensor,
+    states: Tensor,
+    order: Iterable[int],
+    upstream: Tensor,
+    ends: Tensor,
+) -> Tensor:
+    entering = torch.zeros_like(states[:1])
+    for s in order:
+        state = states[s : s + 1]
+        passed = through(transitions[s : s + 1], entering) + state
+        entering = torch.where(upstream[s], torch.where(ends[s], state, passed), entering)
+    return entering
+
+
+def _walk_on_host(
+    through: Callable[[Tensor, Tensor], Tensor],
+    transitions: Tensor,
+    states: Tensor,
+    order: Iterable[int],
+    upstream: Tensor,
+    ends: Tensor,
+) -> Tensor:
+    """The same of no more segments than there are upstream: of two ranks, none passes anything on."""
+    entering, marks = None, list(zip(upstream.tolist(), ends.tolist(), strict=True))
+    for s in order:
+        is_upstream, anew = marks[s]
+        if is_upstream:
+            state = states[s : s + 1]
+            entering = state if entering is None or anew else through(transitions[s : s + 1], entering) + state
+    return torch.zeros_like(states[:1]) if entering is None else entering.clone()
 
 
 def _of_one(mixer: Mixer, summary: Summary, sizes: Sizes) -> int:

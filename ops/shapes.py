@@ -73,7 +73,8 @@ class Shapes:
         self.like = like
         # What was checked last: the layers of a model are called with the same shapes.
         self._checked: list[Any] = []
-        self._sizes_checked: list[Any] = []
+        # Of the last two: an op and its backward may have other states.
+        self._sizes_checked: list[list[Any]] = []
         self._defining: list[str] = []  # those that bring a new size
         known = {"documents"}
         for name in (like, *shapes):
@@ -109,9 +110,9 @@ class Shapes:
     def check_sizes(self, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None) -> None:
         """Raises for sizes that do not fit, all of them numbers, of the arguments in their order."""
         given = [None if x is None else x.shape for x in (cu_seqlens, *tensors)]
-        if given != self._sizes_checked:
+        if given not in self._sizes_checked:
             self._explain(dict(zip(self.shapes, tensors)), cu_seqlens)  # noqa: B905  not those used up before
-            self._sizes_checked = given
+            self._sizes_checked = [given, *self._sizes_checked[:1]]
 
     def _explain(self, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None) -> None:
         like = tensors[self.like]

@@ -16,7 +16,7 @@ class Plan(Protocol):
     Its results are those of the whole stream at these tokens. ``initial_state`` is that of all documents of the stream,
     on all ranks; ``final_state`` too, with the state of a document on the rank where it ends and zeros elsewhere. Of
     ``initial_state`` and of what is not per token (weights) each rank has its share of the gradient: they sum to the
-    whole. There is no second derivative, and no forward mode.
+    whole. Where states travel, there is no second derivative, and no forward mode.
     """
 
     @property

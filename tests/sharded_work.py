@@ -15,6 +15,7 @@ from selective_scan_data import reproducible_like
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from wire import received_bytes
 
 import packc
@@ -137,6 +138,28 @@ def graphs(group: Any, name: str, exchange: str, cuts: list[Cut]) -> tuple[list[
         for what, error in errors(group, mixer, cut, mine, want).items():
             worst[what] = max(worst.get(what, 0), error)
     return texts, worst
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts those that begin."""
+
+    begun = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.begun += op in (GATHER, BROADCAST)
+        return op(*args, **(kwargs or {}))
+
+
+def collectives(group: Any, name: str, cuts: list[Cut]) -> list[int]:
+    """Of a step on each of several cuts."""
+    mixer, found = MIXERS[name], []
+    for cut in cuts:
+        inputs, state = inputs_of(mixer, cut, torch.float32)
+        plan = packc.distributed.plan(cut.cu_seqlens, group, cut.cuts, exchange="all_gather")
+        with _Collectives() as counted:
+            gradients(mixer.function, mixer, inputs, state, cut.shard(group.rank()), True, plan=plan)
+        found.append(counted.begun)
+    return found
 
 
 def chain(group: Any, name: str) -> tuple[float, float]:

@@ -49,8 +49,15 @@ def _check(op: str, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | N
 def _summary(kernels: Any, x: Tensor, weight: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
     L, D = x.shape[1:]
     size = weight.shape[1] - 1
+    dtype = state_dtype(x, weight)
+    if summary.on_host(begin):
+        held = min(L - int(begin), size)
+        state = x.new_empty((1, D, size), dtype=dtype)
+        state[..., : size - held] = 0
+        state[..., size - held :] = x[:, L - held :].mT
+        return x.new_full((1,), held, dtype=dtype), state
     last = min(L, size)
-    state = x.new_zeros((1, D, size), dtype=state_dtype(x, weight))
+    state = x.new_zeros((1, D, size), dtype=dtype)
     is_of_segment = torch.arange(L - last, L, device=x.device) >= begin
     state[..., size - last :] = torch.where(is_of_segment, x[:, L - last :].mT, 0)
     return (L - begin).clamp(max=size).to(state.dtype), state
@@ -87,9 +94,18 @@ def _enter(
     document: Tensor,
 ) -> None:
     out, final_state = results
-    if summary.on_host(end) and not int(end):
-        return
     seeing = min(x.shape[1], weight.shape[1] - 1)
+    if summary.on_host(end):
+        length = int(end)
+        seeing = min(length, seeing)
+        if not seeing:
+            return
+        wanted = final_state.shape[0] > 0 and length == seeing  # else it has been shifted out
+        first = x[:, :seeing], weight, bias, activation is not None
+        out[:, :seeing], left = kernels.forward(*first, None, entering, wanted)
+        if wanted:
+            final_state[int(document)] = left[0]
+        return
     inside = torch.arange(seeing, device=x.device) < end
     offsets, states = _first_tokens(entering, end, seeing)
     # What is not this document's has no say in what is kept of it.
@@ -111,9 +127,13 @@ def _adjoint(
     entering: Tensor,
     end: Tensor,
 ) -> Tensor:
-    if summary.on_host(end) and not int(end):
-        return torch.zeros_like(entering)
     seeing = min(x.shape[1], weight.shape[1] - 1)
+    if summary.on_host(end):
+        seeing = min(int(end), seeing)
+        if not seeing:
+            return torch.zeros_like(entering)
+        first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation is not None
+        return kernels.backward(*first, None, entering)[-1]
     offsets, states = _first_tokens(entering, end, seeing)
     first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation
     dstates = kernels.backward(*first, offsets, states)[-1]
@@ -128,7 +148,10 @@ def _first_tokens(entering: Tensor, end: Tensor, count: int) -> tuple[Tensor, Te
 
 def _leave(gradients: tuple[Tensor, ...], leaving: Tensor, _: Tensor, begin: Tensor) -> None:
     (dx,), size = gradients, leaving.shape[-1]
-    if summary.on_host(begin) and int(begin) == dx.shape[1]:
+    if summary.on_host(begin):
+        held = min(dx.shape[1] - int(begin), size)
+        if held:
+            dx[:, dx.shape[1] - held :] += leaving[..., size - held :].mT
         return
     last = min(dx.shape[1], size)
     inside = torch.arange(dx.shape[1] - last, dx.shape[1], device=dx.device) >= begin

@@ -19,7 +19,7 @@ all are, and count as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,32 +47,38 @@ def enter(
     q: Tensor,
     g: Tensor | None,
     scale: float,
-    gate: Tensor | None,
+    gate: Callable[[Tensor], Tensor] | None,
+    z: Tensor | None,
     end: Tensor,
     document: Tensor,
 ) -> None:
-    """``g (1, L, H)``; ``gate (1, L, H, V)`` is a factor of the output."""
-    state, V = entering[0], entering.shape[3]
+    """``g (1, L, H)``; ``gate`` of ``z (1, L, H, V)`` is a factor of the output."""
+    state, V = entering[0].contiguous(), entering.shape[3]
+    last = int(end) if summary.on_host(end) else None
     chunk_states = made.chunk_states.view(chunk_states_shape(q, made.out))[0, ..., :V]
     before = state.new_zeros(state.shape[0])
-    for part in _blocks(0, int(end) if summary.on_host(end) else q.shape[1]):
-        tokens = torch.arange(part.start, part.stop, device=end.device)
-        logs = before + _logs(g, part, state, tokens < end).cumsum(0)
-        before, decay = logs[-1], logs.exp()
-        if summary.on_host(end) and not decay.any():
+    for part in _blocks(0, q.shape[1] if last is None else last):
+        inside = None if last is not None else torch.arange(part.start, part.stop, device=end.device) < end
+        logs = before + _logs(g, part, state, inside).cumsum(0)
+        before, decay = logs[-1], _exp(logs)
+        if last is not None and not decay.any():
             return  # nothing of the state is left
-        added = _products(_read(q, part, state, tokens < end), state) * (scale * decay)[..., None]
-        if gate is not None:
-            added *= _read(gate, part, state, tokens < end)
-        made.out[0, part] += added
-        # Of the chunks that begin behind a token of this block.
-        passing = torch.where((tokens + 1 < end)[:, None], decay, 0)[CHUNK - 1 :: CHUNK]
+        out, queries = made.out[0, part], _read(q, part, state, inside)
+        if gate is None or z is None:
+            _add_products(out, queries, scale * decay, state)
+        else:
+            added = _products(queries, state) * (scale * decay)[..., None]
+            out.addcmul_(added, gate(_read(z, part, state, inside)))
+        # Of the chunks that begin in the document, behind a token of this block.
+        begun = torch.arange(part.start, part.stop, device=end.device)[CHUNK - 1 :: CHUNK] + 1
+        passing = torch.where((begun < end)[:, None], decay[CHUNK - 1 :: CHUNK], 0)
         kept = chunk_states[part.start // CHUNK :][: len(passing)]
         kept.addcmul_(passing[..., None, None], state)
         if made.final_state.shape[0]:
+            tokens = torch.arange(part.start, part.stop, device=end.device)
             left = torch.where((tokens + 1 == end)[:, None], decay, 0).sum(0)
             ends = ((end > part.start) & (end <= part.stop)).view(1, 1, 1, 1)
-            made.final_state.index_add_(0, document, torch.where(ends, left[:, None, None] * entering, 0))
+            made.final_state.index_add_(0, document, torch.where(ends, left[:, None, None] * state, 0))
 
 
 class Gradients(NamedTuple):
@@ -93,28 +99,26 @@ def leave(
     begin: Tensor,
 ) -> None:
     """``g`` and ``step`` are ``(1, L, H)``."""
-    dstate, L = leaving[0], v.shape[1]
-    first = int(begin) if summary.on_host(begin) else 0
+    dstate, L = leaving[0].contiguous(), v.shape[1]
+    on_host = summary.on_host(begin)
+    first = int(begin) if on_host else 0
     behind = dstate.new_zeros(dstate.shape[0])
     products = dstate.new_zeros(L - first, dstate.shape[0])
     for part in reversed([*_blocks(first, L)]):
-        tokens = torch.arange(part.start, part.stop, device=begin.device)
-        summed = behind + _logs(g, part, dstate, tokens >= begin).flip(0).cumsum(0).flip(0)
-        rest = torch.cat([summed[1:], behind[None]]).exp()
+        inside = None if on_host else torch.arange(part.start, part.stop, device=begin.device) >= begin
+        summed = behind + _logs(g, part, dstate, inside).flip(0).cumsum(0).flip(0)
+        rest = _exp(torch.cat([summed[1:], behind[None]]))
         behind = summed[0]
-        if summary.on_host(begin) and not rest.any():
+        if on_host and not rest.any():
             break  # nothing of the gradient comes as far
-        keys, values = (_read(x, part, dstate, tokens >= begin) for x in (k, v))
-        of_keys = _products(keys, dstate)
-        product = rest * (of_keys * values).sum(-1)
-        if step is not None:
-            steps = _read(step, part, dstate, tokens >= begin)
+        keys, values = (_read(x, part, dstate, inside) for x in (k, v))
+        steps = None if step is None else _read(step, part, dstate, inside)
+        product = _add_gradients(grads.k[0, part], grads.v[0, part], keys, values, rest, steps, dstate)
+        if steps is not None:
             if grads.step is not None:
                 grads.step[0, part] += product
-            product, rest = steps * product, steps * rest
+            product = steps * product
         products[part.start - first : part.stop - first] = product
-        grads.v[0, part] += rest[..., None] * of_keys
-        grads.k[0, part] += _sums(rest[..., None] * values, dstate, keys.shape[1])
     if grads.g is not None and first < L:
         passed = behind.exp() * (dstate * before[0]).sum((1, 2))
         added = passed + torch.cat([torch.zeros_like(products[:1]), products[:-1]]).cumsum(0)
@@ -126,15 +130,53 @@ def _blocks(first: int, last: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, last)) for start in range(first, last, BLOCK))
 
 
-def _read(x: Tensor, part: slice, like: Tensor, inside: Tensor) -> Tensor:
+def _read(x: Tensor, part: slice, like: Tensor, inside: Tensor | None) -> Tensor:
     read = x[0, part].to(like.dtype)
-    return read if summary.on_host(inside) else torch.where(inside.view(-1, *[1] * (read.ndim - 1)), read, 0)
+    return read if inside is None else torch.where(inside.view(-1, *[1] * (read.ndim - 1)), read, 0)
 
 
-def _logs(g: Tensor | None, part: slice, state: Tensor, inside: Tensor) -> Tensor:
+def _logs(g: Tensor | None, part: slice, state: Tensor, inside: Tensor | None) -> Tensor:
     if g is None:
         return state.new_zeros(part.stop - part.start, state.shape[0])
     return _read(g, part, state, inside)
+
+
+def _exp(logs: Tensor) -> Tensor:
+    """Zero where it would be a subnormal number, with which processors take their time."""
+    found = logs.exp()
+    return torch.where(found < torch.finfo(found.dtype).tiny, 0, found)
+
+
+def _add_products(to: Tensor, x: Tensor, factor: Tensor, state: Tensor) -> None:
+    """Adds to ``to (L, H, V)`` the products of ``x (L, G, K)`` and the states, times ``factor (L, H)``."""
+    if x.shape[1] == state.shape[0]:
+        _add_matmul(to, x * factor[..., None], state)
+    else:
+        to.addcmul_(_products(x, state), factor[..., None])
+
+
+def _add_matmul(to: Tensor, x: Tensor, states: Tensor) -> None:
+    """Of each head, one after the other: what is read and written is where it is."""
+    if to.dtype == states.dtype:
+        to.transpose(0, 1).baddbmm_(x.transpose(0, 1), states)
+    else:
+        to += (x.transpose(0, 1) @ states).transpose(0, 1)
+
+
+def _add_gradients(
+    dk: Tensor, dv: Tensor, keys: Tensor, values: Tensor, rest: Tensor, steps: Tensor | None, dstate: Tensor
+) -> Tensor:
+    """``rest k^T dS v (L, H)``, once ``dk`` and ``dv`` have theirs."""
+    factor = (rest if steps is None else steps * rest)[..., None]
+    if keys.shape[1] == dstate.shape[0]:
+        of_values = ((rest[..., None] * values).transpose(0, 1) @ dstate.mT).transpose(0, 1)
+        _add_matmul(dv, factor * keys, dstate)
+        dk += of_values if steps is None else steps[..., None] * of_values
+        return (of_values * keys).sum(-1)
+    of_keys = _products(keys, dstate)
+    dv.addcmul_(of_keys, factor)
+    dk += _sums(factor * values, dstate, keys.shape[1])
+    return rest * (of_keys * values).sum(-1)
 
 
 def _products(x: Tensor, state: Tensor) -> Tensor:

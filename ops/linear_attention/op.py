@@ -68,7 +68,7 @@ def _enter(
     document: Tensor,
 ) -> None:
     made = late_states.Made(*results)
-    late_states.enter(made, entering, q, _per_token(g, made.out), scale, None, end, document)
+    late_states.enter(made, entering, q, _per_token(g, made.out), scale, None, None, end, document)
 
 
 def _leave(

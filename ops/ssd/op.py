@@ -45,7 +45,11 @@ def _forward(
     out, final_state, chunk_states = kernels.forward(
         *_as_attention(x, dt, A, B, C, D), cu_seqlens, initial_state, output_final_state, True, z is None
     )
-    return out if z is None else out * _gate("silu", F.silu, z.to(out.dtype)), final_state, chunk_states
+    return out if z is None else out * _silu(z.to(out.dtype)), final_state, chunk_states
+
+
+def _silu(x: Tensor) -> Tensor:
+    return _gate("silu", F.silu, x)
 
 
 def _gate(name: str, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ def _backward(
         y, _, _ = kernels.forward(*attention, False, True, False)
         gate, dout = z.to(y.dtype), dout.to(y.dtype)
         dz = (dout * y * _gate("silu_slope", silu_slope, gate)).contiguous()
-        dout = dout * _gate("silu", F.silu, gate)
+        dout = dout * _silu(gate)
     dC, dB, dx, dg, dstep, dD, dinitial_state = kernels.backward(dout, dfinal_state, chunk_states, *attention, True)
     if D is not None and D.ndim == 1:
         dD = dD.sum(1)
@@ -92,7 +96,7 @@ def _adjoint(kernels: Any, dout: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Te
         z = None if z is None else z[:, : int(end)]
     if z is not None:
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        dout = dout * _gate("silu", F.silu, z)
+        dout = dout * _silu(z)
     return kernels.adjoint(dout, C, dt * A, 1.0, True, end)
 
 
@@ -111,9 +115,7 @@ def _enter(
     made = late_states.Made(out, final_state.mT, chunk_states)
     if summary.on_host(end):
         dt = dt[:, : int(end)]
-        z = None if z is None else z[:, : int(end)]
-    gate = None if z is None else _gate("silu", F.silu, z.to(entering.dtype))
-    late_states.enter(made, entering.mT, C, dt * A, 1.0, gate, end, document)
+    late_states.enter(made, entering.mT, C, dt * A, 1.0, _silu, z, end, document)
 
 
 def _leave(

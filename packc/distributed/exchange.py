@@ -62,7 +62,7 @@ class Line:
     """Of all ranks' transitions and states, of who is upstream and of where documents end: ``packc::<name>_fold`` to
     the right, ``_fold_adjoint`` to the left."""
     to_right: bool
-    meanwhile: Callable[[], Any] = lambda: None
+    meanwhile: Callable[[], Any]
     """Called before anything is waited for, after the first collective has begun. More than once."""
 
     def send(self, exchange: str, transition: Tensor, state: Tensor, transitions: Tensor | None = None) -> Sent:
@@ -86,7 +86,7 @@ class Line:
         return entering, kept
 
     def all_gather_states(self, transitions: Tensor, state: Tensor) -> Tensor:
-        states = self._gathered(state.reshape(-1)).unflatten(1, state.shape[1:])
+        states = self._gathered(state.reshape(-1)).view(-1, *state.shape[1:])
         entering: Tensor = self.fold(transitions, states, *self._marks())
         return entering
 
@@ -150,7 +150,7 @@ class Line:
 
     def _gathered(self, x: Tensor) -> Tensor:
         found = _collectives.all_gather_into_tensor.default(x, self.size, self.group)
-        return self._wait(found).unflatten(0, (self.size, -1))
+        return self._wait(found).view(self.size, -1)
 
     def _wait(self, started: Tensor) -> Tensor:
         self.meanwhile()

@@ -15,9 +15,9 @@ both directions.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +28,7 @@ from packc.distributed import cost
 from packc.distributed.exchange import Line
 from packc.distributed.first_order import first_order
 from packc.distributed.plans import Document, Place
+from packc.ops import autograd
 from packc.ops.mixer import MIXERS, Mixer, state_dtype
 from packc.ops.registration import is_channel_first
 
@@ -61,10 +62,17 @@ def _declare(mixer: Mixer) -> None:
 class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mixer: Mixer, names: list[str], *args: Any) -> tuple[Tensor, Tensor]:
+        with _without_detours(*args):
+            return _Sharded._forward(ctx, mixer, names, *args)
+
+    @staticmethod
+    def _forward(ctx: Any, mixer: Mixer, names: list[str], *args: Any) -> tuple[Tensor, Tensor]:
         call = _Call(mixer, dict(zip(names, args, strict=True)))
         given, initial = call.given, call.given["initial_state"]
         transition, state = call.op("_summary")(*call.taken(call.summary.takes), call.place(Place.BEGIN))
-        line = call.line(to_right=True)
+        late = call.summary.late
+        local = functools.cache(lambda: call.forward(call.elsewhere()))
+        line = call.line(to_right=True, meanwhile=local if late is not None else _nothing)
         if initial is not None:
             of_last = initial.index_select(0, call.place(Place.LEAVES)).to(state.dtype)
             begun = line.through(transition, of_last) + state
@@ -73,13 +81,10 @@ class _Sharded(torch.autograd.Function):
         if exchange == "auto":
             of_transition, of_state = (x.numel() * x.element_size() for x in (transition, state))
             exchange = cost.quickest(given["size"], of_transition, of_state, given["near"])
-        late = call.summary.late
+        found = line.send(exchange, transition, state)
         if late is None:
-            found = line.send(exchange, transition, state)
             out, final, *kept = call.forward(call.before(found.entering))
         else:
-            local = functools.cache(lambda: call.forward(call.elsewhere()))
-            found = replace(line, meanwhile=local).send(exchange, transition, state)
             out, final, *kept = results = local()
             taken = call.taken(late.enter_takes)
             call.op("_enter")(*results, found.entering, *taken, call.place(Place.END), call.place(Place.ENTERS))
@@ -98,8 +103,14 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        with _without_detours(*saved, dout, dfinal):
+            return _Sharded._backward(ctx, saved, dout, dfinal)
+
+    @staticmethod
+    def _backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         mixer: Mixer = ctx.mixer
-        call = _Call(mixer, ctx.others | dict(zip(ctx.saved, ctx.saved_tensors, strict=True)))
+        call = _Call(mixer, ctx.others | dict(zip(ctx.saved, saved, strict=True)))
         given, summary, initial = call.given, call.summary, call.given["initial_state"]
         if dout is None:
             sizes = mixer.shapes.sizes({name: getattr(given[name], "shape", None) for name in mixer.tensor_names})
@@ -116,7 +127,7 @@ class _Sharded(torch.autograd.Function):
         else:
             # Gradients of final states, too, go through the first segment, of which there is no transition.
             dentering = local()["initial_state"].index_select(0, call.place(Place.ENTERS))
-        line = replace(call.line(to_right=False), meanwhile=local if late is not None else lambda: None)
+        line = call.line(to_right=False, meanwhile=local if late is not None else _nothing)
         sent = line.send(ctx.exchange, given["transition"], dentering.to(entering.dtype), given["transitions"])
         leaving = sent.entering
         if late is not None:
@@ -137,6 +148,20 @@ class _Sharded(torch.autograd.Function):
         return None, None, *[found.get(name) if given.get(name) is not None else None for name in ctx.arguments]
 
 
+def _without_detours(*args: Any) -> contextlib.AbstractContextManager[Any]:
+    """No op within is differentiated: where nothing else is to be told of them, none asks whether it is."""
+    return autograd.below_autograd() if autograd.runs_on_cpu(*args) else contextlib.nullcontext()
+
+
+def _nothing() -> None:
+    """What an op does that waits for its exchange."""
+
+
+@functools.cache
+def _op(name: str, suffix: str) -> Callable[..., Any]:
+    return getattr(torch.ops.packc, f"{name}{suffix}").default
+
+
 class _Call:
     """Of the op, with its arguments by name, and in the backward with what was kept."""
 
@@ -146,7 +171,7 @@ class _Call:
         self.dtype = state_dtype(*[given[name] for name in mixer.differentiable])
 
     def op(self, suffix: str) -> Callable[..., Any]:
-        return getattr(torch.ops.packc, f"{self.mixer.name}{suffix}").default
+        return _op(self.mixer.name, suffix)
 
     def place(self, which: Place) -> Tensor:
         return self.given["places"][which : which + 1]
@@ -165,11 +190,11 @@ class _Call:
             return list(arguments)
         return [x.double() if isinstance(x, Tensor) else x for x in arguments]
 
-    def line(self, to_right: bool) -> Line:
+    def line(self, to_right: bool, meanwhile: Callable[[], Any]) -> Line:
         through = self.summary.through if to_right else self.summary.through_adjoint
-        weights = dict(zip(self.summary.takes, self.taken(self.summary.takes), strict=True))
         ranks, size, group = (self.given[name] for name in ("ranks", "size", "group"))
         fold, read = self.op("_fold" if to_right else "_fold_adjoint"), self.taken(self.summary.through_takes)
+        weights = dict(zip(self.summary.through_takes, read, strict=True))
         return Line(
             ranks,
             size,
@@ -178,6 +203,7 @@ class _Call:
             self.summary.compose,
             lambda transitions, states, *marks: fold(transitions, states, *read, *marks),
             to_right,
+            meanwhile,
         )
 
     def before(self, entering: Tensor) -> Tensor:

@@ -93,6 +93,9 @@ class Plan:
     exchange: str
     near: bool
     """Whether ``"auto"`` may choose ``"neighbour"``. The one fact of a batch that a graph depends on."""
+    apart: bool
+    """Whether no document has tokens on two ranks. Then nothing travels, unless the call is compiled: one graph serves
+    all batches."""
     stream: tuple[int, ...]
     """The offsets of the documents in the stream."""
     cuts: tuple[int, ...]
@@ -110,7 +113,7 @@ class Plan:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
         """What ``varlen_attention`` calls."""
-        if self.size == 1:
+        if self._stays():
             options = (causal, scale, window, 0.0, None)
             return torch.ops.packc.varlen_attention.default(q, k, v, self.cu_seqlens, *options)[0]
         wanted = self.reach(causal)
@@ -158,7 +161,7 @@ class Plan:
     def _run(
         self, mixer: Mixer, arguments: Sequence[Any], initial_state: Tensor | None, output_final_state: bool
     ) -> Any:
-        if self.size == 1:
+        if self._stays():
             op = getattr(torch.ops.packc, mixer.name).default
             return op(*arguments, self.cu_seqlens, initial_state, output_final_state)[:2]
         if mixer.summary is None:
@@ -176,6 +179,10 @@ class Plan:
             self.exchange,
             self.near,
         )
+
+    def _stays(self) -> bool:
+        """Whether the local op is all that there is to do."""
+        return self.size == 1 or (not torch.compiler.is_compiling() and self.apart)
 
     def _check_call(self, mixer: Mixer, fits: bool, arguments: Sequence[Any], initial_state: Tensor | None) -> None:
         """Of everything but how many tokens there are, which differs."""
@@ -245,7 +252,7 @@ def plan(
         )
     name = groups.join(group, device_of(group))
     groups.connect(group, exchange)
-    return _plan(stream, places, rank, name, exchange, exchange == "auto" and span <= 1, device)
+    return _plan(stream, places, rank, name, exchange, exchange == "auto" and span <= 1, span == 0, device)
 
 
 def equal_cuts(tokens: int, size: int) -> tuple[int, ...]:
@@ -261,6 +268,7 @@ def _plan(
     group: str,
     exchange: str,
     near: bool,
+    apart: bool,
     device: torch.device,
 ) -> Plan:
     mine, size = routing.route(stream, cuts, rank), len(cuts) - 1
@@ -311,6 +319,7 @@ def _plan(
         group=group,
         exchange=exchange,
         near=near,
+        apart=apart,
         stream=stream,
         cuts=cuts,
         rank=rank,

@@ -11,6 +11,7 @@ CUTS = [
     Cut([0, 2, 5, 5, 9, 12, 41, 41, 55, 60], [0, 17, 36, 60]),
     Cut([0, 60, 61, 80, 90], [0, 16, 42, 90]),
     Cut([0, 16, 50, 64], [0, 16, 40, 64]),
+    Cut([0, 7, 18, 43, 67], [0, 18, 43, 67]),
 ]
 QUICK = [("selective_scan", "all_gather"), ("causal_conv1d", "ring")]
 ALL = [(name, exchange) for name in MIXERS for exchange in ("all_gather", "ring", "doubling")]

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from mixers import MIXERS
-from sharded_work import Cut, chain, leaks, random_cut, worst_errors
+from sharded_work import Cut, chain, collectives, leaks, random_cut, worst_errors
 
 ALWAYS = ["all_gather", "ring", "doubling", "auto"]
 # Shards shorter than a convolution's window: what it sees comes from several ranks.
 SHORT = Cut([0, 1, 9, 9, 12], [0, 3, 4, 5, 12])
 # No document is on more than two ranks.
 NEAR = Cut([0, 3, 12, 12, 17, 20], [0, 5, 14, 18, 20])
+# No document is cut; a rank has none, empty ones lie between two.
+APART = Cut([0, 0, 3, 8, 8, 8, 9, 15, 15], [0, 8, 8, 9, 15])
 
 
 SLOW = pytest.mark.slow
@@ -35,6 +37,15 @@ def test_short_shards_and_neighbours(ranks, name):
         assert max(found.values()) < 1e-10, found
     for found in ranks.run(worst_errors, 4, name, [NEAR, NEAR, NEAR], [*ALWAYS, "neighbour"], torch.float64):
         assert max(found.values()) < 1e-10, found
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_where_no_document_is_cut_nothing_travels(ranks, name):
+    for found in ranks.run(worst_errors, 4, name, [APART, APART, APART], ["all_gather", "auto"], torch.float64):
+        assert max(found.values()) < 1e-10, found
+    for apart, cut in ranks.run(collectives, 4, name, [APART, NEAR]):
+        assert apart == 0
+        assert cut == 2
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if name != "causal_conv1d"])

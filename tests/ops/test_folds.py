@@ -31,6 +31,13 @@ def arguments(recurrence, segments, dtype=torch.float64):
     return transitions, states, *weights, upstream, ends
 
 
+@pytest.fixture(params=[True, False], ids=["on host", "elsewhere"])
+def _marks(request, monkeypatch):
+    """Where it can be read which segments count."""
+    monkeypatch.setattr("packc.ops.summary.on_host", lambda _: request.param)
+
+
+@pytest.mark.usefixtures("_marks")
 @pytest.mark.parametrize("segments", [1, 2, 5])
 def test_it_is_a_walk_over_the_segments(recurrence, what, segments):
     to_right, through = WAYS[what]
@@ -49,6 +56,7 @@ def test_it_is_a_walk_over_the_segments(recurrence, what, segments):
     assert_equal(found, entering, 1e-12)
 
 
+@pytest.mark.usefixtures("_marks")
 def test_a_nan_stays_in_its_document(recurrence, what):
     transitions, states, *rest, _, _ = arguments(recurrence, 4)
     first = 0 if what == "fold" else 3
