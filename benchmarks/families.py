@@ -302,7 +302,15 @@ FAMILIES = {
         "ZayaForCausalLM",
         lambda h, n: {**headed(h, n), **experts(h, n), "num_experts_per_tok": 1, "router_hidden_size": h},
     ),
-    "inkling": Family("InklingForCausalLM", headed),
+    "inkling": Family(
+        "InklingForCausalLM",
+        lambda h, n: {
+            **headed(h, n),
+            "moe_intermediate_size": h // 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "inkling2": Family("Inkling2ForCausalLM", inkling2, config="Inkling2TextConfig"),
     "inkling2_loop": Family(
         "Inkling2LoopForCausalLM",

@@ -26,7 +26,7 @@ WRITTEN = {
 }
 NOT = {
     "a mask that is scaled": lambda q, mask: ((q @ q.mT + mask) * 2).softmax(-1) @ q,
-    "two masks": lambda q, mask: (scores(q, mask) + mask).softmax(-1) @ q,
+    "a mask that is taken back": lambda q, mask: (scores(q, -mask) + mask).softmax(-1) @ q,
     "over queries": lambda q, mask: scores(q, mask).softmax(-2) @ q,
     "read by others": lambda q, mask: (lambda p: p @ q + p.amax(-1, True))(scores(q, mask).softmax(-1)),
     "the other way round": lambda q, mask: q.mT @ scores(q, mask).softmax(-1),
@@ -68,6 +68,14 @@ def test_what_only_looks_like_it_is_left_alone(name):
     torch.testing.assert_close(call(x, mask), model(x, mask), equal_nan=True)
     assert backend.reasons
     assert ATTENTION not in {node.target for node in backend.before[-1].graph.nodes}
+
+
+def test_a_mask_that_is_added_twice_hides_as_much_and_stays_as_it_is_written():
+    model = model_of(lambda q, mask: (scores(q, mask) + mask).softmax(-1) @ q)
+    call, backend = compiled(model)
+    x, mask = torch.randn(B, L, H * D), masks(BOTH)
+    torch.testing.assert_close(call(x, mask)[mask.bool()], model(x, mask)[mask.bool()])
+    assert backend.op_count(ATTENTION) == backend.op_count(PACKED) == 0
 
 
 def test_truths_that_are_added_hide_nothing():
