@@ -79,11 +79,11 @@ def passes(family: str, layers: int, inner: str = "eager") -> dict[str, float]:
     torch._dynamo.reset()
     seconds, nodes, run = [0.0], [0], pipeline.packed_graph
 
-    def timed(graph: Any) -> Any:
+    def timed(graph: Any, **options: Any) -> Any:
         nodes[0] += len(graph.gm.graph.nodes)
         began = time.process_time()
         try:
-            return run(graph)
+            return run(graph, **options)
         finally:
             seconds[0] += time.process_time() - began
 

@@ -89,3 +89,13 @@ def test_steps_that_use_the_loss_alone_are_compared():
 @pytest.mark.slow
 def test_prefill_is_measured_packed_and_unpacked():
     assert "llama" in run("prefill.py", "--quick", "llama", PACKC_INNER="aot_eager")
+
+
+@pytest.mark.slow
+def test_what_packing_costs_to_compile_is_told_by_layers(tmp_path):
+    arguments = ("llama", "--layers", "1", "2", "--share-layers=0", f"--output={tmp_path / 'out.jsonl'}")
+    told = run("compiling.py", *arguments, PACKC_INNER="aot_eager")
+    assert "2 layers" in told
+    (line,) = map(json.loads, (tmp_path / "out.jsonl").open())
+    assert 0 < line["passes"]["1"]["nodes"] < line["passes"]["2"]["nodes"]
+    assert line["memory"] < 1
