@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packc.ops.selective_scan.reference import CHUNK
+from packc.ops.selective_scan.reference import CHUNK, Gradients
 from packc.ops.selective_scan.triton_forward import (
     enter_rows,
     prepare,
@@ -16,7 +16,7 @@ from packc.ops.selective_scan.triton_forward import (
 from packc.ops.selective_scan.triton_segments import pass_states
 from packc.ops.selective_scan.triton_tokens import padded_tokens, tokens_last
 from packc.ops.selective_scan.triton_walk_back import TILES, edges, walk_back
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 from packc.ops.tritonsrc.tokens import countable, strides, wide
 
 # Channels of a program: a thread has four, which share the shuffles of sums over channels. Where documents have states
@@ -41,7 +41,8 @@ def backward(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     channel_first_ddelta: bool,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
+    """In fp32 where parts are added up, else in the arguments' dtypes."""
     u, delta, dout, z = countable(u, delta, dout, z)
     packed = cu_seqlens is not None
     own_states = packed and (initial_state is not None or dfinal_state is not None)
@@ -72,7 +73,7 @@ def backward(
         grid = (p.rows * p.segments * p.blocks,)
         if p.segments > 1:
             carry, total = partial_sums(p.states, p.channels), partial_sums(p.channels)
-            launch(edges, grid, **{k: x for k, x in shared.items() if k != "chunks"}, carry=carry, total=total)
+            launch(edges, grid, **taken(edges, shared), carry=carry, total=total)
             pass_states(carry, total, p.A, p.document, arriving, p.tokens, p.segment, reverse=True)
         leaving = torch.empty_like(arriving)
         launch(
@@ -104,24 +105,17 @@ def backward(
         if dinitial is not None and not packed:
             dinitial = leaving[:, 0].transpose(1, 2)
 
-    def over_segments(partial: Tensor | None, x: Tensor | None) -> Tensor:
-        return u.new_empty(0) if partial is None or x is None else partial.sum((0, 1)).to(x.dtype)
-
-    return (
-        du,
-        ddelta,
-        over_segments(dA, A).t().contiguous(),
-        _over_blocks(dB, B),
-        _over_blocks(dC, C),
-        over_segments(dD, D),
-        u.new_empty(0) if dz is None else dz,
-        over_segments(dbias, delta_bias),
-        u.new_empty(0) if initial_state is None or dinitial is None else _like(initial_state, dinitial),
+    return Gradients(
+        u=du,
+        delta=ddelta,
+        A=dA.sum((0, 1)).t().contiguous(),
+        B=_over_blocks(dB, B),
+        C=_over_blocks(dC, C),
+        D=None if dD is None else dD.sum((0, 1)),
+        z=dz,
+        delta_bias=None if dbias is None else dbias.sum((0, 1)),
+        initial_state=None if dinitial is None else dinitial.contiguous(),
     )
-
-
-def _like(x: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.to(x.dtype, memory_format=torch.contiguous_format)
 
 
 def _empty_delta(delta: Tensor, channel_first: bool) -> Tensor:
@@ -136,4 +130,4 @@ def _over_blocks(partial: Tensor, x: Tensor) -> Tensor:
     groups = x.shape[2] if x.ndim == 4 else 1
     partial = partial[..., : x.shape[1]]
     summed = partial.unflatten(0, (groups, -1)).sum(1) if groups else partial.new_zeros((0, *partial.shape[1:]))
-    return summed.permute(1, 3, 0, 2).reshape(x.shape).to(x.dtype, memory_format=torch.contiguous_format)
+    return summed.permute(1, 3, 0, 2).reshape(x.shape).contiguous()

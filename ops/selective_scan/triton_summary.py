@@ -12,7 +12,7 @@ from packc.ops.selective_scan.triton_forward import BLOCK_D, WARPS, Problem, pai
 from packc.ops.selective_scan.triton_segments import pass_states
 from packc.ops.selective_scan.triton_tokens import padded_tokens, tokens_last
 from packc.ops.selective_scan.triton_walk_back import edges
-from packc.ops.tritonsrc.launch import launch
+from packc.ops.tritonsrc.launch import launch, taken
 from packc.ops.tritonsrc.tokens import countable, strides, wide
 
 
@@ -37,7 +37,6 @@ def summary(
         **resident(p.states),
         **strides("td", u=u, delta=delta, z=None),
         **_shared(p, delta_bias, delta_softplus, wide(u, delta)),
-        chunks=p.chunks,
         carry=carry,
         total=total,
         OUTPUT=False,
@@ -73,7 +72,7 @@ def adjoint(
         padded=padded_tokens(p.tokens),
         z=z,
         **strides("td", delta=delta, dout=dout, z=z),
-        **_shared(p, delta_bias, delta_softplus, wide(dout, delta, z)),
+        **taken(edges, _shared(p, delta_bias, delta_softplus, wide(dout, delta, z))),
         carry=carry,
         total=total,
     )
@@ -87,7 +86,7 @@ def _of_segments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shared(p: Problem, delta_bias: Tensor | None, softplus: bool, is_wide: bool) -> dict[str, object]:
     return {
-        **{name: size for name, size in p.sizes.items() if name != "chunks"},
+        **p.sizes,
         "A": p.A,
         "delta_bias": None if delta_bias is None else delta_bias.contiguous(),
         "document": p.document,
