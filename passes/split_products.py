@@ -76,9 +76,9 @@ def _before_transposes(x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 def _product(part: fx.Node) -> _Product | None:
     """Of which ``part`` is one of two, at least as wide as what the product reads."""
-    if not is_item(part) or part.args[0].target not in _CHUNKS:  # type: ignore[union-attr]
+    pieces: Any = part.args[0] if is_item(part) else None
+    if pieces is None or pieces.target not in _CHUNKS:
         return None
-    pieces: Any = part.args[0]
     linear, transposes = _before_transposes(pieces.args[0])
     if linear.target is not aten.linear.default or any(len(each.users) > 1 for each in (linear, *transposes)):
         return None
@@ -128,7 +128,7 @@ def _write(graph: fx.Graph, product: _Product) -> None:
         node.meta = {name: value for name, value in like.meta.items() if name != "val"}
         return node
 
-    def split(parameter: fx.Node | None) -> list[fx.Node | None]:
+    def split(parameter: Any) -> list[fx.Node | None]:
         if parameter is None:
             return [None, None]
         both = call(aten.split_with_sizes.default, linear, parameter, sizes)
@@ -137,7 +137,7 @@ def _write(graph: fx.Graph, product: _Product) -> None:
     with graph.inserting_before(linear):
         own = list(zip(*map(split, parameters), strict=True))
     for item in list(pieces.users):
-        n = item.args[1]
+        n: Any = item.args[1]
         with graph.inserting_before(_first_user(item) if n == late else linear):
             part = call(aten.linear.default, linear, x, *own[n])
             for each in transposes:
