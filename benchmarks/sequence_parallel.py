@@ -271,7 +271,9 @@ def step(function: Callable[..., Any], inputs: list[Tensor], **how: Any) -> None
 
 
 def run(size: int, work: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
-    """What ``work(rank, size, *args)`` returned on each rank."""
+    """What ``work(rank, size, *args)`` returned on each rank. What a process has freed stays with it: which step it has
+    pages to fault in again would be chance, and a quarter of a step."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_enter, (size, work, folder, backend, args), nprocs=size)
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]

@@ -38,6 +38,7 @@ from packc.passes import (
     knows_documents,
     mixers_of,
     split_head,
+    split_products,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -192,6 +193,7 @@ class _Compiling:
             if packed.local_outputs and ends_in_a_graph_break(self.gm):
                 raise NotPacked("packc.sequence_outputs: what follows a graph break wants outputs of all tokens")
             tails = self._split_head(packed.gm)
+            split_products(packed.gm)
             graph = copied()  # behind that, for ranks compare what they run
             compiled = with_lazy_logits(compile_inner(packed.gm, [*self.inputs, *routing_fakes(packed)]), tails)
             how |= {"group": self.sequence.group, "local": packed.local_outputs, "work": packed.work}

@@ -25,6 +25,7 @@ from packc.passes.row_wise import row_wise, without_marks
 from packc.passes.rules.attention import attends_to_others
 from packc.passes.sources import argument_path
 from packc.passes.split_head import Autocast, Tail, split_head
+from packc.passes.split_products import split_products
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
 from packc.passes.unpacked import (
     boundaries_of,
@@ -79,6 +80,7 @@ __all__ = [
     "requirements",
     "row_wise",
     "split_head",
+    "split_products",
     "widen_losses",
     "with_inputs_of_its_own",
     "without_marks",

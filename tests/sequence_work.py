@@ -419,6 +419,18 @@ def explained(group: Any, folder: Path) -> tuple[str, list[Any], list[str]]:
     return str(report), report.communication.waits, [lanes[event["tid"]] for event in events if event["ph"] == "X"]
 
 
+def waits_of_a_mamba(group: Any) -> list[Any]:
+    """Of one layer that is wide enough to have work, in the order in which they begin."""
+    from transformers import MambaConfig, MambaForCausalLM  # slow to import
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=128, num_hidden_layers=1, use_cache=False))
+    how = {"packc.sequence": group, "packc.sequence_outputs": "local", "packc.inner": "aot_eager"}
+    report = packc.explain(model, options=how)
+    found = report(**batch_of(["1111111", "1110000"])).communication
+    assert found is not None
+    return found.waits
+
+
 def documents_in_rows(group: Any) -> float:
     """Against packc on one process: the largest error of logits, which positions counted anew enter, and gradients."""
     torch.manual_seed(3)

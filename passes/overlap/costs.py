@@ -47,7 +47,12 @@ def device_of(nodes: Iterable[fx.Node]) -> str:
 
 
 def seconds_of(node: fx.Node, rates: Rates) -> float:
-    """Of a compute node: its products or the bytes that it reads and writes, whichever takes longer."""
+    """Of a compute node: its products or the bytes that it reads and writes, whichever takes longer.
+
+    What moves nothing takes no time: views, and Python's functions of sizes and of tuples.
+    """
+    if _is_view(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return 0.0
     moved = sum(map(bytes_of, {node, *node.all_input_nodes}))
     return max(flops_of(node) / rates.flops, moved / rates.bytes)
 
@@ -58,11 +63,18 @@ def seconds_of_collective(node: fx.Node, rates: Rates) -> float:
 
 def bytes_of(node: fx.Node) -> int:
     """Of a node's results. A view has none of its own."""
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+    if _is_view(node):
         return 0
     value = node.meta.get("val")
     tensors: Iterable[Any] = value if isinstance(value, (list, tuple)) else [value]
     return sum(math.prod(map(_number, x.shape)) * x.dtype.itemsize for x in tensors if isinstance(x, Tensor))
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target.is_view or target is torch.ops.aten._unsafe_view.default
+    )
 
 
 def _number(size: int | torch.SymInt) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from packc.passes.overlap.tasks import Order, Task, is_valid, longest_ways, started_by, users_of
+from packc.passes.overlap.tasks import Order, Task, is_valid, longest_ways, started_by, total, users_of
 from packc.passes.overlap.timeline import peak, simulate
 
 EXACT_UP_TO = 12
@@ -61,9 +61,8 @@ def list_schedule(tasks: Sequence[Task], memory: int | None = None) -> list[int]
     """
     usual = program_order(tasks)
     limit = peak(tasks, usual) if memory is None else memory
-    late = early_and_late(tasks)
-    candidates = [late, *(filled(tasks, order, limit) for order in (usual, late))]
-    candidates += [_greedy(tasks, limit, patient) for patient in (False, True)]
+    found = [early_and_late(tasks), *(_greedy(tasks, limit, patient) for patient in (False, True))]
+    candidates = [*found, *(filled(tasks, order, limit) for order in (usual, *found))]
     fitting = [order for order in candidates if peak(tasks, order) <= max(limit, peak(tasks, usual))]
     return min([usual, *fitting], key=lambda order: seconds(tasks, order))
 
@@ -76,10 +75,11 @@ def filled(tasks: Sequence[Task], order: Order, memory: int) -> list[int]:
     """
     users, found = users_of(tasks), list(order)
     starts = {started_by(tasks, number): number for number in order if tasks[number].kind == "wait"}
-    for start, wait in starts.items():
+    for start, wait in reversed(starts.items()):  # what is moved is not another one's
         place = {number: at for at, number in enumerate(found)}
         here = place[start]
-        missing = tasks[start].seconds - sum(tasks[each].seconds for each in found[here + 1 : place[wait]])
+        between = [tasks[each] for each in found[here + 1 : place[wait]]]
+        missing = tasks[start].seconds - total(between, "compute")
         moved: list[int] = []
         behind = set(found[here + 1 :])
         for number in reversed(found[:here]):

@@ -14,6 +14,7 @@ from sequence_work import (
     refusals,
     unread,
     uses,
+    waits_of_a_mamba,
     worst_errors,
 )
 
@@ -146,6 +147,16 @@ def test_explain_tells_what_is_waited_for_and_what_runs_meanwhile(ranks, tmp_pat
         assert any(wait.exposed < wait.seconds and wait.hidden_by for wait in waits)
         assert f"  waits       {len(waits)} (estimated" in text
         assert set(lanes) == {"compute (estimated)", "communication (estimated)"}
+
+
+def test_all_states_of_a_mamba_travel_under_work(ranks):
+    """A scan waits: its gate is multiplied meanwhile, and gradients of weights in the backward."""
+    for waits in ranks.run(waits_of_a_mamba, 2):
+        states = [wait for wait in waits if wait.op == "all_gather_into_tensor"]
+        assert [wait.hidden_by[0] for wait in states] == [
+            "packc.causal_conv1d", "aten.mm", "aten.mm", "packc.causal_conv1d_bwd"
+        ]  # fmt: skip
+        assert all(wait.exposed < 0.01 * wait.seconds for wait in states)
 
 
 DIFFER = "ValueError: sequence parallel: batches or models differ between ranks: [1] have not what rank 0 has"

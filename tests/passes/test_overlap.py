@@ -19,6 +19,7 @@ from packc.passes.overlap import (
     program_order,
     simulate,
 )
+from packc.passes.overlap.costs import RATES, seconds_of
 from packc.passes.overlap.policies import coarse, filled, fine
 from packc.passes.overlap.tasks import collectives, is_valid, longest_ways, total
 from packc.passes.overlap.timeline import peak
@@ -245,6 +246,30 @@ def test_what_writes_in_place_and_draws_stays_where_it_is(group):
     for name in ("add_", "rand_like"):
         others = set(before[: before.index(name)])
         assert others <= set(after[: after.index(name)])
+
+
+def test_views_take_no_time():
+    def run(x, w):
+        return torch.ops.aten._unsafe_view(x.transpose(0, 1) @ w, [8, 2]).split(4)[0]
+
+    nodes = make_fx(run)(torch.randn(4, 4), torch.randn(4, 4)).graph.nodes
+    times = {node.name: seconds_of(node, RATES["cpu"]) for node in nodes if node.op == "call_function"}
+    assert [name for name, each in times.items() if each] == ["mm"]
+
+
+def test_what_hides_one_collective_is_not_taken_for_another():
+    """The second has nothing but what is made under the first, which has another."""
+    tasks = [
+        Task("local", 4, ()),
+        Task("gather", 3, (), "start"),
+        Task("late", 4, ()),
+        Task("wait", 0, (1,), "wait"),
+        Task("joined", 1, (0, 3)),
+        Task("gather", 3, (4,), "start"),
+        Task("wait", 0, (5,), "wait"),
+        Task("end", 1, (2, 6)),
+    ]
+    assert seconds(tasks, filled(tasks, program_order(tasks), 10**9)) == 10
 
 
 def test_a_graph_without_collectives_stays(group):
