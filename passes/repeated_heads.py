@@ -24,6 +24,7 @@ _HEADS = 1  # of (B, heads, L, channels)
 
 def before_repeats(repeated: fx.Node) -> fx.Node | None:
     """The value ``(B, heads, L, channels)`` of which each head stands several times in a row; None if there is none."""
+    x: Any
     node = _seen_through(repeated)
     if node.target is aten.repeat_interleave.self_int:
         x, times, dim = (*node.args, None)[:3]
