@@ -92,7 +92,7 @@ def tiny_inkling(name):
                 "sliding_window_size": 4,
                 "rel_extent": 3,
                 "n_routed_experts": 2,
-                "num_experts_per_tok": 1,
+                "num_experts_per_tok": 2,
                 "layer_types": ["hybrid_sliding", "hybrid"],
             },
         ),
@@ -108,7 +108,8 @@ def test_attention_with_biases_of_each_token_is_packed_around(name):
     compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
     for rows in (RIGHT, LEFT, HOLE):
         batch = batch_of(rows)
-        assert_as_exact_as_eager(train_step(compiled, batch), model, batch)
+        actual, eager = train_step(compiled, batch), train_step(model, batch)  # one's router knows no fp64
+        assert error(actual, eager, batch["attention_mask"].bool()) <= 1e-5
     report = packc.explain(model)(**batch_of(RIGHT))
     assert (report.tokens, {mixer.packed for mixer in report.mixers if "conv" in mixer.op}) == (15, {True})
 

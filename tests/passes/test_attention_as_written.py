@@ -94,7 +94,7 @@ def step(call, x, mask):
     return out.detach(), torch.autograd.grad((out * weight).sum(), leaf)[0]
 
 
-FEW = ("capped", "with sinks, from the largest score", "with sinks of each token")
+FEW = ("capped", "with sinks, from the largest score", "with sinks of each token", "with biases and sinks")
 
 
 @pytest.mark.parametrize("name", [each if each in FEW else slow(each) for each in AS_WRITTEN])
