@@ -1,4 +1,4 @@
-"""What the calls around a compiled graph were given.
+"""What the calls around a compiled graph were given, and whether there are any.
 
 A block that is compiled by itself, and a graph behind a graph break, are called with less than the model was: where
 documents begin may be an argument of the model that is handed on to nobody. Stock mixes the documents then. When such a
@@ -8,6 +8,7 @@ graph is called, though, the model's own call still stands on the Python stack, 
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType
@@ -43,19 +44,31 @@ def boundaries_around() -> dict[str, Tensor]:
     Of two of one name the inner call's counts.
     """
     found: dict[str, Tensor] = {}
-    runs_graph, frame = True, sys._getframe(1).f_back
-    while frame is not None:
-        code = frame.f_code
-        arguments = _known.get(id(code)) or _arguments(code, frame)
-        if not arguments.skipped:
-            if runs_graph or arguments.boundaries or arguments.others:
-                held = frame.f_locals
-                if runs_graph or isinstance(held.get(arguments.names[0]), nn.Module):
-                    for holder in _holders(arguments, held, inside_any=runs_graph):
-                        _take(found, holder)
-            runs_graph = False
-        frame = frame.f_back
+    for nth, (frame, arguments) in enumerate(_calls(sys._getframe(1).f_back)):
+        runs_graph = nth == 0
+        if runs_graph or arguments.boundaries or arguments.others:
+            held = frame.f_locals
+            if runs_graph or isinstance(held.get(arguments.names[0]), nn.Module):
+                for holder in _holders(arguments, held, inside_any=runs_graph):
+                    _take(found, holder)
     return found
+
+
+def is_part_of_a_call() -> bool:
+    """Whether the call that runs the graph is part of a module's, which may go on with what the graph returns."""
+    around = itertools.islice(_calls(sys._getframe(1).f_back), 1, None)
+    return any(
+        arguments.names and isinstance(frame.f_locals.get(arguments.names[0]), nn.Module) for frame, arguments in around
+    )
+
+
+def _calls(frame: FrameType | None) -> Iterator[tuple[FrameType, _Arguments]]:
+    """From the one that runs the graph outward."""
+    while frame is not None:
+        arguments = _known.get(id(frame.f_code)) or _arguments(frame.f_code, frame)
+        if not arguments.skipped:
+            yield frame, arguments
+        frame = frame.f_back
 
 
 def _arguments(code: CodeType, frame: FrameType) -> _Arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from packc import config, totals
 from packc.batches import Packing, pack_batches, unread_batch
 from packc.boundaries import BoundaryInput, Given, handed_over, of_streams, say_something
 from packc.compilation import in_backward
-from packc.enclosing_calls import boundaries_around
+from packc.enclosing_calls import boundaries_around, is_part_of_a_call
 from packc.facts import Labelled, Rows
 from packc.fake_tensors import has_values
 from packc.ops import documents
@@ -102,7 +103,7 @@ class PackedCall(_Call):
         self.compiled = compiled
         self.with_padding = with_padding
         self.graph = graph
-        self.loss_outside = loss_outside
+        self._loss_outside = loss_outside
         self.streams = streams
         self.padded_mixers = streams[-1].padded_mixers
         """Of no stream."""
@@ -137,6 +138,11 @@ class PackedCall(_Call):
                     # Not under strict either: nothing says that there is such a loss.
                     say_once(_LOSS_OUTSIDE, self._warned, strict=False)
         return outputs
+
+    @functools.cached_property
+    def loss_outside(self) -> bool:
+        """Whether labels may count on what the graph returns: somebody says so, or the first call is a block's."""
+        return self._loss_outside or is_part_of_a_call()
 
     def _rows(self, inputs: Sequence[Any]) -> list[Rows]:
         if say_something([each.given(inputs) for each in self._of_others]):

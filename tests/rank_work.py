@@ -100,7 +100,7 @@ def fsdp_gradients(rank, compile_blocks):
             return packings[-len(sequences) :]
 
         patch.setattr(packc.packed_call, "pack_batches", noting)
-        how = {"backend": packc.backend, "options": {"packc.inner": "aot_eager", "packc.loss_outside": True}}
+        how = {"backend": packc.backend, "options": {"packc.inner": "aot_eager"}}
         if compile_blocks:
             for block in model.blocks:
                 block.compile(**how)

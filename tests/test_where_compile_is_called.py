@@ -25,7 +25,7 @@ def in_place(model, **how):
 
 def each_block(model):
     for block in model.blocks:
-        block.compile(**PACKC | {"options": OPTIONS | {"packc.loss_outside": True}})
+        block.compile(**PACKC | {"options": OPTIONS})
     return model
 
 
@@ -131,7 +131,7 @@ def test_regions_of_accelerate_pack_blocks_that_are_given_the_mask():
     compile_regions = pytest.importorskip("accelerate.utils").compile_regions
     model = LMOfBlocks()
     plain, before = copy.deepcopy(model), packc.stats()
-    call = compile_regions(model, **PACKC | {"options": {"packc.inner": "aot_eager", "packc.loss_outside": True}})
+    call = compile_regions(model, **PACKC | {"options": {"packc.inner": "aot_eager"}})
     torch.manual_seed(0)
     expected = results(plain, plain, RIGHT)
     torch.manual_seed(0)
