@@ -32,6 +32,7 @@ READ: tuple[Pass, ...] = (
     passes.constants,  # no tensors of numbers
     passes.functional,  # no writes in place, where nobody holds a view
     passes.causal_convs,  # convolutions that are causal -> packc's
+    passes.token_major,  # channel-first values computed with channels last
     passes.cut_late,  # logits cut along the sequence after what is computed of them
     passes.widen_losses,  # next-token losses over whole rows
     passes.written_out_attention,  # softmax(q @ k) @ v as one op
@@ -53,6 +54,7 @@ PACK: tuple[Pass, ...] = (
 # Without one of these less packs; the others are what packing is.
 _MAY_BE_SKIPPED = (
     passes.functional,
+    passes.token_major,
     passes.cut_late,
     passes.widen_losses,
     passes.written_out_attention,

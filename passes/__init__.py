@@ -27,6 +27,7 @@ from packc.passes.sources import argument_path
 from packc.passes.split_head import Autocast, Tail, split_head
 from packc.passes.split_products import split_products
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
+from packc.passes.token_major import token_major
 from packc.passes.unpacked import (
     boundaries_of,
     goes_on_from_a_cache,
@@ -81,6 +82,7 @@ __all__ = [
     "row_wise",
     "split_head",
     "split_products",
+    "token_major",
     "widen_losses",
     "with_inputs_of_its_own",
     "without_marks",
