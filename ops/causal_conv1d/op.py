@@ -101,7 +101,7 @@ def _enter(
         if not seeing:
             return
         wanted = final_state.shape[0] > 0 and length == seeing  # else it has been shifted out
-        first = x[:, :seeing], weight, bias, activation is not None
+        first = x[:, :seeing], weight, bias, activation
         out[:, :seeing], left = kernels.forward(*first, None, entering, wanted)
         if wanted:
             final_state[int(document)] = left[0]
@@ -132,7 +132,7 @@ def _adjoint(
         seeing = min(int(end), seeing)
         if not seeing:
             return torch.zeros_like(entering)
-        first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation is not None
+        first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation
         return kernels.backward(*first, None, entering)[-1]
     offsets, states = _first_tokens(entering, end, seeing)
     first = dout[:, :seeing], None, x[:, :seeing], weight, bias, activation
