@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -103,7 +102,7 @@ class PackedCall(_Call):
         self.compiled = compiled
         self.with_padding = with_padding
         self.graph = graph
-        self._loss_outside = loss_outside
+        self._loss_outside: bool | None = True if loss_outside else None
         self.streams = streams
         self.padded_mixers = streams[-1].padded_mixers
         """Of no stream."""
@@ -139,10 +138,12 @@ class PackedCall(_Call):
                     say_once(_LOSS_OUTSIDE, self._warned, strict=False)
         return outputs
 
-    @functools.cached_property
+    @property
     def loss_outside(self) -> bool:
         """Whether labels may count on what the graph returns: somebody says so, or the first call is a block's."""
-        return self._loss_outside or is_part_of_a_call()
+        if self._loss_outside is None:
+            self._loss_outside = is_part_of_a_call()
+        return self._loss_outside
 
     def _rows(self, inputs: Sequence[Any]) -> list[Rows]:
         if say_something([each.given(inputs) for each in self._of_others]):

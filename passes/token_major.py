@@ -69,26 +69,26 @@ def _compute(nodes: fx.Graph, node: fx.Node) -> bool:
 
 def _slice(nodes: fx.Graph, node: fx.Node) -> bool:
     x = _transposed(node.args[0]) if node.target is aten.slice.Tensor else None
-    if x is None:
+    if x is None or not _of_channels(node):
         return False
-    given = arguments_of(node) | {"self": x, "dim": _exchanged(node)}
+    given = arguments_of(node) | {"self": x, "dim": 2}
     _replace(nodes, node, call_like(nodes, node, node.target, tuple(given.values())))
     return True
 
 
 def _split(nodes: fx.Graph, node: fx.Node) -> bool:
     x = _transposed(node.args[0]) if node.target in _PARTS else None
-    if x is None or not all(map(is_item, node.users)):
+    if x is None or not _of_channels(node) or not all(map(is_item, node.users)):
         return False
-    parts = call_like(nodes, node, node.target, (x, node.args[1], _exchanged(node)))
+    parts = call_like(nodes, node, node.target, (x, node.args[1], 2))
     for item in list(node.users):
         _replace(nodes, item, call_like(nodes, item, item.target, (parts, item.args[1])))
     return True
 
 
-def _exchanged(node: fx.Node) -> int:
-    """The dimension of a cut, before its three axes' last two are exchanged."""
-    return (0, 2, 1)[arguments_of(node)["dim"] % 3]
+def _of_channels(node: fx.Node) -> bool:
+    """Whether a cut is along the second axis: along the last, other passes look for it."""
+    return arguments_of(node)["dim"] % 3 == 1
 
 
 def _replace(nodes: fx.Graph, node: fx.Node, by: fx.Node) -> None:

@@ -6,7 +6,7 @@ but not inputs of a convolution: where those of padding are not zero, stock's ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,11 +30,20 @@ def is_kept_end(node: fx.Node, layout_of: LayoutOf) -> bool:
 def kept_end_of(value: fx.Node, layout_of: LayoutOf) -> fx.Node | None:
     """A value with the same entries, rearranged, whose end is kept; None if there is none."""
     while True:
-        if any(is_kept_end(user, layout_of) for user in value.users if user.args[:1] == (value,)):
-            return value
+        for each in _transposed(value):
+            if any(is_kept_end(user, layout_of) for user in each.users if user.args[:1] == (each,)):
+                return each
         if zero_rule_for(value.target) is not first_is_zero or not isinstance(value.args[0], fx.Node):
             return None
         value = value.args[0]
+
+
+def _transposed(value: fx.Node) -> Iterator[fx.Node]:
+    """The value, and what it is transposed to elsewhere."""
+    yield value
+    for user in value.users:
+        if user.target in _COPIES or user.target is aten.transpose.int:
+            yield from _transposed(user)
 
 
 def end_taken(node: fx.Node, layout_of: LayoutOf) -> int | None:
