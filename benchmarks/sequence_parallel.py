@@ -187,7 +187,8 @@ def _time_together(rank: int, size: int, tokens: int) -> dict[str, list[tuple[fl
 # ---- overlap ---------------------------------------------------------------------------------------------------------
 
 LATENCY = 0.1
-OF_RANK = {"selective_scan": 4096, "linear_attention": 16384, "ssd": 16384, "causal_conv1d": 131072}  # tokens
+# Tokens: with enough work for the longer collectives, in the forward alone too.
+OF_RANK = {"selective_scan": 16384, "linear_attention": 65536, "ssd": 65536, "causal_conv1d": 524288}
 COMPILED = ("linear_attention",)
 
 
