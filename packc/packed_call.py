@@ -102,7 +102,8 @@ class PackedCall(_Call):
         self.compiled = compiled
         self.with_padding = with_padding
         self.graph = graph
-        self._loss_outside: bool | None = True if loss_outside else None
+        self.loss_outside: bool | None = True if loss_outside else None
+        """Whether labels may count on what the graph returns: somebody says so, or the first call is a block's."""
         self.streams = streams
         self.padded_mixers = streams[-1].padded_mixers
         """Of no stream."""
@@ -118,6 +119,8 @@ class PackedCall(_Call):
         if not has_values(inputs[self.streams[0].mask]):
             self.last = [unread_batch(inputs[stream.mask]) for stream in self.streams]
             return self.graph(*inputs, *_index(self.last))
+        if self.loss_outside is None:  # not without gradients: a model that generates calls itself
+            self.loss_outside = torch.is_grad_enabled() and is_part_of_a_call()
         with torch.no_grad():
             packings = pack_batches(self._rows(inputs))
         compiled = self._compiled(packings)
@@ -137,13 +140,6 @@ class PackedCall(_Call):
                     # Not under strict either: nothing says that there is such a loss.
                     say_once(_LOSS_OUTSIDE, self._warned, strict=False)
         return outputs
-
-    @property
-    def loss_outside(self) -> bool:
-        """Whether labels may count on what the graph returns: somebody says so, or the first call is a block's."""
-        if self._loss_outside is None:
-            self._loss_outside = is_part_of_a_call()
-        return self._loss_outside
 
     def _rows(self, inputs: Sequence[Any]) -> list[Rows]:
         if say_something([each.given(inputs) for each in self._of_others]):
@@ -167,7 +163,7 @@ class PackedCall(_Call):
             outside=wanted.outside,
             boundaries=given,
             moved=[given for given, each in zip(labels, wanted.labels, strict=False) if each.moved],
-            one_before=self.loss_outside and wanted.labels_may_follow,
+            one_before=bool(self.loss_outside) and wanted.labels_may_follow,
             padding_attends=wanted.attends,
             keep_left=wanted.keep_left,
             keep_right=wanted.keep_right,
