@@ -56,6 +56,8 @@ def _cancel(node: fx.Node) -> bool:
 def _compute(nodes: fx.Graph, node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or torch.Tag.pointwise not in node.target.tags or not is_tensor(node):
         return False
+    if node.target._schema.is_mutable:  # the call that is replaced would stay, and write once more
+        return False
     operands = [each for each in node.all_input_nodes if is_tensor(each) and value_of(each).ndim > 0]
     before = {each: _transposed(each) for each in operands}
     if not operands or None in before.values():

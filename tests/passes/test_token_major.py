@@ -1,10 +1,14 @@
 """Channel-first values are computed with channels last, where that is the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import BOTH, LEFT, RIGHT, RecordingBackend, masks
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
+
+from packc import passes
 
 D, W = 4, 3
 TRANSPOSE = torch.ops.aten.transpose.int
@@ -74,3 +78,15 @@ def test_nothing_is_transposed_any_more(mix):
     torch.compile(Model(mix), backend=backend)(torch.randn(*mask.shape, 3 * D), mask)
     assert backend.op_count(torch.ops.packc.causal_conv1d.default) == 1
     assert backend.op_count(TRANSPOSE) == 0
+
+
+def test_what_is_written_in_place_is_written_once():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 3, D, device="meta")
+    y = graph.call_function(TRANSPOSE, (x, 1, 2))
+    tripled = graph.call_function(torch.ops.aten.mul_.Tensor, (y, 3.0))
+    y.meta["val"] = tripled.meta["val"] = x.meta["val"].transpose(1, 2)
+    graph.output(tripled)
+    gm = passes.token_major(SimpleNamespace(gm=fx.GraphModule(nn.Module(), graph))).gm
+    assert gm(torch.ones(2, 3, D)).eq(3).all()
