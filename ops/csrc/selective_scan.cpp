@@ -100,16 +100,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       [&](Backward& worker, int64_t group, auto bundle) { worker.run(groups[group], group, bundle); });
 
   const auto [dB, dC] = sum_over_blocks(p, grads.dBC);
-  const Tensor sums = grads.dparameters.sum(0);
   return {
       grads.du,
       grads.ddelta,
-      grads.dA.sum(0).t().to(A.scalar_type()).contiguous(),
+      sum_over_groups(grads.dA, 0, A),
       dB.view(B.sizes()),
       dC.view(C.sizes()),
-      D ? sums[0].to(D->scalar_type()).clone() : none(),
+      D ? sum_over_groups(grads.dparameters, 0, *D) : none(),
       grads.dz,
-      delta_bias ? sums[1].to(delta_bias->scalar_type()).clone() : none(),
+      delta_bias ? sum_over_groups(grads.dparameters, 1, *delta_bias) : none(),
       initial_state ? grads.dinitial_state.to(initial_state->scalar_type()) : none()};
 }
 

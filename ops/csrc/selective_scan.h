@@ -159,10 +159,11 @@ inline void check(const Problem& p, const Documents& documents) {
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// Scratch memory, aligned to cache lines.
+// Scratch memory, aligned to cache lines, for what is written before it is read: to clear it costs as much as a few
+// tokens.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : memory_(new(std::align_val_t(64)) float[floats]()) {}
+  explicit Scratch(int64_t floats) : memory_(new(std::align_val_t(64)) float[floats]) {}
   float* data() const {
     return memory_.get();
   }
@@ -176,6 +177,12 @@ class Scratch {
   std::unique_ptr<float[], Free> memory_;
 };
 
+struct Zeros : Scratch {
+  explicit Zeros(int64_t floats) : Scratch(floats) {
+    std::fill_n(data(), floats, 0.f);
+  }
+};
+
 // A value per (vector of channels, token, lane): all the tokens of one vector of channels lie together.
 struct Tile : Scratch {
   Tile() : Scratch(kSelectiveScanChunk * kChannels) {}
@@ -185,9 +192,9 @@ struct Tile : Scratch {
 };
 
 // A value per (vector of channels, state, lane).
-struct States : Scratch {
+struct States : Zeros {
   int64_t states;
-  explicit States(int64_t N) : Scratch(whole_states(N) * kChannels), states(whole_states(N)) {}
+  explicit States(int64_t N) : Zeros(whole_states(N) * kChannels), states(whole_states(N)) {}
   float* at(int64_t v, int64_t n) const {
     return data() + (v * states + n) * kVec;
   }
@@ -250,7 +257,7 @@ struct Inputs {
   const Problem& p;
   ChannelBlock block;
   int64_t states;
-  Scratch rows, B, C; // B, C: [token][state]
+  Zeros rows, B, C; // B, C: [token][state]; lanes and states beyond the last stay zero
   Tile delta, u, x; // delta after bias and softplus; x = delta u
 
   explicit Inputs(const Problem& p)

@@ -42,7 +42,7 @@ class Backward {
   void run(const Group& group, int64_t index, std::span<const ChannelBlock> blocks) {
     std::vector<Carried> carried;
     for (const ChannelBlock& block : blocks)
-      carried.push_back({block, scaled_A(p_, block), States(p_.N), States(p_.N), Scratch(2 * kChannels)});
+      carried.push_back({block, scaled_A(p_, block), States(p_.N), States(p_.N), Zeros(2 * kChannels)});
     for (auto piece = group.rbegin(); piece != group.rend(); ++piece) {
       int64_t g = -1;
       for (const Carried& each : carried) {
@@ -70,7 +70,7 @@ class Backward {
   struct Carried {
     ChannelBlock block;
     States A, dh, dA;
-    Scratch dparameters; // dD, ddelta_bias
+    Zeros dparameters; // dD, ddelta_bias
   };
 
   static void clear(const Scratch& sums, int64_t tokens) {
@@ -341,6 +341,27 @@ inline std::pair<Tensor, Tensor> sum_over_blocks(const Problem& p, const Tensor&
     write(dC, 1, first, last);
   });
   return {dB, dC};
+}
+
+// The gradient of a parameter (D,) or (D, N) out of its rows of shares (groups, rows, D): from `first` on.
+inline Tensor sum_over_groups(const Tensor& shares, int64_t first, const Tensor& parameter) {
+  const int64_t groups = shares.size(0), rows = shares.size(1), D = shares.size(2);
+  const int64_t N = parameter.dim() == 2 ? parameter.size(1) : 1;
+  Tensor grad = at::empty(parameter.sizes(), parameter.options());
+  with_dtype(parameter.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T* out = grad.mutable_data_ptr<T>();
+    for (int64_t n = 0; n < N; ++n) {
+      const float* share = shares.const_data_ptr<float>() + (first + n) * D;
+      for (int64_t d = 0; d < D; ++d) {
+        float sum = 0.f;
+        for (int64_t group = 0; group < groups; ++group)
+          sum += share[group * rows * D + d];
+        out[d * N + n] = static_cast<T>(sum);
+      }
+    }
+  });
+  return grad;
 }
 
 } // namespace packc

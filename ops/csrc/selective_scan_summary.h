@@ -24,7 +24,7 @@ class StateWalk {
   void run(const Group& group, std::span<const ChannelBlock> blocks) {
     std::vector<Carried> carried;
     for (const ChannelBlock& block : blocks)
-      carried.push_back({block, scaled_A(p_, block), States(p_.N), Scratch(kChannels)});
+      carried.push_back({block, scaled_A(p_, block), States(p_.N), Zeros(kChannels)});
     const int64_t count = static_cast<int64_t>(carried.size()), steps = count * static_cast<int64_t>(group.size());
     const auto piece_at = [&](int64_t step) -> const Piece& {
       return group[(backwards ? steps - 1 - step : step) / count];
@@ -58,7 +58,7 @@ class StateWalk {
   struct Carried {
     ChannelBlock block;
     States A, h;
-    Scratch steps;
+    Zeros steps;
   };
 
   // Asks for one of so many shares of what a later step will load: its rows lie too far apart for the processor to
