@@ -20,6 +20,8 @@ from packc.ops.tritonsrc import tokens
 from packc.ops.tritonsrc.launch import launch
 
 FIRST, LAST = tl.constexpr(1), tl.constexpr(2)
+# Of a chunk's tokens: what larger kernels sum over at a time, so that their values stay in registers.
+HALF, QUARTER = tl.constexpr(32), tl.constexpr(16)
 _BLOCK = 256
 
 

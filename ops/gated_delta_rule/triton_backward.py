@@ -14,6 +14,7 @@ from torch import Tensor
 
 from packc.ops.common.chunks import chunk_states_shape
 from packc.ops.common.triton_chunks import (
+    QUARTER,
     chunk_of,
     chunks_of,
     countable,
@@ -38,7 +39,6 @@ from packc.ops.common.triton_products import (
 from packc.ops.gated_delta_rule.reference import Gradients
 from packc.ops.gated_delta_rule.triton_errors import recompute_errors
 from packc.ops.gated_delta_rule.triton_gates import (
-    HALF,
     channels_from_start,
     channels_to_end,
     channels_whole,
@@ -166,17 +166,17 @@ def _grad_tokens(
 
         near = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         if g is not None:
-            for part in range(0, CHUNK, HALF):
+            for part in range(0, CHUNK, QUARTER):
                 rest = length - part
-                queries = load_tile(q, row, token + part, group, rest, q_b, q_t, q_h, q_d, first_k, K, HALF, BLOCK_K)
-                keys = load_tile(k, row, token + part, group, rest, k_b, k_t, k_h, k_d, first_k, K, HALF, BLOCK_K)
-                weights = tl.load(pair_tile(dqueries, tl.program_id(0), head, heads, part, CHUNK, HALF))
+                queries = load_tile(q, row, token + part, group, rest, q_b, q_t, q_h, q_d, first_k, K, QUARTER, BLOCK_K)
+                keys = load_tile(k, row, token + part, group, rest, k_b, k_t, k_h, k_d, first_k, K, QUARTER, BLOCK_K)
+                weights = tl.load(pair_tile(dqueries, tl.program_id(0), head, heads, part, CHUNK, QUARTER))
                 query += dot_computed(weights, keys, PRECISION)
-                weights = tl.load(pair_tile_transposed(dqueries, tl.program_id(0), head, heads, part, CHUNK, HALF))
+                weights = tl.load(pair_tile_transposed(dqueries, tl.program_id(0), head, heads, part, CHUNK, QUARTER))
                 near += dot_computed(weights, queries, PRECISION)
-                weights = tl.load(pair_tile(dreaders, tl.program_id(0), head, heads, part, CHUNK, HALF))
+                weights = tl.load(pair_tile(dreaders, tl.program_id(0), head, heads, part, CHUNK, QUARTER))
                 reader += dot_computed(weights, keys, PRECISION)
-                weights = tl.load(pair_tile_transposed(dreaders, tl.program_id(0), head, heads, part, CHUNK, HALF))
+                weights = tl.load(pair_tile_transposed(dreaders, tl.program_id(0), head, heads, part, CHUNK, QUARTER))
                 near += dot_computed(weights, keys, PRECISION)
         else:
             each = rows.to(tl.int64) * tokens * heads * K

@@ -54,7 +54,7 @@ def _recompute_errors(
         entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
         if errors is not None:
             error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
-            for first_k in range(0, K, BLOCK_K):
+            for first_k in tl.range(0, K, BLOCK_K, disable_licm=True):  # what is hoisted out of it would spill
                 keys = load_dense(readers, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
                 state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
                 error -= dot_fp32(keys, state, PRECISION)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from packc.ops.common.chunks import chunk_states_shape
 from packc.ops.common.triton_chunks import (
+    HALF,
     chunk_of,
     chunks_of,
     countable,
@@ -25,7 +26,6 @@ from packc.ops.common.triton_chunks import (
 )
 from packc.ops.common.triton_products import dot_by_computed, dot_fp32, from_start, log_decays
 from packc.ops.gated_delta_rule.triton_gates import (
-    HALF,
     channels_from_start,
     gate_of,
     load_dense,

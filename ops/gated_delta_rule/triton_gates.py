@@ -18,8 +18,6 @@ from packc.ops.common.triton_products import log_decays
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
 
-HALF = tl.constexpr(32)  # tokens of a chunk that larger kernels sum over at a time
-
 
 class Gate(NamedTuple):
     """One of the two: log decays of heads, or the sums of those of channels from each chunk's start."""

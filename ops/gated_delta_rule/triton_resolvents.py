@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token
+from packc.ops.common.triton_chunks import HALF, chunk_of, head_strides, load_per_token
 from packc.ops.common.triton_products import dot_fp32, fp32_products
 from packc.ops.gated_delta_rule.triton_channels import meets
 from packc.ops.tritonsrc.launch import launch, taken
 
-HALF = tl.constexpr(32)
 HALF_LEVELS = tl.constexpr(5)
 
 

@@ -90,7 +90,7 @@ def _correct_states(
     head, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
     group = head // (heads // groups)
     own = document * heads + head
-    for i in range(tl.cdiv(size, CHUNK)):
+    for i in tl.range(tl.cdiv(size, CHUNK), disable_licm=True):  # what is hoisted out of it would spill
         token, length = begin + i * CHUNK, tl.minimum(size - i * CHUNK, CHUNK)
         slot = row * slots + token // CHUNK - 1
         tl.debug_barrier()  # other threads wrote the state that enters

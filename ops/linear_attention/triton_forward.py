@@ -34,7 +34,7 @@ from packc.ops.linear_attention.triton_states import CONFIGS, block_of, carry_st
 from packc.ops.tritonsrc.launch import autotuned, launch, taken
 
 
-@autotuned(CONFIGS, key=["K", "V"])
+@autotuned(CONFIGS, key=["K", "V"], before_hopper=CONFIGS[:1])
 @triton.jit(do_not_specialize=["slots", "q_b", "k_b", "v_b", "g_b", "step_b", "out_b"])
 def _outputs(
     q,

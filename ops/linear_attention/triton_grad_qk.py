@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from packc.ops.common.triton_chunks import (
+    HALF,
     chunk_of,
     load_between,
     load_per_token,
@@ -144,13 +145,13 @@ def grad_qk(
                     owed = tl.cumsum(owed, 0, reverse=True)
                     store_per_token(target, owed, row, token, head, length, dg_b, dg_t, dg_h, CHUNK)
             pairs = dscores + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
-            if KEYS:
-                weights = tl.load(pairs + (t[None, :] * CHUNK + t[:, None]))
-            else:
-                weights = tl.load(pairs + (t[:, None] * CHUNK + t[None, :]))
-            factor = load_tile(
-                other, row, token, group, length, other_b, other_t, other_h, other_d, first_k, K, CHUNK, BLOCK_K
-            )
-            gradient += carried + dot_computed(weights, factor, PRECISION)
+            gradient += carried
+            for half in range(0, CHUNK, HALF):
+                h, rest = half + tl.arange(0, HALF)[None, :], length - half
+                weights = tl.load(pairs + (h * CHUNK + t[:, None] if KEYS else t[:, None] * CHUNK + h))
+                factor = load_tile(
+                    other, row, token + half, group, rest, other_b, other_t, other_h, other_d, first_k, K, HALF, BLOCK_K
+                )
+                gradient += dot_computed(weights, factor, PRECISION)
         dx += part * per_part.to(tl.int64)
         store_tile(dx, gradient, row, token, group, length, dx_b, dx_t, dx_h, dx_d, first_k, K, CHUNK, BLOCK_K)

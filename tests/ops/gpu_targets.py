@@ -19,7 +19,6 @@ import torch
 import triton
 from gpu_launches import CALLS
 from launches import instead_of_launch
-from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,14 +31,11 @@ class Chip(NamedTuple):
     spills: int = 0  # bytes that a kernel may spill
 
 
-# Bytes. Triton 3.6 computes Hopper's products as before Hopper, and of six such kernels its ptxas keeps a value on the
-# stack; the scan's and the convolution's do without.
-_SPILLS_ON_HOPPER = 0 if Version(triton.__version__) >= Version("3.7.1") else 8
 CHIPS = {
     # Of three kernels ptxas keeps a value on the stack, for the sake of more warps: the scan in fp16 would lose a
     # quarter of those with more registers than the 128 it takes.
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 << 10, spills=8),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 << 10, spills=_SPILLS_ON_HOPPER),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 << 10),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
