@@ -52,8 +52,17 @@ def offered(
         return configs if before_hopper is None else before_hopper
     # On AMD a warp has 64 threads, so that eight have half the registers each.
     if multiplies(kernel) and (target.backend == "hip" or _miscompiles_wgmma(target)):
-        return [config for config in configs if config.num_warps <= 4]
-    return configs
+        configs = [config for config in configs if config.num_warps <= 4]
+    return configs if limits_registers(target) else [_unlimited(config) for config in configs]
+
+
+def limits_registers(target: GPUTarget) -> bool:
+    """Whether a launch may say ``maxnreg``, which is an error elsewhere."""
+    return target.backend == "cuda"
+
+
+def _unlimited(config: triton.Config) -> triton.Config:
+    return triton.Config(config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def compiling(kernel: Any, target: GPUTarget) -> contextlib.AbstractContextManager[None]:

@@ -80,7 +80,10 @@ def _launch_here(kernel: Any, grid: Grid, device: torch.device, arguments: dict[
     again = _relaunched(kernel) if relaunches() else None
     if again and again(device, grid, arguments):
         return
-    with chips.compiling(kernel, triton.runtime.driver.active.get_current_target()):
+    target = triton.runtime.driver.active.get_current_target()
+    if not chips.limits_registers(target):
+        arguments.pop("maxnreg", None)
+    with chips.compiling(kernel, target):
         compiled = kernel[grid](**arguments)
     if again:
         again.keep(device, arguments, compiled)

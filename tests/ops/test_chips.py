@@ -71,7 +71,15 @@ def test_who_asks_for_wgmma_gets_it_with_four_warps(unsound, monkeypatch):
 
 
 def test_amd_chips_are_offered_four_warps(sound):
-    assert chips.offered(WITH_PRODUCTS, [FOUR, EIGHT], [EIGHT], AMD) == [FOUR]
+    assert [config.num_warps for config in chips.offered(WITH_PRODUCTS, [FOUR, EIGHT], [EIGHT], AMD)] == [4]
+
+
+@pytest.mark.parametrize("kernel", [WITH_PRODUCTS, WITHOUT])
+def test_amd_chips_are_told_of_no_registers(sound, kernel):
+    limited = triton.Config({"BLOCK": 8}, num_warps=2, num_stages=1, maxnreg=255)
+    assert chips.offered(kernel, [limited], None, HOPPER) == [limited]
+    (config,) = chips.offered(kernel, [limited], None, AMD)
+    assert config.all_kwargs() == {"BLOCK": 8, "num_warps": 2, "num_ctas": 1, "num_stages": 1}
 
 
 def test_a_sound_triton_is_left_alone(sound):
