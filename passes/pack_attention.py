@@ -38,7 +38,11 @@ def pack_attention(graph: Graph) -> Graph:
             continue
         try:
             op = Op(node, tokens, *graph.sizes)
-            tokens.readings[node] = (packed_as_written if as_written else varlen_attention)(op, seen, reading)
+            if as_written:
+                tokens.readings[node] = packed_as_written(op, seen, reading, graph.biased)
+            else:
+                shown = graph.biased.get(masks[0], seen) if masks else seen
+                tokens.readings[node] = varlen_attention(op, shown, reading)
         except NotTokenwise as reason:
             tokens.readings[node] = replace(reading, padded=str(reason))
     return replace(graph, tokens=tokens)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from packc.passes.attention_as_written import DROPS, subtracts_largest
+from packc.passes.attention_as_written import DROPS, AsWritten, subtracts_largest
 from packc.passes.axes import is_tensor, value_of
 from packc.passes.written_out_attention import CASTS, SOFTMAX, is_scaled
 
@@ -26,6 +26,8 @@ class VarlenForm(NamedTuple):
     softcap: float | None
     sinks: fx.Node | None
     """Of each head one, ``(1, heads, 1, 1)``."""
+    biases: fx.Node | None
+    """What is added to scores beside the mask, ``(B or 1, heads or 1, queries or 1, keys)``."""
     dropout_p: float
     dtype: torch.dtype
     """Of ``q @ k^T``, which is to be computed no worse."""
@@ -48,8 +50,15 @@ def varlen_form(node: fx.Node) -> VarlenForm | None:
     sinks = None if joined is None else _of_heads(given[joined], value_of(node.args[0]).shape[1])
     if product is None or (joined is not None and sinks is None):
         return None
-    scale, softcap, at = product
-    return VarlenForm(scale, softcap, sinks, dropout_p, value_of(at).dtype)
+    scale, softcap, added, at = product
+    biases = None if added is None else given.get(added)
+    return VarlenForm(scale, softcap, sinks, biases, dropout_p, value_of(at).dtype)
+
+
+def added_biases(node: fx.Node) -> list[fx.Node]:
+    """By such a node, if it can be computed by ``varlen_attention``."""
+    form = varlen_form(node) if isinstance(node.target, AsWritten) else None
+    return [] if form is None or form.biases is None else [form.biases]
 
 
 def _before_values(node: Any) -> tuple[fx.Node, float | None]:
@@ -76,8 +85,15 @@ def _before_softmax(node: Any, mask: fx.Node) -> tuple[Any, fx.Node | None]:
             node = node.args[0]
 
 
-def _products(node: Any) -> tuple[float, float | None, fx.Node] | None:
-    """Scale and cap of scores, and the product that they are made of; None of those that are made in another way."""
+def _products(node: Any) -> tuple[float, float | None, fx.Node | None, fx.Node] | None:
+    """Scale and cap of scores, what is added to them, and the product that they are made of; None of others."""
+    added = None
+    while node.target in CASTS:
+        node = node.args[0]
+    if node.target is aten.add.Tensor:
+        node, added = node.args
+        if added.op != "placeholder":
+            return None
     factors = [1.0]  # in front of tanh, if there is one, and behind it
     while node.target is not aten.matmul.default:
         if is_scaled(node) and isinstance(node.args[1], (int, float)) and node.args[1] != 0:
@@ -88,9 +104,9 @@ def _products(node: Any) -> tuple[float, float | None, fx.Node] | None:
             return None
         node = node.args[0]
     if len(factors) == 1:
-        return factors[0], None, node
+        return factors[0], None, added, node
     inner, cap = factors
-    return (inner * cap, cap, node) if cap > 0 else None
+    return (inner * cap, cap, added, node) if cap > 0 else None
 
 
 def _of_heads(column: Any, heads: int) -> fx.Node | None:

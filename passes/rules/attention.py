@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.repeated_heads import before_repeats
 from packc.passes.rules.registry import Op, broadcast_layout, register_rule
 from packc.passes.varlen_form import varlen_form
-from packc.passes.visible import Band, Seen
+from packc.passes.visible import Band, Biased, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
@@ -106,8 +107,9 @@ def attends_to_others(graph: Graph) -> bool:
     return any(each.padded == _ACROSS and each.results is not Whole.OF_OTHERS for each in readings)
 
 
-def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
+def varlen_attention(op: Op, seen: Seen | Biased, padded: Reading) -> Reading:
     """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
+    seen, biases = seen if isinstance(seen, Biased) else (seen, None)
     if padded.padded == _ACROSS:
         return _cross_attention(op, seen, padded)
     if not isinstance(seen, Band):
@@ -117,14 +119,31 @@ def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     k, v = _as_they_were(op, k, v)
     dropout_p = op.argument("dropout_p")
     options = (seen.causal, op.argument("scale"), seen.window, dropout_p, _seed(op, dropout_p), None)
-    out = _attended((*_operands(value_of(op.node).dtype, q, k, v), None, None, None, *options))
-    return replace(padded, operands=dict.fromkeys((q, k, v), _HEADS_FIRST), call=out, padded=None, is_mixer=True)
+    operands: dict[fx.Node, Layout] = dict.fromkeys((q, k, v), _HEADS_FIRST)
+    bias = _relative_bias(op, biases, operands)
+    out = _attended((*_operands(value_of(op.node).dtype, q, k, v), None, bias, None, *options))
+    return replace(padded, operands=operands, call=out, padded=None, is_mixer=True)
 
 
-def packed_as_written(op: Op, seen: Seen, padded: Reading) -> Reading:
-    """The same of :class:`packc.passes.attention_as_written.AsWritten`."""
+def _relative_bias(op: Op, biases: fx.Node | None, operands: dict[fx.Node, Layout]) -> object:
+    """The argument of ``varlen_attention``, of one more operand."""
+    if biases is None:
+        return None
+    places = op.layout(biases)
+    heads = 1 if places == _HEADS_FIRST else 2
+    value = value_of(biases)
+    if places is None or value.device.type != "cpu" or not same_size(value.shape[heads], value_of(op.args[0]).shape[1]):
+        raise NotTokenwise(_MORE)
+    operands[biases] = places
+    return biases if heads == 2 else Call(aten.transpose.int, (biases, 1, 2), {})
+
+
+def packed_as_written(op: Op, seen: Seen, padded: Reading, biased: Mapping[fx.Node, Biased]) -> Reading:
+    """The same of :class:`packc.passes.attention_as_written.AsWritten`, with what is known of biases."""
     form = varlen_form(op.node)
     if form is None or (form.sinks is not None and op.layout(form.sinks) is not None):
+        raise NotTokenwise(_MORE)
+    if form.biases is not None and form.biases not in biased:
         raise NotTokenwise(_MORE)
     if not isinstance(seen, Band):
         raise NotTokenwise(_OTHER_MASK)
@@ -132,7 +151,8 @@ def packed_as_written(op: Op, seen: Seen, padded: Reading) -> Reading:
     heads = {value_of(each).shape[1] for each in (q, transposed, v)}
     if len(heads) > 1:
         raise NotTokenwise(_MORE)
-    k, layouts = transposed, {q: _HEADS_FIRST, transposed: (BATCH, OTHER, OTHER, SEQ), v: _HEADS_FIRST}
+    k = transposed
+    layouts: dict[fx.Node, Layout] = {q: _HEADS_FIRST, transposed: (BATCH, OTHER, OTHER, SEQ), v: _HEADS_FIRST}
     if transposed.target is aten.transpose.int and op.layout(transposed.args[0]) == _HEADS_FIRST:
         k, v = _as_they_were(op, transposed.args[0], v)
         layouts = dict.fromkeys((q, k, v), _HEADS_FIRST)
@@ -143,7 +163,8 @@ def packed_as_written(op: Op, seen: Seen, padded: Reading) -> Reading:
     sinks = None if form.sinks is None else Call(aten.reshape.default, (form.sinks, [-1]), {})
     seed = _seed(op, form.dropout_p)
     options = (seen.causal, form.scale, seen.window, form.dropout_p, seed, form.softcap)
-    out = _attended((*_operands(dtype, q, keys, v), sinks, None, None, *options))
+    bias = None if form.biases is None else _relative_bias(op, biased[form.biases].biases, layouts)
+    out = _attended((*_operands(dtype, q, keys, v), sinks, bias, None, *options))
     out = out if dtype == result else Call(aten.to.dtype, (out, result), {})
     return replace(padded, operands=layouts, call=out, padded=None, is_mixer=True)
 
