@@ -33,6 +33,8 @@ class Example:
     """Of ``packc.ops.<name>``."""
     fp32: tuple[str, ...] = ()
     """Tensors that models keep in fp32 when all others are bf16."""
+    without: tuple[str, ...] = ()
+    """Optional tensors that are not drawn."""
 
 
 @dataclass(frozen=True, eq=False)

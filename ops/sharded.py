@@ -28,7 +28,18 @@ class Plan(Protocol):
     ) -> Any:
         """``(out, final_state)`` of the op, on this rank's shard; ``arguments`` are its tensors and options."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        relative_bias: Tensor | None,
+        causal: bool,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """``out`` of :func:`packc.ops.varlen_attention`, on this rank's shard."""
 
 

@@ -27,6 +27,8 @@ def inputs(mixer: Mixer, B: int, L: int, forms: Mapping[str, str] | None = None,
     found = {}
     for name, shape in {**mixer.tensors, **mixer.before}.items():
         name = name.rstrip("?")
+        if name in mixer.example.without:
+            continue
         form = {**mixer.example.forms, **(forms or {})}.get(name, shape)
         x = torch.randn(Shape(form).of(known))
         found[name] = mixer.example.drawn[name](x) if name in mixer.example.drawn else x

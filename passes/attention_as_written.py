@@ -4,9 +4,10 @@
     softmax(cat([q @ k^T * scale + mask, sinks], -1))[..., :-1] @ v
     softmax(q @ k^T * scale + biases + mask) @ v
 
-There is no op to put in its place, so it becomes one node that runs as it is written, on padded rows. What passes must
-know of it is what makes it attention: each query's scores are made of that query and one key at a time, then the mask
-is added, and what follows up to the product with the values keeps the scores that the mask hides below all others.
+It becomes one node, which runs as it is written, on padded rows, or packed where ``varlen_attention`` computes the same
+(``varlen_form.py``). What passes must know of it is what makes it attention: each query's scores are made of that query
+and one key at a time, then the mask is added, and what follows up to the product with the values keeps the scores that
+the mask hides below all others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from packc.passes.written_out_attention import CASTS, SOFTMAX, is_scaled
 
 aten = torch.ops.aten
 
-_DROPS = {aten.dropout.default}
+DROPS = {aten.dropout.default}
 _LARGEST = {aten.amax.default, aten.max.dim}
 
 
@@ -82,7 +83,7 @@ def _scores(node: Any) -> _Scores | None:
             mask = args[1]
         elif not (
             node.target in CASTS
-            or (mask is None and _subtracts_largest(node))
+            or (mask is None and subtracts_largest(node))
             or (mask is not None and (node.target is aten.tanh.default or is_scaled(node) or _adds_biases(node)))
         ):
             return None
@@ -102,7 +103,7 @@ def _with_sinks(node: fx.Node) -> Any:
     return node.args[0]
 
 
-def _subtracts_largest(node: fx.Node) -> bool:
+def subtracts_largest(node: fx.Node) -> bool:
     """``x - max(x)``, query by query."""
     if node.target is not aten.sub.Tensor or node.kwargs or not is_tensor(node.args[1]):
         return False
@@ -129,7 +130,7 @@ def _product(node: fx.Node, sinks: list[Any]) -> fx.Node | None:
             if not same_size(full - kept, value_of(sinks[0]).shape[3]):
                 return None
             with_sinks = False
-        elif user.target not in CASTS | _DROPS:
+        elif user.target not in CASTS | DROPS:
             return None
         node = user
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any, TypeVar
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, fx
 
 from packc.passes.asks import HidesKeys, HidesPadding
-from packc.passes.axes import value_of
+from packc.passes.axes import BATCH, OTHER, SEQ, value_of
 from packc.passes.graph import Graph
 from packc.passes.mask_graphs import MaskGraph, Sizes, made_from, number, shape_of
-from packc.passes.visible import Band, Other, Pairs, Seen, visible
+from packc.passes.varlen_form import added_biases
+from packc.passes.visible import Band, Biased, Other, Pairs, Seen, by_distance, visible
 
 log = logging.getLogger(__name__)
 
 _Found = TypeVar("_Found")
+_Fill = Callable[[list[int], torch.dtype], Tensor]
 
+_OF_QUERIES = (BATCH, OTHER, SEQ, OTHER), (BATCH, SEQ, OTHER, OTHER)
 _LARGEST = 2**28
 """Elements of a mask that is tried; a larger one is not said to hide anything."""
 _SHORT = 5
@@ -41,16 +44,20 @@ def attention_masks(graph: Graph) -> Graph:
     Where the length is symbolic, masks are tried at other lengths too: beyond every number in what makes them, where a
     window or a table may end. One that cannot be is guarded to be no longer than the longest tried.
     """
-    seen: dict[fx.Node, Seen] = _tried(graph, HidesPadding, _seen_through)
-    return replace(graph, seen=seen, hides_keys=_tried(graph, HidesKeys, _keys_seen))
+    masks = [ask.mask for _, ask in graph.asks(HidesPadding)]
+    seen: dict[fx.Node, Seen] = _tried(graph, masks, _seen_through)
+    biased = _tried(graph, [mask for mask in masks if seen.get(mask) is Other.TOKENS], _biased)
+    biased |= _tried(graph, [each for node in graph.tokens.readings for each in added_biases(node)], _biases_alone)
+    keys = [ask.mask for _, ask in graph.asks(HidesKeys)]
+    return replace(graph, seen=seen, biased=biased, hides_keys=_tried(graph, keys, _keys_seen))
 
 
 def _tried(
-    graph: Graph, kind: type[HidesPadding] | type[HidesKeys], look: Callable[[Graph, fx.Node], _Found | None]
+    graph: Graph, masks: Iterable[fx.Node], look: Callable[[Graph, fx.Node], _Found | None]
 ) -> dict[fx.Node, _Found]:
-    """What ``look`` finds of each mask that is asked about."""
+    """What ``look`` finds of each."""
     results: dict[fx.Node, _Found] = {}
-    for mask in dict.fromkeys(ask.mask for _, ask in graph.asks(kind)):  # of all layers, usually one
+    for mask in dict.fromkeys(masks):  # of all layers, usually one
         try:
             found = look(graph, mask)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -102,13 +109,54 @@ def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> boo
 
 
 def _seen_through(graph: Graph, attention_mask: fx.Node) -> Seen | None:
-    made, pairs = made_from(graph, attention_mask), Pairs()
+    made = made_from(graph, attention_mask)
+    return None if made is None else _band(graph, made)
+
+
+def _biased(graph: Graph, attention_mask: fx.Node) -> Biased | None:
+    """Of a mask that adds something to the scores of pairs that are seen, what that is."""
+    made = _made_from_queries(graph, attention_mask)
+    if made is None:
+        return None
+    band = _band(graph, made, made.others[0])
+    return Biased(band, made.others[0]) if isinstance(band, Band) else None
+
+
+def _biases_alone(graph: Graph, added: fx.Node) -> Biased | None:
+    """Of what is added beside a mask, to all pairs."""
+    made = _made_from_queries(graph, added)
+    if made is None:
+        return None
+    band = _band(graph, replace(made, padding=None), made.others[0])
+    return Biased(band, made.others[0]) if band == Band(causal=False) else None
+
+
+def _made_from_queries(graph: Graph, value: fx.Node) -> MaskGraph | None:
+    """What makes a value of numbers of each query and head, the only ones of tokens, which are its only ``others``."""
+    made = made_from(graph, value)
+    if made is None or len(made.others) != 1:
+        return None
+    of_queries = [node for node in made.nodes[:-1] if graph.tokens.layout(node) in _OF_QUERIES]
+    return made.behind(of_queries[-1]) if of_queries else None
+
+
+def _band(graph: Graph, made: MaskGraph, biases: fx.Node | None = None) -> Seen | None:
+    """What a mask that hides padding shows, and adds ``biases`` by distance to; None of another."""
     batch, length = graph.sizes
-    if made is None or not _try(made, batch, length, {}, pairs):
+    pairs = Pairs()
+    places = graph.tokens.layout(biases) if biases is not None else None
+
+    def added(fill: _Fill, sizes: Sizes) -> Tensor | float:
+        if biases is None or places is None:
+            return 0.0
+        values = fill(shape_of(value_of(biases), sizes), value_of(biases).dtype)
+        return by_distance(values if places.index(SEQ) == 2 else values.transpose(1, 2))
+
+    if not _try(made, batch, length, {}, pairs, added):
         return None
     if isinstance(length, torch.SymInt):
         for sizes in _other_lengths(made, batch, length):
-            if not _try(made, batch, length, sizes, pairs):
+            if not _try(made, batch, length, sizes, pairs, added):
                 return None
     return pairs.band()
 
@@ -136,7 +184,14 @@ def _elements(made: MaskGraph, sizes: Sizes) -> int:
     return prod(shape_of(value_of(made.nodes[-1]), sizes))
 
 
-def _try(made: MaskGraph, batch: int | torch.SymInt, length: int | torch.SymInt, sizes: Sizes, pairs: Pairs) -> bool:
+def _try(
+    made: MaskGraph,
+    batch: int | torch.SymInt,
+    length: int | torch.SymInt,
+    sizes: Sizes,
+    pairs: Pairs,
+    added: Callable[[_Fill, Sizes], Tensor | float],
+) -> bool:
     """Whether it hides padding at these sizes, whatever the padding is; what tokens see goes into ``pairs``."""
     batch, length = (int(number(size, sizes)) for size in (batch, length))
     shape = shape_of(value_of(made.nodes[-1]), sizes)
@@ -146,7 +201,7 @@ def _try(made: MaskGraph, batch: int | torch.SymInt, length: int | torch.SymInt,
         return False
     everywhere = torch.ones(batch, length, dtype=torch.bool)
     return all(
-        pairs.add(made.run(padding, positions, fill, sizes), padding, documents)
+        pairs.add(made.run(padding, positions, fill, sizes), padding, documents, added(fill, sizes))
         for padding in (_paddings(batch, length) if made.padding is not None else [everywhere])
         for positions, documents in itertools.islice(_documents(batch, length), None if made.positions else 1)
         for fill in (_FILLS if made.others else _FILLS[:1])
@@ -169,7 +224,7 @@ def _ones(shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
-_FILLS: tuple[Callable[[list[int], torch.dtype], Tensor], ...] = (_zeros, _ones, _random)
+_FILLS: tuple[_Fill, ...] = (_zeros, _ones, _random)
 
 
 def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:

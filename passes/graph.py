@@ -13,7 +13,7 @@ from torch import fx
 from packc.passes.asks import Ask
 from packc.passes.axes import Kind, Layout, covers_tokens, value_of
 from packc.passes.reading import Reading
-from packc.passes.visible import Seen
+from packc.passes.visible import Biased, Seen
 
 if TYPE_CHECKING:
     from packc.passes.choose import Forms
@@ -83,6 +83,8 @@ class Graph:
     """Values known to be zero at padding."""
     seen: dict[fx.Node, Seen] = field(default_factory=dict)
     """What attention masks that hide padding let tokens see."""
+    biased: dict[fx.Node, Biased] = field(default_factory=dict)
+    """Of such masks, and of what else is added to scores, those that add biases by distance."""
     hides_keys: dict[fx.Node, Seen] = field(default_factory=dict)
     """What attention masks that hide padding from another sequence's queries let these see."""
     zero_before: set[fx.Node] = field(default_factory=set)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ class MaskGraph:
             if node not in values:
                 values[node] = computed(node, values, at)
         return values[self.nodes[-1]]
+
+    def behind(self, value: fx.Node) -> MaskGraph | None:
+        """The part that makes the mask of one of its values; None if others are read beside that."""
+        needed, queue = set[fx.Node](), [self.nodes[-1]]
+        while queue:
+            node = queue.pop()
+            if node not in needed:
+                needed.add(node)
+                queue.extend([] if node is value or is_number(value_of(node)) else node.all_input_nodes)
+        if value not in needed or not needed.isdisjoint(each for each in self.others if each is not value):
+            return None
+        return replace(self, nodes=[node for node in self.nodes if node in needed], others=[value])
 
     def constants(self) -> set[int]:
         """Every whole number that it is made from, as long as a window or a table may be."""

@@ -11,9 +11,10 @@ from torch import fx
 
 from packc.passes.arguments import argument
 from packc.passes.asks import HidesKeys, HidesPadding
+from packc.passes.attention_as_written import AsWritten
 from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise
-from packc.passes.rules.attention import varlen_attention
+from packc.passes.rules.attention import packed_as_written, varlen_attention
 from packc.passes.rules.registry import Op
 from packc.passes.visible import Band
 
@@ -28,7 +29,8 @@ def pack_attention(graph: Graph) -> Graph:
     """
     tokens = replace(graph.tokens, readings=dict(graph.tokens.readings))
     for node, reading in graph.tokens.readings.items():
-        if node.target is not aten.scaled_dot_product_attention.default:
+        as_written = isinstance(node.target, AsWritten)
+        if not as_written and node.target is not aten.scaled_dot_product_attention.default:
             continue
         masks = [ask.mask for ask in reading.asks if isinstance(ask, (HidesPadding, HidesKeys))]
         seen = {**graph.seen, **graph.hides_keys}.get(masks[0]) if masks else Band(argument(node, "is_causal"))
@@ -36,7 +38,11 @@ def pack_attention(graph: Graph) -> Graph:
             continue
         try:
             op = Op(node, tokens, *graph.sizes)
-            tokens.readings[node] = varlen_attention(op, seen, reading)
+            if as_written:
+                tokens.readings[node] = packed_as_written(op, seen, reading, graph.biased)
+            else:
+                shown = graph.biased.get(masks[0], seen) if masks else seen
+                tokens.readings[node] = varlen_attention(op, shown, reading)
         except NotTokenwise as reason:
             tokens.readings[node] = replace(reading, padded=str(reason))
     return replace(graph, tokens=tokens)

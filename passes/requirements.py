@@ -89,7 +89,10 @@ def requirements(graph: Graph) -> Graph:
         padding=graph.padding,
         one_document=one_document(graph),
         one_document_of_positions=one_document(graph, of_positions=True),
-        reads_positions=any(isinstance(seen, Band) and seen.apart for seen in graph.seen.values()),
+        reads_positions=any(
+            isinstance(seen, Band) and seen.apart
+            for seen in [*graph.seen.values(), *(each.band for each in graph.biased.values())]
+        ),
         other_masks=[inputs.index(other) for other in others],
         keep_left=_first(
             (node, ask) for node, ask in _packed(graph, KeepLeft) if graph.zero_before.isdisjoint(ask.unless_zero)

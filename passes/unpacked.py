@@ -22,7 +22,7 @@ def boundaries_of(graph: Graph) -> list[Boundary]:
 
     What prepares labels or counts a mask's tokens is none: it reads integers, or the mask alone.
     """
-    found, computed, tokens = [], set[fx.Node](), graph.tokens
+    found, computed, tokens, forms = [], set[fx.Node](), graph.tokens, graph.forms
     for node in graph.gm.graph.nodes:
         if node.op == "placeholder":
             layout = tokens.layout(node)
@@ -35,6 +35,8 @@ def boundaries_of(graph: Graph) -> list[Boundary]:
             computed.add(node)
         reading = tokens.readings.get(node)
         reason = reading.padded if reading is not None else tokens.refusals.get(node)
+        if forms is not None and node not in forms.packed and node not in forms.padded:
+            continue  # of a mask, say, that packed attention does not read
         if reason is not None and any(covers_tokens(tokens.layout(value)) for value in read):
             found.append(Boundary(f"{node.target}", module_path(node), reason))
     return found

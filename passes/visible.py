@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 
@@ -49,9 +50,9 @@ class Pairs:
     """Of different documents in a row, by their positions."""
     hidden_across: set[int] = field(default_factory=set)
     exact: bool = True
-    """Whether nothing is added to the score of a pair that is seen."""
+    """Whether nothing else is added to the score of a pair that is seen."""
 
-    def add(self, mask: Tensor, real: Tensor, documents: Tensor | None = None) -> bool:
+    def add(self, mask: Tensor, real: Tensor, documents: Tensor | None = None, biases: Tensor | float = 0.0) -> bool:
         """Note what tokens see through an attention mask; False if one of them sees padding.
 
         One that sees nothing through a mask that is added to scores sees everything, padding included: softmax gives
@@ -61,6 +62,7 @@ class Pairs:
             mask: (B or 1, heads or 1, L or 1, L), bool, or floating and added to scores.
             real: (B, L), bool: at tokens.
             documents: (B, L), a number for each; None: one a row.
+            biases: what is to be added to the scores of pairs that are seen.
         """
         shown = visible(mask)
         queries, keys = real[:, None, :, None], real[:, None, None, :]
@@ -71,7 +73,7 @@ class Pairs:
         if mask.dtype != torch.bool:
             if bool((real[:, None] & ~seen.any(3)).any()):
                 return False
-            self.exact &= not bool((seen & (mask != 0)).any())
+            self.exact &= not bool((seen & (mask != biases)).any())
         documents = torch.zeros_like(real) if documents is None else documents
         same = (documents[:, :, None] == documents[:, None, :])[:, None]
         self.seen |= _distances(seen & same)
@@ -89,6 +91,24 @@ class Pairs:
         else:
             as_said &= all(map(band.shows, self.seen_across))
         return band if self.exact and as_said else Other.TOKENS
+
+
+class Biased(NamedTuple):
+    """What is added to scores: nothing but biases of each query, by how many tokens before it a key is."""
+
+    band: Band
+    """Of the pairs to which it is added; the others are hidden."""
+    biases: fx.Node
+    """``(B, heads, L, R)`` or ``(B, L, heads, R)``, of which keys as far back as R, and those behind, have none."""
+
+
+def by_distance(biases: Tensor) -> Tensor:
+    """``(B, heads, L, R)`` as it is added to scores ``(B, heads, L, L)``."""
+    length, R = biases.shape[2:]
+    place = torch.arange(length)
+    back = place[:, None] - place
+    added = biases.gather(-1, back.clamp(0, R - 1).expand(*biases.shape[:2], -1, -1))
+    return added.masked_fill((back < 0) | (back >= R), 0)
 
 
 def _distances(pairs: Tensor) -> set[int]:

@@ -25,6 +25,32 @@ def results(inputs: list[Tensor], part: slice, function: Any, **how: Any) -> lis
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
+def worst_error_of_scores(group: Any, cuts: list[Cut], dtype: torch.dtype) -> float:
+    """With capped scores, biases and sinks, of whose gradient each rank has its share."""
+    worst = 0.0
+    for cut in cuts:
+        (*qkv, dout), shard = inputs_of(cut, dtype), cut.shard(group.rank())
+        own = [torch.randn(4, dtype=dtype), torch.randn(1, cut.tokens, 4, 3, dtype=dtype)]
+        plan = distributed.plan(cut.cu_seqlens, group, cut.cuts)
+        for causal in (True, False):
+            found = []
+            for part, documents in (
+                (slice(None), {"cu_seqlens": torch.tensor(cut.cu_seqlens)}),
+                (shard, {"plan": plan}),
+            ):
+                leaves = [x[:, part] if x.ndim > 1 else x for x in (*qkv, *own)]
+                q, k, v, sinks, bias = leaves = [x.detach().clone().requires_grad_() for x in leaves]
+                more = {"sinks": sinks, "relative_bias": bias, "softcap": 1.5, "causal": causal}
+                out = packc.ops.varlen_attention(q, k, v, **more, **documents)
+                found.append([out.detach(), *torch.autograd.grad(out, leaves, dout[:, part])])
+            whole, mine = found
+            dist.all_reduce(mine[4], group=group)
+            for n, (a, b) in enumerate(zip(mine, whole, strict=True)):
+                if a.numel():
+                    worst = max(worst, float((a - (b if n == 4 else b[:, shard])).abs().max() / b.abs().max()))
+    return worst
+
+
 def worst_error(group: Any, cuts: list[Cut], dtype: torch.dtype, compiled: str | None = None) -> float:
     """Of results and gradients, relative to the largest, or to 1: with a window of 1 there are no gradients."""
     worst = 0.0

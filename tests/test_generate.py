@@ -29,6 +29,8 @@ FAMILIES_TRIED = (
     "lfm2",
     "nemotron_h",
     "gemma3",
+    "gemma2",
+    "gpt_oss",
 )
 
 

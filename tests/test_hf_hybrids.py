@@ -103,7 +103,7 @@ def tiny_inkling(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["inkling", "inkling2"])
-def test_attention_with_biases_of_each_token_is_packed_around(name):
+def test_attention_with_biases_of_each_token_packs_or_is_packed_around(name):
     model = tiny_inkling(name)
     compiled = torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
     for rows in (RIGHT, LEFT, HOLE):
@@ -112,6 +112,9 @@ def test_attention_with_biases_of_each_token_is_packed_around(name):
         assert error(actual, eager, batch["attention_mask"].bool()) <= 1e-5
     report = packc.explain(model)(**batch_of(RIGHT))
     assert (report.tokens, {mixer.packed for mixer in report.mixers if "conv" in mixer.op}) == (15, {True})
+    # One's sinks are of each token.
+    attention = [mixer.packed for mixer in report.mixers if mixer.op == ATTENTION]
+    assert (attention, len(report.boundaries)) == (([True] * 2, 0) if name == "inkling" else ([], 4))
 
 
 @one_family_now_the_others_slow

@@ -1,4 +1,4 @@
-// exp2, softplus and sigmoid for fp32 vectors: a few ulp, in a third of the instructions of the usual library calls.
+// exp2, softplus, sigmoid and tanh for fp32 vectors: a few ulp, in a third of the instructions of the usual library calls.
 #pragma once
 
 #include "tile.h"
@@ -43,6 +43,21 @@ inline Vec softplus(Vec x) {
   p = at::vec::fmadd(p, s2, Vec(3.333315734e-1f));
   p = at::vec::fmadd(p, s2, Vec(1.f));
   return at::vec::fmadd(s + s, p, at::vec::clamp_min(x, Vec(0.f)));
+}
+
+// Up to 0.7 an odd polynomial (relative error 7e-10), so that small numbers keep their digits; beyond, 1 - 2 / (e^2x + 1).
+inline Vec tanh(Vec x) {
+  const Vec size = x.abs(), square = x * x;
+  Vec p(1.8956571584567428e-3f);
+  p = at::vec::fmadd(p, square, Vec(-7.88329541683197e-3f));
+  p = at::vec::fmadd(p, square, Vec(2.1571053192019463e-2f));
+  p = at::vec::fmadd(p, square, Vec(-5.392095074057579e-2f));
+  p = at::vec::fmadd(p, square, Vec(1.33329838514328e-1f));
+  p = at::vec::fmadd(p, square, Vec(-3.3333325386047363e-1f));
+  const Vec small = at::vec::fmadd(x * square, p, x);
+  const Vec large = Vec(1.f) - Vec(2.f) / (exp2(size * Vec(2 * kLog2e)) + Vec(1.f));
+  const Vec signed_large = Vec::blendv(large, large.neg(), x < Vec(0.f));
+  return Vec::blendv(signed_large, small, size < Vec(0.7f));
 }
 
 } // namespace packc

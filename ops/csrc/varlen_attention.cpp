@@ -9,13 +9,18 @@
 namespace packc {
 namespace {
 
+using MaybeTensor = std::optional<Tensor>;
+
 Attention problem(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& sinks,
+    const MaybeTensor& bias,
     bool causal,
     std::optional<double> scale,
-    std::optional<int64_t> window) {
+    std::optional<int64_t> window,
+    std::optional<double> softcap) {
   return {
       Heads(q),
       Heads(k),
@@ -23,7 +28,24 @@ Attention problem(
       static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))))),
       Seen(causal, window),
       q.size(2),
-      k.size(2)};
+      k.size(2),
+      static_cast<float>(softcap.value_or(0)),
+      bias ? std::optional(Heads(*bias)) : std::nullopt,
+      sinks ? sinks->const_data_ptr<float>() : nullptr};
+}
+
+// (H, T) -> (H,), one token after the other.
+Tensor sum_over_tokens(const Tensor& of_tokens) {
+  const int64_t H = of_tokens.size(0), T = of_tokens.size(1);
+  Tensor sums = at::empty({H}, of_tokens.options());
+  const float* from = of_tokens.const_data_ptr<float>();
+  for (int64_t h = 0; h < H; ++h) {
+    double sum = 0;
+    for (int64_t t = 0; t < T; ++t)
+      sum += from[h * T + t];
+    sums.mutable_data_ptr<float>()[h] = static_cast<float>(sum);
+  }
+  return sums;
 }
 
 int64_t threads_for_pairs(const Attention& p, const Spans& spans) {
@@ -54,11 +76,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Attention& p, const Sp
   return {out, logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(
     const Tensor& dout,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& bias,
     const Tensor& out,
     const Tensor& logsumexp,
     const Attention& p,
@@ -78,39 +103,56 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     return memory(spans.all_keys, {1, x.size(1), places, x.size(3)}, options);
   };
   Tensor dq = memory(spans.all_queries, q.sizes(), q.options()), dk = like(k), dv = like(v);
+  Tensor dbias = bias ? at::zeros(bias->sizes(), bias->options()) : at::empty({0}, q.options());
+  Tensor dsinks = p.sinks ? memory(spans.all_queries, logsumexp.sizes(), logsumexp.options()) : Tensor();
   const Tensor logsumexps = logsumexp.contiguous();
   const AttentionBackward::Tensors tensors{
-      Heads(dout), Heads(out), logsumexps.const_data_ptr<float>(), Heads(dq), Heads(dk), Heads(dv), q.size(1)};
+      Heads(dout),
+      Heads(out),
+      logsumexps.const_data_ptr<float>(),
+      Heads(dq),
+      Heads(dk),
+      Heads(dv),
+      bias ? std::optional(Heads(dbias)) : std::nullopt,
+      p.sinks ? dsinks.mutable_data_ptr<float>() : nullptr,
+      q.size(1)};
   const auto scratch = [&] { return AttentionBackward(p, dropout, spans, tensors, longest); };
   const int64_t threads = threads_for_pairs(p, spans);
   for_each_task(threads, spans.queries.count() * places, scratch, [&](int64_t task, AttentionBackward& backward) {
     const int64_t place = task % places;
     backward.run(task / places, Range{place * heads, (place + 1) * heads}, place);
   });
-  if (by_head)
-    return {dq, sum_of_heads(dk, p.groups, k.scalar_type()), sum_of_heads(dv, p.groups, v.scalar_type())};
-  return {dq, dk, dv};
+  if (by_head) {
+    dk = sum_of_heads(dk, p.groups, k.scalar_type());
+    dv = sum_of_heads(dv, p.groups, v.scalar_type());
+  }
+  return {dq, dk, dv, p.sinks ? sum_over_tokens(dsinks) : at::empty({0}, q.options()), dbias};
 }
 
 std::tuple<Tensor, Tensor> varlen_attention(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& sinks,
+    const MaybeTensor& bias,
     const Tensor& cu_seqlens,
     bool causal,
     std::optional<double> scale,
     std::optional<int64_t> window,
     double dropout_p,
-    const std::optional<Tensor>& seed) {
+    const MaybeTensor& seed,
+    std::optional<double> softcap) {
   const Spans spans{Documents(cu_seqlens, 1, q.size(1))};
-  return forward(q, problem(q, k, v, causal, scale, window), spans, Dropout(dropout_p, seed));
+  return forward(q, problem(q, k, v, sinks, bias, causal, scale, window, softcap), spans, Dropout(dropout_p, seed));
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
+Gradients varlen_attention_bwd(
     const Tensor& dout,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& sinks,
+    const MaybeTensor& bias,
     const Tensor& out,
     const Tensor& logsumexp,
     const Tensor& cu_seqlens,
@@ -118,31 +160,37 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     std::optional<double> scale,
     std::optional<int64_t> window,
     double dropout_p,
-    const std::optional<Tensor>& seed) {
+    const MaybeTensor& seed,
+    std::optional<double> softcap) {
   const Spans spans{Documents(cu_seqlens, 1, q.size(1))};
-  const Attention p = problem(q, k, v, causal, scale, window);
-  return backward(dout, q, k, v, out, logsumexp, p, spans, Dropout(dropout_p, seed));
+  const Attention p = problem(q, k, v, sinks, bias, causal, scale, window, softcap);
+  return backward(dout, q, k, v, bias, out, logsumexp, p, spans, Dropout(dropout_p, seed));
 }
 
 std::tuple<Tensor, Tensor> attention_spans(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& sinks,
+    const MaybeTensor& bias,
     const Tensor& spans,
     bool causal,
     double scale,
     std::optional<int64_t> window,
     double dropout_p,
-    const std::optional<Tensor>& seed) {
+    const MaybeTensor& seed,
+    std::optional<double> softcap) {
   const Spans given(spans, q.size(1), k.size(1));
-  return forward(q, problem(q, k, v, causal, scale, window), given, Dropout(dropout_p, seed));
+  return forward(q, problem(q, k, v, sinks, bias, causal, scale, window, softcap), given, Dropout(dropout_p, seed));
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_spans_bwd(
+Gradients attention_spans_bwd(
     const Tensor& dout,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& sinks,
+    const MaybeTensor& bias,
     const Tensor& out,
     const Tensor& logsumexp,
     const Tensor& spans,
@@ -150,10 +198,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_spans_bwd(
     double scale,
     std::optional<int64_t> window,
     double dropout_p,
-    const std::optional<Tensor>& seed) {
+    const MaybeTensor& seed,
+    std::optional<double> softcap) {
   const Spans given(spans, q.size(1), k.size(1));
-  const Attention p = problem(q, k, v, causal, scale, window);
-  return backward(dout, q, k, v, out, logsumexp, p, given, Dropout(dropout_p, seed));
+  const Attention p = problem(q, k, v, sinks, bias, causal, scale, window, softcap);
+  return backward(dout, q, k, v, bias, out, logsumexp, p, given, Dropout(dropout_p, seed));
 }
 
 } // namespace

@@ -2,6 +2,8 @@
 //
 //   s_ij = scale q_i . k_j,   p_ij = exp(s_ij - lse_i),   o_i = sum_j p_ij v_j   over the keys j that i sees
 //
+// Scores may be capped and have biases (attention_scores.h). A sink is one more key, of value 0, whose score is known.
+//
 // Queries and keys of a span are cut into chunks of 64 tokens from their own start, and queries of one chunk meet keys
 // of one chunk in a tile. Tiles of scores have a row per key and a column per query: what is taken over keys is then
 // taken lane by lane, and either product that follows reads the tile in place. Only what some query sees is computed, in
@@ -25,7 +27,14 @@ struct Attention {
   float scale;
   Seen seen;
   int64_t heads, groups;
+  float cap = 0; // of scores; 0 for none
+  std::optional<Heads> bias; // (1, T_q, H, R)
+  const float* sinks = nullptr; // (H,)
 
+  // Whether scores are more than products with a scale.
+  bool made() const {
+    return cap > 0 || bias;
+  }
   int64_t K() const {
     return q.channels;
   }
@@ -45,13 +54,15 @@ inline Range banded(Range range) {
 // The queries of one chunk against the keys of another of the same span.
 struct Pair {
   int64_t queries, keys; // how many
+  int64_t shift; // of the first query from the first key, in tokens
   int64_t least, most; // a query in column i sees the keys in rows i - most .. i - least
 
   Pair(const Seen& seen, const Spans& spans, const Chunk& of_queries, const Chunk& of_keys)
       : queries(of_queries.length),
         keys(of_keys.length),
-        least(seen.least - (spans.place(of_queries) - of_keys.begin)),
-        most(seen.most - (spans.place(of_queries) - of_keys.begin)) {}
+        shift(spans.place(of_queries) - of_keys.begin),
+        least(seen.least - shift),
+        most(seen.most - shift) {}
 
   // The columns that see one of the rows [first, end).
   Range columns(int64_t first, int64_t end) const {

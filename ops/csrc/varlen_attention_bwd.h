@@ -3,7 +3,8 @@
 //     dp_ij = do_i . v_j,   ds_ij = scale p_ij (dp_ij - D_i)
 //     dv_j = sum_i p_ij do_i,   dk_j = sum_i ds_ij q_i,   dq_i = sum_j ds_ij k_j
 //
-// Dropout's factors go into dp_ij, and into p_ij in dv_j: D_i stays what it is.
+// Dropout's factors go into dp_ij, and into p_ij in dv_j: D_i stays what it is. A sink's share gives dsink = - sum_i
+// exp(sink - lse_i) D_i.
 //
 // A span and the heads of one group are a task: what the queries of a head, in order, give to a key is summed, then
 // that of the heads. So it is where every head is a task of its own, for want of others: no bit depends on which it was.
@@ -12,6 +13,7 @@
 #include <ATen/ops/empty.h>
 
 #include "attention_dropout.h"
+#include "attention_scores.h"
 #include "rows.h"
 #include "varlen_attention.h"
 
@@ -26,6 +28,8 @@ class AttentionBackward {
     const float* logsumexp; // (H, T)
     Heads dq;
     Heads dk, dv; // (1, T, G, .) or (1, T, H, .)
+    std::optional<Heads> dbias; // (1, T, H, R)
+    float* dsinks; // (H, T): of each query; or nullptr
     int64_t tokens;
   };
 
@@ -38,13 +42,13 @@ class AttentionBackward {
         wide_K_(padded(p.K())),
         wide_V_(padded(p.V())),
         tiles_(
-            kChunk * (2 * wide_K_ + 2 * wide_V_ + p.K() + p.V() + 3 * kChunk + 2) +
+            kChunk * (2 * wide_K_ + 2 * wide_V_ + p.K() + p.V() + 4 * kChunk + 2) +
             3 * longest * (wide_K_ + wide_V_) + 512) {
     for (float** tile : {&q_, &dq_})
       *tile = tiles_.take(kChunk * wide_K_);
     for (float** tile : {&do_, &out_})
       *tile = tiles_.take(kChunk * wide_V_);
-    for (float** tile : {&weights_, &dscores_, &dropped_})
+    for (float** tile : {&weights_, &dscores_, &dropped_, &slopes_})
       *tile = tiles_.take(kChunk * kChunk);
     for (float** row : {&logsumexp_, &inner_})
       *row = tiles_.take(kChunk);
@@ -101,6 +105,10 @@ class AttentionBackward {
     for (int64_t i = 0; i < queries.length; ++i) {
       logsumexp_[i] = t_.logsumexp[h * t_.tokens + queries.begin + i] * kLog2e;
       inner_[i] = dot_row(do_ + i * wide_V_, out_ + i * wide_V_, wide_V_);
+      if (t_.dsinks) {
+        const int64_t at = h * t_.tokens + queries.begin + i;
+        t_.dsinks[at] = -std::exp(p_.sinks[h] - t_.logsumexp[at]) * inner_[i];
+      }
     }
     std::fill_n(dq_, queries.length * wide_K_, 0.f);
     const Range seen = spans_.chunks_of_keys(p_.seen, c);
@@ -110,9 +118,15 @@ class AttentionBackward {
       const float *k = k_ + at * wide_K_, *v = v_ + at * wide_V_;
       multiply_seen(pair, p_.K(), Left{k, wide_K_}, qt_, weights_);
       multiply_seen(pair, p_.V(), Left{v, wide_V_}, dot_, dscores_);
+      if (p_.made())
+        make_scores(p_, pair, queries, h, weights_, slopes_);
       if (dropout_)
         dropout_.factors(pair, spans_, c, of_keys, h, dropped_);
       weigh(pair);
+      if (t_.dbias)
+        store_gradients_of_biases(pair, *t_.dbias, queries, h, dscores_);
+      if (p_.made())
+        to_products(pair);
       add_over_queries(pair, weights_, do_, wide_V_, dv_ + at * wide_V_);
       add_over_queries(pair, dscores_, q_, wide_K_, dk_ + at * wide_K_);
       add_over_keys(pair, dscores_, k, wide_K_, dq_);
@@ -122,7 +136,8 @@ class AttentionBackward {
 
   // Scores become weights, and the gradients of weights those of scores; 0 where nobody sees a key.
   void weigh(const Pair& pair) {
-    const Vec factor(p_.scale * kLog2e), scale(p_.scale), zero(0.f);
+    const float to_scores = p_.made() ? 1.f : p_.scale;
+    const Vec factor(to_scores * kLog2e), scale(to_scores), zero(0.f);
     const bool all = pair.all();
     pair.for_bands_of_rows([&](Range band, Range seeing) {
       for (int64_t j = band.begin; j < band.end; ++j)
@@ -139,6 +154,17 @@ class AttentionBackward {
           }
           weight.store(weights_ + at);
           dscore.store(dscores_ + at);
+        }
+    });
+  }
+
+  // The gradients of scores become those of q . k.
+  void to_products(const Pair& pair) {
+    pair.for_bands_of_rows([&](Range band, Range seeing) {
+      for (int64_t j = band.begin; j < band.end; ++j)
+        for (int64_t i = seeing.begin; i < seeing.end; i += kVec) {
+          const int64_t at = j * kChunk + i;
+          (Vec::loadu(dscores_ + at) * Vec::loadu(slopes_ + at)).store(dscores_ + at);
         }
     });
   }
@@ -163,7 +189,7 @@ class AttentionBackward {
   int64_t start_ = 0; // of the keys
   float *q_, *dq_, *do_, *out_; // (64, K) and (64, V)
   float *qt_, *dot_; // (K, 64) and (V, 64)
-  float *weights_, *dscores_, *dropped_; // (64, 64)
+  float *weights_, *dscores_, *dropped_, *slopes_; // (64, 64)
   float *logsumexp_, *inner_; // (64,)
   float *k_, *v_, *dk_, *dv_, *dk_sum_, *dv_sum_; // of all keys of a span
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_dropout.h"
+#include "attention_scores.h"
 #include "rows.h"
 #include "varlen_attention.h"
 
@@ -48,8 +49,9 @@ class AttentionForward {
       const OfHead& head = of_heads_[h];
       p_.q.load_transposed(queries, group * heads_ + h, head.qt, kChunk);
       std::fill_n(head.out, queries.length * wide_V_, 0.f);
-      std::fill_n(head.largest, kChunk, -kInfinity);
-      std::fill_n(head.sum, kChunk, 0.f);
+      // A sink is what has been seen before any key.
+      std::fill_n(head.largest, kChunk, p_.sinks ? p_.sinks[group * heads_ + h] * kLog2e : -kInfinity);
+      std::fill_n(head.sum, kChunk, p_.sinks ? 1.f : 0.f);
     }
     const Range seen = spans_.chunks_of_keys(p_.seen, c);
     for (int64_t of_keys = seen.begin; of_keys < seen.end; ++of_keys) {
@@ -60,9 +62,11 @@ class AttentionForward {
       for (int64_t h = 0; h < heads_; ++h) {
         const OfHead& head = of_heads_[h];
         multiply_seen(pair, p_.K(), Left{k_, wide_K_}, head.qt, scores_);
+        if (p_.made())
+          make_scores(p_, pair, queries, group * heads_ + h, scores_, nullptr);
         if (dropout_)
           dropout_.factors(pair, spans_, c, of_keys, group * heads_ + h, dropped_);
-        weigh(pair, head, of_keys == seen.begin);
+        weigh(pair, head, of_keys == seen.begin && !p_.sinks);
         add_over_keys(pair, scores_, v_, wide_V_, head.out);
       }
     }
@@ -79,7 +83,7 @@ class AttentionForward {
 
   // Scores become powers of 2, with what was summed so far brought to the same largest score.
   void weigh(const Pair& pair, const OfHead& head, bool first) {
-    const Vec factor(p_.scale * kLog2e), lowest(-kInfinity), zero(0.f);
+    const Vec factor(p_.made() ? kLog2e : p_.scale * kLog2e), lowest(-kInfinity), zero(0.f);
     const bool all = pair.all();
     for (int64_t i = 0; i < pair.queries; i += kVec) {
       const Range seen = pair.rows(i / kColumns * kColumns, std::min(padded(i + 1), pair.queries));
@@ -123,7 +127,7 @@ class AttentionForward {
     for (int64_t i = 0; i < queries.length; ++i) {
       if (!spans_.sees_any(p_.seen, queries, i)) {
         std::fill_n(head.out + i * wide_V_, wide_V_, 0.f);
-        logsumexp_[h * tokens_ + queries.begin + i] = -kInfinity;
+        logsumexp_[h * tokens_ + queries.begin + i] = p_.sinks ? p_.sinks[h] : -kInfinity;
         continue;
       }
       // All scores were -inf: the softmax of that is NaN.

@@ -56,7 +56,7 @@ def _cross_attention(
     q = q.reshape(1, B * L, H, K)
     which = _packc.document_spans.default(cu_seqlens, cu_seqlens_k, B * L, k.shape[1])
     scale = K**-0.5 if scale is None else scale
-    out = _packc.attention_spans.default(q, k, v, which, False, scale, None, dropout_p, seed)[0]
+    out = _packc.attention_spans.default(q, k, v, None, None, which, False, scale, None, dropout_p, seed, None)[0]
     return out.reshape(B, L, H, v.shape[3])
 
 

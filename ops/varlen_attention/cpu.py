@@ -10,7 +10,7 @@ def varlen_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.packc_cpu.varlen_attention.default(*args)
 
 
-def varlen_attention_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def varlen_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.packc_cpu.varlen_attention_bwd.default(*args)
 
 
@@ -18,5 +18,5 @@ def attention_spans(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.packc_cpu.attention_spans.default(*args)
 
 
-def attention_spans_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attention_spans_bwd(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.packc_cpu.attention_spans_bwd.default(*args)

@@ -1,6 +1,7 @@
 """On CUDA: torch's flash attention for what it takes (bf16, fp16; heads of up to 256), FlexAttention for the rest.
 
-Neither drops weights by a seed that it is given: with dropout the reference runs.
+Flash attention caps no scores. Neither drops weights by a seed that it is given, nor adds biases whose gradient is
+wanted at a place of its own for each query and distance: with those the reference runs.
 """
 
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from packc.ops.varlen_attention import document_mask, reference
+from packc.ops.varlen_attention import document_mask, reference, sinks
 from packc.ops.varlen_attention.layout import positive, readable
 from packc.private_torch import private_torch
 
@@ -26,23 +27,28 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sink: Tensor | None,
+    relative_bias: Tensor | None,
     cu_seqlens: Tensor,
     causal: bool,
     scale: float | None,
     window: int | None,
     dropout_p: float,
     seed: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     (_, T, H, _), V = q.shape, v.shape[3]
     if T == 0:
         return q.new_empty(1, 0, H, V), q.new_empty(H, 0, dtype=torch.float32)
-    if dropout_p:
-        return reference.varlen_attention(q, k, v, cu_seqlens, causal, scale, window, dropout_p, seed)
-    if not takes_flash(q, v):
+    if dropout_p or relative_bias is not None:
+        more = sink, relative_bias, cu_seqlens, causal, scale, window, dropout_p, seed, softcap
+        return reference.varlen_attention(q, k, v, *more)
+    if softcap is not None or not takes_flash(q, v):
         from packc.ops.varlen_attention import flex
 
-        return flex.varlen_attention(q, k, v, cu_seqlens, causal, scale, window)
-    return flash(q, k, v, _of_documents(cu_seqlens, T), causal, scale, window)
+        return flex.varlen_attention(q, k, v, sink, cu_seqlens, causal, scale, window, softcap)
+    found = flash(q, k, v, _of_documents(cu_seqlens, T), causal, scale, window)
+    return found if sink is None else sinks.with_sinks(*found, sink)
 
 
 def varlen_attention_bwd(
@@ -50,6 +56,8 @@ def varlen_attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sink: Tensor | None,
+    relative_bias: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     cu_seqlens: Tensor,
@@ -58,19 +66,23 @@ def varlen_attention_bwd(
     window: int | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    softcap: float | None,
+) -> tuple[Tensor | None, ...]:
     T = q.shape[1]
     if T == 0:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    if dropout_p:
-        return reference.varlen_attention_bwd(
-            dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window, dropout_p, seed
-        )
-    if not takes_flash(q, v):
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in (q, k, v, sink, relative_bias))
+    if dropout_p or relative_bias is not None:
+        more = cu_seqlens, causal, scale, window, dropout_p, seed, softcap
+        return reference.varlen_attention_bwd(dout, q, k, v, sink, relative_bias, out, logsumexp, *more)
+    if softcap is not None or not takes_flash(q, v):
         from packc.ops.varlen_attention import flex
 
-        return flex.varlen_attention_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, causal, scale, window)
-    return flash_bwd(dout, q, k, v, out, logsumexp, _of_documents(cu_seqlens, T), causal, scale, window)
+        found = flex.varlen_attention_bwd(
+            dout, q, k, v, sink, out, logsumexp, cu_seqlens, causal, scale, window, softcap
+        )
+    else:
+        found = flash_bwd(dout, q, k, v, out, logsumexp, _of_documents(cu_seqlens, T), causal, scale, window)
+    return *found, None if sink is None else sinks.gradient(dout, out, logsumexp, sink), None
 
 
 class Lengths(NamedTuple):

@@ -2,7 +2,8 @@
 
 The op keeps its inputs, ``out``, and the log of each softmax's denominator, ``logsumexp (H, T)`` in fp32 (fp64 for fp64
 inputs): from that the backward finds the probabilities again, tile by tile. What is dropped of them is a function of
-``seed``, an int64 number on the CPU, which is wanted where ``dropout_p`` is not 0: the op itself draws nothing.
+``seed``, an int64 number on the CPU, which is wanted where ``dropout_p`` is not 0: the op itself draws nothing. A sink
+is part of the denominator, and so of ``logsumexp``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from packc.ops.varlen_attention import cpu, cuda, reference
 _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": cuda}
 
 
-def check_tensors(
-    op: str, tensors: Mapping[str, Tensor], cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None
-) -> None:
+def check_tensors(op: str, tensors: Mapping[str, Any], cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> None:
     """
     Args:
         cu_seqlens_k: of keys that are not as many as queries.
@@ -33,6 +32,7 @@ def check_tensors(
         TypeError, ValueError: a dtype or a shape does not fit.
     """
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    sinks, bias = tensors["sinks"], tensors["relative_bias"]
 
     def refused(x: Tensor, expected: str, error: type[Exception] = ValueError) -> Exception:
         return error(f"{op}: {expected}; got {tuple(x.shape)} of {x.dtype}")
@@ -61,6 +61,18 @@ def check_tensors(
         if tensors[name].dtype != q.dtype:
             raise refused(tensors[name], f"{name} must be of q's dtype {q.dtype}", TypeError)
         if tensors[name].device != q.device:
+            raise ValueError(f"{op}: {name} is on {tensors[name].device}, q on {q.device}")
+    if sinks is not None and (sinks.ndim != 1 or documents.differ(sinks.shape[0], H) or not sinks.is_floating_point()):
+        raise refused(sinks, f"sinks must be (H,) = ({H},) and floating")
+    if bias is not None and (
+        bias.ndim != 4
+        or any(documents.differ(bias.shape[i], q.shape[i]) for i in (0, 1, 2))
+        or bias.shape[3] < 1
+        or not bias.is_floating_point()
+    ):
+        raise refused(bias, f"relative_bias must be (1, T, H, R) = (1, {T}, {H}, R) and floating")
+    for name in ("sinks", "relative_bias"):
+        if tensors[name] is not None and tensors[name].device != q.device:
             raise ValueError(f"{op}: {name} is on {tensors[name].device}, q on {q.device}")
 
 
@@ -101,18 +113,32 @@ def _backward_flops(L: int, H: int, K: int, V: int, causal: bool, window: int | 
 MIXER = declare(
     Mixer(
         "varlen_attention",
-        tensors={"q": "B L H K", "k": "B L G K", "v": "B L G V"},
+        tensors={
+            "q": "B L H K",
+            "k": "B L G K",
+            "v": "B L G V",
+            "sinks?": "H",
+            "relative_bias?": "B L H R",
+        },
         like="q",
-        options={"causal": "bool", "scale": "float?", "window": "int?", "dropout_p": "float", "seed": "Tensor?"},
+        options={
+            "causal": "bool",
+            "scale": "float?",
+            "window": "int?",
+            "dropout_p": "float",
+            "seed": "Tensor?",
+            "softcap": "float?",
+        },
         out="B L H V",
         keeps={"out": "B L H V", "logsumexp": "H L"},
         groups=Groups("G", "H", "q's {H} heads must be a multiple of k's {G}"),
         check=check_tensors,
+        in_state_dtype=("sinks",),
         implementations=_IMPLEMENTATIONS,
         choose=choose,
         forward=lambda kernels, *args: kernels.varlen_attention(*args),
         backward=lambda kernels, *args: kernels.varlen_attention_bwd(*args),
-        example=Example({"H": 2, "G": 1, "K": 3, "V": 4}),
+        example=Example({"H": 2, "G": 1, "K": 3, "V": 4}, without=("relative_bias",)),
         flops=_flops,
         backward_flops=_backward_flops,
         # Strides are read in place where that can be (layout.py), and those of the results do not depend on them. On

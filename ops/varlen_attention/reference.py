@@ -11,29 +11,35 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from packc.ops import documents
+from packc.ops.mixer import state_dtype
 from packc.ops.varlen_attention import dropout
 from packc.ops.varlen_attention.document_mask import MaskMod
+from packc.ops.varlen_attention.scores import Scores, gradient_of_bias, scores, softmax
 
 
 def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    relative_bias: Tensor | None,
     cu_seqlens: Tensor,
     causal: bool,
     scale: float | None,
     window: int | None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    H = q.shape[2]
-    outs, logsumexps = [q.new_empty(0, H, v.shape[3])], [q.new_empty(H, 0, dtype=_wide_dtype(q))]
+    H, wide = q.shape[2], state_dtype(q, sinks, relative_bias)
+    outs, logsumexps = [q.new_empty(0, H, v.shape[3])], [q.new_empty(H, 0, dtype=wide)]
     for document, span in _spans(cu_seqlens, q):
-        wide_q, wide_k, wide_v = (_heads(tensor, span, H) for tensor in (q, k, v))
-        scores = _scores(wide_q, wide_k, scale, _visible(wide_q.shape[1], causal, window, q.device))
-        p = scores.softmax(-1) * _factors(seed, document, scores, dropout_p)
-        outs.append(rearrange(p @ wide_v, "h t v -> t h v").to(q.dtype))
-        logsumexps.append(scores.logsumexp(-1))
+        given = _Document(span, H, wide, q, k, v, relative_bias)
+        found = given.scores(given.visible(causal, window), scale, softcap).values
+        shares = softmax(found, _wide(sinks, wide))
+        p = shares.of_keys * _factors(seed, document, found, dropout_p)
+        outs.append(rearrange(p @ given.v, "h t v -> t h v").to(q.dtype))
+        logsumexps.append(shares.logsumexp)
     return torch.cat(outs)[None], torch.cat(logsumexps, 1)
 
 
@@ -42,6 +48,8 @@ def varlen_attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    relative_bias: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     cu_seqlens: Tensor,
@@ -50,21 +58,52 @@ def varlen_attention_bwd(
     window: int | None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    H, K, H_kv = q.shape[2], q.shape[3], k.shape[2]
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    H, H_kv, wide = q.shape[2], k.shape[2], state_dtype(q, sinks, relative_bias)
     dqs, dks, dvs = ([tensor[0, :0]] for tensor in (q, k, v))
+    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
+    dbiases = [] if relative_bias is None else [relative_bias[0, :0]]
     for document, span in _spans(cu_seqlens, q):
-        wide_q, wide_k, wide_v, wide_dout = (_heads(tensor, span, H) for tensor in (q, k, v, dout))
-        scores = _scores(wide_q, wide_k, scale, _visible(wide_q.shape[1], causal, window, q.device))
+        given = _Document(span, H, wide, q, k, v, relative_bias)
+        wide_dout = _heads(dout, span, H, wide)
+        found = given.scores(given.visible(causal, window), scale, softcap)
         # From neither ``logsumexp`` nor ``out``: a derivative would take them for constants, and ``out`` is rounded.
-        p = scores.softmax(-1)
-        factors = _factors(seed, document, scores, dropout_p)
-        dp = wide_dout @ wide_v.mT * factors
-        dscores = p * (dp - (p * dp).sum(-1, keepdim=True)) * (K**-0.5 if scale is None else scale)
-        dqs.append(rearrange(dscores @ wide_k, "h t k -> t h k").to(q.dtype))
-        for grads, of_heads in ((dks, dscores.mT @ wide_q), (dvs, (p * factors).mT @ wide_dout)):
+        shares = softmax(found.values, _wide(sinks, wide))
+        p, factors = shares.of_keys, _factors(seed, document, found.values, dropout_p)
+        dp = wide_dout @ given.v.mT * factors
+        inner = (p * dp).sum(-1, keepdim=True)
+        dscores = p * (dp - inner)
+        if dsinks is not None and shares.of_sink is not None:
+            dsinks = dsinks - (shares.of_sink * inner[..., 0]).sum(-1)
+        if given.bias is not None:
+            of_bias = gradient_of_bias(dscores, given.bias, given.back)
+            dbiases.append(rearrange(of_bias, "h t r -> t h r").to(dbiases[0].dtype))
+        dproducts = dscores * found.slope
+        dqs.append(rearrange(dproducts @ given.k, "h t k -> t h k").to(q.dtype))
+        for grads, of_heads in ((dks, dproducts.mT @ given.q), (dvs, (p * factors).mT @ wide_dout)):
             grads.append(reduce(of_heads, "(g h) t d -> t g d", "sum", g=H_kv).to(q.dtype))
-    return torch.cat(dqs)[None], torch.cat(dks)[None], torch.cat(dvs)[None]
+    dq, dk, dv = (torch.cat(grads)[None] for grads in (dqs, dks, dvs))
+    return dq, dk, dv, dsinks, torch.cat(dbiases)[None] if dbiases else None
+
+
+class _Document:
+    """Of one document: q, k, v and biases ``(H, L, .)`` in the dtype of the arithmetic."""
+
+    def __init__(
+        self, span: slice, H: int, wide: torch.dtype, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> None:
+        self.q, self.k, self.v = (_heads(tensor, span, H, wide) for tensor in (q, k, v))
+        self.bias = None if bias is None else _heads(bias, span, H, wide)
+        token = torch.arange(self.q.shape[1], device=q.device)
+        self.back = token[:, None] - token
+
+    def visible(self, causal: bool, window: int | None) -> Tensor:
+        return _visible(self.q.shape[1], causal, window, self.q.device)
+
+    def scores(self, visible: Tensor, scale: float | None, softcap: float | None = None) -> Scores:
+        scale = self.q.shape[-1] ** -0.5 if scale is None else scale
+        return scores(self.q, self.k, scale, softcap, self.bias, self.back, visible)
 
 
 def masked(
@@ -83,14 +122,14 @@ def masked(
     H = q.shape[2]
     parts = [q.new_empty(0, H, v.shape[3])]
     for _, span in _spans(cu_seqlens, q):
-        wide_q, wide_k, wide_v = (_heads(tensor, span, H) for tensor in (q, k, v))
-        L = wide_q.shape[1]
+        given = _Document(span, H, state_dtype(q), q, k, v, None)
+        L = given.q.shape[1]
         allowed = create_mask(_shifted(mask_mod, span.start), 1, H, L, L, device=q.device)[0]
-        visible = _visible(L, causal, window, q.device) & allowed
+        visible = given.visible(causal, window) & allowed
         sees = visible.any(-1, keepdim=True)
         # A softmax over nothing is NaN, and so would be its second derivative.
-        p = _scores(wide_q, wide_k, scale, visible | ~sees).softmax(-1).where(sees, 0)
-        parts.append(rearrange(p @ wide_v, "h t v -> t h v").to(q.dtype))
+        p = given.scores(visible | ~sees, scale).values.softmax(-1).where(sees, 0)
+        parts.append(rearrange(p @ given.v, "h t v -> t h v").to(q.dtype))
     return torch.cat(parts)[None]
 
 
@@ -112,15 +151,13 @@ def _factors(seed: Tensor | None, document: int, scores: Tensor, dropout_p: floa
     return dropout.factors(seed, document, scores.shape[0], scores.shape[1], dropout_p, scores)
 
 
-def _heads(tensor: Tensor, span: slice, H: int) -> Tensor:
+def _heads(tensor: Tensor, span: slice, H: int, wide: torch.dtype) -> Tensor:
     """One document of ``(1, T, G, D)``: ``(H, L, D)`` in the dtype of the arithmetic, groups repeated for H heads."""
-    document = tensor[0, span].to(_wide_dtype(tensor))
-    return repeat(document, "t g d -> (g h) t d", h=H // tensor.shape[2])
+    return repeat(tensor[0, span].to(wide), "t g d -> (g h) t d", h=H // tensor.shape[2])
 
 
-def _scores(q: Tensor, k: Tensor, scale: float | None, visible: Tensor) -> Tensor:
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.masked_fill(~visible, -torch.inf)
+def _wide(tensor: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(wide)
 
 
 def _visible(L: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -131,7 +168,3 @@ def _visible(L: int, causal: bool, window: int | None, device: torch.device) -> 
     elif window is not None:
         visible = visible.tril(window - 1)
     return visible if window is None else visible.triu(1 - window)
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -19,15 +19,17 @@ from packc.ops.mixer import state_dtype
 from packc.ops.varlen_attention import cpu, spans_cuda, spans_reference
 from packc.ops.varlen_attention.op import choose, pairs_before
 
-_arguments = "Tensor q, Tensor k, Tensor v"
-_options = "Tensor spans, bool causal, float scale, SymInt? window, float dropout_p, Tensor? seed"
+_arguments = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? relative_bias"
+_options = "Tensor spans, bool causal, float scale, SymInt? window, float dropout_p, Tensor? seed, float? softcap"
 # On CUDA spans are read on the host, which no CUDA graph can hold.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 _implementations: dict[str, Any] = {"reference": spans_reference, "cpu": cpu, "triton": spans_cuda}
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """``q (1, T, H, K)``, ``k (1, T_k, G, K)``, ``v (1, T_k, G, V)``.
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, relative_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """``q (1, T, H, K)``, ``k (1, T_k, G, K)``, ``v (1, T_k, G, V)``, ``sinks (H,)``, ``relative_bias (1, T, H, R)``.
 
     ``spans (S, 5)``, integers: queries from, to, keys from, to, and at which key query 0 is. Stretches rise; empty ones
     may be anywhere. The result, ``(1, T, H, V)``, is zero at queries that are in no span or see no key, and so are
@@ -36,39 +38,63 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     Raises:
         ValueError: spans do not rise, or end behind T or T_k.
     """
-    return _implementations[choose("varlen_attention", q)].attention_spans(q, k, v, *rest)
+    wide = state_dtype(q, sinks, relative_bias)
+    return _implementation(q, wide).attention_spans(q, k, v, _in(wide, sinks), relative_bias, *rest)
 
 
-def _backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementations[choose("varlen_attention", q)].attention_spans_bwd(dout, q, *rest)
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, relative_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Empty for an absent argument."""
+    wide = state_dtype(q, sinks, relative_bias)
+    found = _implementation(q, wide).attention_spans_bwd(dout, q, k, v, _in(wide, sinks), relative_bias, *rest)
+    *of_qkv, dsinks, dbias = found
+    return (
+        *of_qkv,
+        q.new_empty(0) if sinks is None else dsinks.to(sinks.dtype),
+        q.new_empty(0) if relative_bias is None else dbias,
+    )
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[2], q.shape[1]), dtype=state_dtype(q))
+def _implementation(q: Tensor, wide: torch.dtype) -> Any:
+    return _implementations["reference" if wide is torch.float64 else choose("varlen_attention", q)]
 
 
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _in(wide: torch.dtype, x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(wide)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, relative_bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    wide = state_dtype(q, sinks, relative_bias)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[2], q.shape[1]), dtype=wide)
+
+
+def _backward_fake(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, *rest[:4]))
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], found: tuple[Tensor, Tensor]) -> None:
-    q, k, v, spans, *ctx.options, seed = args
-    ctx.save_for_backward(q, k, v, *found, spans, seed)
+    q, k, v, sinks, bias, spans, *ctx.options, seed, ctx.softcap = args
+    ctx.save_for_backward(q, k, v, sinks, bias, *found, spans, seed)
     ctx.mark_non_differentiable(found[1])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
+        return (None,) * 12
     *tensors, seed = ctx.saved_tensors
-    return (*torch.ops.packc.attention_spans_bwd.default(dout, *tensors, *ctx.options, seed), *[None] * 6)
+    found = torch.ops.packc.attention_spans_bwd.default(dout, *tensors, *ctx.options, seed, ctx.softcap)
+    grads = (None if x is None else grad for x, grad in zip(tensors, found))  # noqa: B905  of the first five
+    return (*grads, *[None] * 7)
 
 
 define(f"attention_spans({_arguments}, {_options}) -> (Tensor out, Tensor logsumexp)", _forward, _forward_fake, _tags)
 define(
     f"attention_spans_bwd(Tensor dout, {_arguments}, Tensor out, Tensor logsumexp, {_options}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor drelative_bias)",
     _backward,
     _backward_fake,
     _tags,
@@ -88,7 +114,17 @@ def _pairs(T: int, T_k: int, causal: bool, window: int | None) -> int:
 
 @flop_formula(torch.ops.packc.attention_spans)
 def _flops(
-    q: Any, k: Any, v: Any, spans: Any, causal: bool, scale: float, window: int | None, *_: Any, **__: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    sinks: Any,
+    relative_bias: Any,
+    spans: Any,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return 2 * q[2] * _pairs(q[1], k[1], causal, window) * (k[3] + v[3])
 
@@ -99,6 +135,8 @@ def _backward_flops(
     q: Any,
     k: Any,
     v: Any,
+    sinks: Any,
+    relative_bias: Any,
     out: Any,
     logsumexp: Any,
     spans: Any,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from packc.ops.varlen_attention import cuda, spans_reference
+from packc.ops.varlen_attention import cuda, sinks, spans_reference
 from packc.ops.varlen_attention.cuda import Lengths
 from packc.ops.varlen_attention.document_mask import once_per_batch
 
@@ -29,20 +29,26 @@ def attention_spans(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sink: Tensor | None,
+    relative_bias: Tensor | None,
     spans: Tensor,
     causal: bool,
     scale: float,
     window: int | None,
     dropout_p: float,
     seed: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    runs = _runs_of_flash(q, v, spans, causal, window, dropout_p)
+    plain = not dropout_p and relative_bias is None and softcap is None
+    runs = _runs_of_flash(q, v, spans, causal, window) if plain else None
     if runs is None:
-        return spans_reference.attention_spans(q, k, v, spans, causal, scale, window, dropout_p, seed)
+        options = spans, causal, scale, window, dropout_p, seed, softcap
+        return spans_reference.attention_spans(q, k, v, sink, relative_bias, *options)
     _, T, H, _ = q.shape
     out, logsumexp = q.new_zeros(1, T, H, v.shape[3]), q.new_zeros(H, T, dtype=torch.float32)
     for queries, keys, lengths in runs:
         found = cuda.flash(q[:, queries], k[:, keys], v[:, keys], lengths, causal, scale, window)
+        found = found if sink is None else sinks.with_sinks(*found, sink)
         out[:, queries], logsumexp[:, queries] = found
     return out, logsumexp
 
@@ -52,6 +58,8 @@ def attention_spans_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sink: Tensor | None,
+    relative_bias: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     spans: Tensor,
@@ -60,24 +68,27 @@ def attention_spans_bwd(
     window: int | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    runs = _runs_of_flash(q, v, spans, causal, window, dropout_p)
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    plain = not dropout_p and relative_bias is None and softcap is None
+    runs = _runs_of_flash(q, v, spans, causal, window) if plain else None
     if runs is None:
-        kept = out, logsumexp, spans, causal, scale, window, dropout_p, seed
-        return spans_reference.attention_spans_bwd(dout, q, k, v, *kept)
+        kept = out, logsumexp, spans, causal, scale, window, dropout_p, seed, softcap
+        return spans_reference.attention_spans_bwd(dout, q, k, v, sink, relative_bias, *kept)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    dsinks = None if sink is None else torch.zeros_like(sink)
     for queries, keys, lengths in runs:
         given = (dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries])
         of_run = logsumexp[:, queries].contiguous()
         found = cuda.flash_bwd(*given, of_run, lengths, causal, scale, window)
         dq[:, queries], dk[:, keys], dv[:, keys] = found
-    return dq, dk, dv
+        if sink is not None and dsinks is not None:
+            dsinks += sinks.gradient(dout[:, queries], out[:, queries], of_run, sink)
+    return dq, dk, dv, dsinks, None
 
 
-def _runs_of_flash(
-    q: Tensor, v: Tensor, spans: Tensor, causal: bool, window: int | None, dropout_p: float
-) -> list[Run] | None:
-    if dropout_p or not cuda.takes_flash(q, v):
+def _runs_of_flash(q: Tensor, v: Tensor, spans: Tensor, causal: bool, window: int | None) -> list[Run] | None:
+    if not cuda.takes_flash(q, v):
         return None
     placed = causal or window is not None
     return once_per_batch(spans, placed, lambda: runs_of(spans, placed))

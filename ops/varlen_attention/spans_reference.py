@@ -13,6 +13,7 @@ from torch import Tensor
 
 from packc.ops.mixer import state_dtype
 from packc.ops.varlen_attention import dropout
+from packc.ops.varlen_attention.scores import Scores, Shares, gradient_of_bias, scores, softmax
 
 _BLOCK = 256
 
@@ -21,22 +22,25 @@ def attention_spans(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    relative_bias: Tensor | None,
     spans: Tensor,
     causal: bool,
     scale: float,
     window: int | None,
     dropout_p: float,
     seed: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    heads = q.shape[2]
+    heads, wide = q.shape[2], state_dtype(q, sinks, relative_bias)
     out = q.new_zeros((1, q.shape[1], heads, v.shape[3]))
-    logsumexp = q.new_zeros((heads, q.shape[1]), dtype=state_dtype(q))
+    logsumexp = q.new_zeros((heads, q.shape[1]), dtype=wide)
     for block in _blocks(spans, q.shape[1], k.shape[1], causal, window):
-        wide_k, wide_v = (_heads(x, block.keys, heads) for x in (k, v))
-        scores = _scores(_heads(q, block.queries, heads), wide_k, scale, block)
-        p = _softmax(scores, block) * block.factors(seed, scores, dropout_p)
-        out[0, block.queries] = rearrange(p @ wide_v, "h t v -> t h v").to(q.dtype)
-        logsumexp[:, block.queries] = scores.logsumexp(-1)
+        found = block.scores(q, k, relative_bias, scale, softcap, wide)
+        shares = _softmax(found, sinks, block)
+        p = shares.of_keys * block.factors(seed, found.values, dropout_p)
+        out[0, block.queries] = rearrange(p @ _heads(v, block.keys, heads, wide), "h t v -> t h v").to(q.dtype)
+        logsumexp[:, block.queries] = shares.logsumexp
     return out, logsumexp
 
 
@@ -45,6 +49,8 @@ def attention_spans_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    relative_bias: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     spans: Tensor,
@@ -53,31 +59,52 @@ def attention_spans_bwd(
     window: int | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, groups = q.shape[2], k.shape[2]
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    heads, groups, wide = q.shape[2], k.shape[2], state_dtype(q, sinks, relative_bias)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (x.new_zeros(x.shape, dtype=state_dtype(q)) for x in (k, v))
+    dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
+    dsinks = None if sinks is None else sinks.new_zeros(sinks.shape, dtype=wide)
+    dbias = None if relative_bias is None else relative_bias.new_zeros(relative_bias.shape)
     for block in _blocks(spans, q.shape[1], k.shape[1], causal, window):
-        wide_q, wide_dout = (_heads(x, block.queries, heads) for x in (q, dout))
-        wide_k, wide_v = (_heads(x, block.keys, heads) for x in (k, v))
-        scores = _scores(wide_q, wide_k, scale, block)
+        wide_q, wide_dout = (_heads(x, block.queries, heads, wide) for x in (q, dout))
+        wide_k, wide_v = (_heads(x, block.keys, heads, wide) for x in (k, v))
+        found = block.scores(q, k, relative_bias, scale, softcap, wide)
         # From neither ``logsumexp`` nor ``out``: a derivative would take them for constants, and ``out`` is rounded.
-        p = _softmax(scores, block)
-        factors = block.factors(seed, scores, dropout_p)
+        shares = _softmax(found, sinks, block)
+        p, factors = shares.of_keys, block.factors(seed, found.values, dropout_p)
         dp = wide_dout @ wide_v.mT * factors
-        dscores = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq[0, block.queries] = rearrange(dscores @ wide_k, "h t k -> t h k").to(q.dtype)
-        dk[0, block.keys] += reduce(dscores.mT @ wide_q, "(g h) t d -> t g d", "sum", g=groups)
+        inner = (p * dp).sum(-1, keepdim=True)
+        dscores = p * (dp - inner)
+        if dsinks is not None and shares.of_sink is not None:
+            dsinks = dsinks - (shares.of_sink * inner[..., 0]).sum(-1)
+        if dbias is not None and relative_bias is not None:
+            bias = _heads(relative_bias, block.queries, heads, wide)
+            of_bias = gradient_of_bias(dscores, bias, block.back)
+            dbias[0, block.queries] = rearrange(of_bias, "h t r -> t h r").to(dbias.dtype)
+        dproducts = dscores * found.slope
+        dq[0, block.queries] = rearrange(dproducts @ wide_k, "h t k -> t h k").to(q.dtype)
+        dk[0, block.keys] += reduce(dproducts.mT @ wide_q, "(g h) t d -> t g d", "sum", g=groups)
         dv[0, block.keys] += reduce((p * factors).mT @ wide_dout, "(g h) t d -> t g d", "sum", g=groups)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias
 
 
 class _Block:
-    """Some queries of a span, the keys that some of them see, and which sees which."""
+    """Some queries of a span, the keys that some of them see, which sees which, and how far back."""
 
-    def __init__(self, span: int, starts: tuple[int, int], queries: slice, keys: slice, visible: Tensor) -> None:
-        self.queries, self.keys, self.visible = queries, keys, visible
+    def __init__(
+        self, span: int, starts: tuple[int, int], queries: slice, keys: slice, visible: Tensor, back: Tensor
+    ) -> None:
+        self.queries, self.keys, self.visible, self.back = queries, keys, visible, back
         self._span, self._starts = span, starts
+
+    def scores(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float | None, wide: torch.dtype
+    ) -> Scores:
+        heads = q.shape[2]
+        of_queries = None if bias is None else _heads(bias, self.queries, heads, wide)
+        q, k = _heads(q, self.queries, heads, wide), _heads(k, self.keys, heads, wide)
+        return scores(q, k, scale, softcap, of_queries, self.back, self.visible)
 
     def factors(self, seed: Tensor | None, scores: Tensor, dropout_p: float) -> Tensor | float:
         """Of weights: dropout's."""
@@ -109,7 +136,7 @@ def _blocks(spans: Tensor, T_q: int, T_k: int, causal: bool, window: int | None)
             visible = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
             if window is not None:
                 visible &= ahead.abs() < window
-            yield _Block(span, (begin, first), slice(a, b), slice(low, high), visible)
+            yield _Block(span, (begin, first), slice(a, b), slice(low, high), visible, -ahead)
 
 
 def _behind(begin: int, end: int, before: int, T: int) -> int:
@@ -119,16 +146,16 @@ def _behind(begin: int, end: int, before: int, T: int) -> int:
     return max(before, end) if begin < end else before
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, block: _Block) -> Tensor:
-    return (q @ k.mT * scale).masked_fill(~block.visible, -torch.inf)
-
-
-def _softmax(scores: Tensor, block: _Block) -> Tensor:
+def _softmax(found: Scores, sinks: Tensor | None, block: _Block) -> Shares:
     """0 of a query that sees no key: a softmax over nothing is NaN, and so would be its second derivative."""
+    values = found.values
+    if sinks is not None:
+        return softmax(values, sinks.to(values.dtype))
     sees = block.visible.any(-1, keepdim=True)
-    return scores.masked_fill(~sees, 0).softmax(-1).where(sees, 0)
+    shares = softmax(values.masked_fill(~sees, 0), None)
+    return shares._replace(of_keys=shares.of_keys.where(sees, 0), logsumexp=values.logsumexp(-1))
 
 
-def _heads(x: Tensor, tokens: slice, heads: int) -> Tensor:
+def _heads(x: Tensor, tokens: slice, heads: int, wide: torch.dtype) -> Tensor:
     """``(H, t, ...)`` in the dtype of the arithmetic, groups repeated."""
-    return repeat(x[0, tokens].to(state_dtype(x)), "t g d -> (g h) t d", h=heads // x.shape[2])
+    return repeat(x[0, tokens].to(wide), "t g d -> (g h) t d", h=heads // x.shape[2])

@@ -111,20 +111,31 @@ class Plan:
             self.reaches[causal] = reach(self.stream, self.cuts, self.rank, causal, self.places.device)
         return self.reaches[causal]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        relative_bias: Tensor | None,
+        causal: bool,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """What ``varlen_attention`` calls."""
+        tensors = q, k, v, sinks, relative_bias
         if self._stays():
-            options = (causal, scale, window, 0.0, None)
-            return torch.ops.packc.varlen_attention.default(q, k, v, self.cu_seqlens, *options)[0]
+            options = (causal, scale, window, 0.0, None, softcap)
+            return torch.ops.packc.varlen_attention.default(*tensors, self.cu_seqlens, *options)[0]
         wanted = self.reach(causal)
         return torch.ops.packc.varlen_attention_sharded.default(
-            q,
-            k,
-            v,
+            *tensors,
             self.cu_seqlens,
             causal,
             scale,
             window,
+            softcap,
             wanted.sent,
             wanted.sends,
             wanted.receives,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,12 +16,14 @@ from packc.passes.graph import Graph
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.repeated_heads import before_repeats
 from packc.passes.rules.registry import Op, broadcast_layout, register_rule
-from packc.passes.visible import Band, Seen
+from packc.passes.varlen_form import varlen_form
+from packc.passes.visible import Band, Biased, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
 _TOKENS_FIRST = (BATCH, SEQ, OTHER, OTHER)
 _ACROSS = "attends from one sequence to another: runs padded"
+_OTHER_MASK = "shows neither all tokens, nor those before, nor a window: runs padded"
 _MORE = "caps scores, adds biases to them, or has sinks: runs padded"
 _BY_ROWS = OneDocument("attends from one sequence to another, row by row")
 
@@ -104,19 +107,72 @@ def attends_to_others(graph: Graph) -> bool:
     return any(each.padded == _ACROSS and each.results is not Whole.OF_OTHERS for each in readings)
 
 
-def varlen_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
+def varlen_attention(op: Op, seen: Seen | Biased, padded: Reading) -> Reading:
     """The reading of an attention that shows tokens what is ``seen``, given the one that runs it padded."""
+    seen, biases = seen if isinstance(seen, Biased) else (seen, None)
     if padded.padded == _ACROSS:
         return _cross_attention(op, seen, padded)
     if not isinstance(seen, Band):
-        raise NotTokenwise("shows neither all tokens, nor those before, nor a window: runs padded")
+        raise NotTokenwise(_OTHER_MASK)
     _refuse_other_heads(op)
     q, k, v = op.args[:3]
     k, v = _as_they_were(op, k, v)
-    options = (seen.causal, op.argument("scale"), seen.window, op.argument("dropout_p"), _seed(op))
-    attend = Call(torch.ops.packc.varlen_attention.default, (*_operands(op, q, k, v), None, *options), {})
-    out = Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
-    return replace(padded, operands=dict.fromkeys((q, k, v), _HEADS_FIRST), call=out, padded=None, is_mixer=True)
+    dropout_p = op.argument("dropout_p")
+    options = (seen.causal, op.argument("scale"), seen.window, dropout_p, _seed(op, dropout_p), None)
+    operands: dict[fx.Node, Layout] = dict.fromkeys((q, k, v), _HEADS_FIRST)
+    bias = _relative_bias(op, biases, operands)
+    out = _attended((*_operands(value_of(op.node).dtype, q, k, v), None, bias, None, *options))
+    return replace(padded, operands=operands, call=out, padded=None, is_mixer=True)
+
+
+def _relative_bias(op: Op, biases: fx.Node | None, operands: dict[fx.Node, Layout]) -> object:
+    """The argument of ``varlen_attention``, of one more operand."""
+    if biases is None:
+        return None
+    places = op.layout(biases)
+    heads = 1 if places == _HEADS_FIRST else 2
+    value = value_of(biases)
+    if places is None or value.device.type != "cpu" or not same_size(value.shape[heads], value_of(op.args[0]).shape[1]):
+        raise NotTokenwise(_MORE)
+    operands[biases] = places
+    return biases if heads == 2 else Call(aten.transpose.int, (biases, 1, 2), {})
+
+
+def packed_as_written(op: Op, seen: Seen, padded: Reading, biased: Mapping[fx.Node, Biased]) -> Reading:
+    """The same of :class:`packc.passes.attention_as_written.AsWritten`, with what is known of biases."""
+    form = varlen_form(op.node)
+    if form is None or (form.sinks is not None and op.layout(form.sinks) is not None):
+        raise NotTokenwise(_MORE)
+    if form.biases is not None and form.biases not in biased:
+        raise NotTokenwise(_MORE)
+    if not isinstance(seen, Band):
+        raise NotTokenwise(_OTHER_MASK)
+    q, transposed, v = op.args[:3]
+    heads = {value_of(each).shape[1] for each in (q, transposed, v)}
+    if len(heads) > 1:
+        raise NotTokenwise(_MORE)
+    k = transposed
+    layouts: dict[fx.Node, Layout] = {q: _HEADS_FIRST, transposed: (BATCH, OTHER, OTHER, SEQ), v: _HEADS_FIRST}
+    if transposed.target is aten.transpose.int and op.layout(transposed.args[0]) == _HEADS_FIRST:
+        k, v = _as_they_were(op, transposed.args[0], v)
+        layouts = dict.fromkeys((q, k, v), _HEADS_FIRST)
+    # Scores in their own dtype if that is wider than the result's.
+    result = value_of(op.node).dtype
+    dtype = torch.promote_types(form.dtype, result)
+    keys = Call(aten.transpose.int, (k, -2, -1), {}) if k is transposed else k
+    sinks = None if form.sinks is None else Call(aten.reshape.default, (form.sinks, [-1]), {})
+    seed = _seed(op, form.dropout_p)
+    options = (seen.causal, form.scale, seen.window, form.dropout_p, seed, form.softcap)
+    bias = None if form.biases is None else _relative_bias(op, biased[form.biases].biases, layouts)
+    out = _attended((*_operands(dtype, q, keys, v), sinks, bias, None, *options))
+    out = out if dtype == result else Call(aten.to.dtype, (out, result), {})
+    return replace(padded, operands=layouts, call=out, padded=None, is_mixer=True)
+
+
+def _attended(arguments: tuple[object, ...]) -> Call:
+    """``(B, heads, L, channels)``"""
+    attend = Call(torch.ops.packc.varlen_attention.default, arguments, {})
+    return Call(aten.transpose.int, (Call(operator.getitem, (attend, 0), {}), 1, 2), {})
 
 
 def _as_they_were(op: Op, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -143,8 +199,10 @@ def _cross_attention(op: Op, seen: Seen, padded: Reading) -> Reading:
     if not same_size(rows, of_keys):
         raise NotTokenwise(f"{rows} rows of queries meet {of_keys} of keys: runs padded")
     _refuse_other_heads(op)
-    options = op.argument("scale"), op.argument("dropout_p"), _seed(op)
-    attend = Call(torch.ops.packc.cross_attention.default, (*_operands(op, *op.args[:3]), None, None, *options), {})
+    dropout_p = op.argument("dropout_p")
+    options = op.argument("scale"), dropout_p, _seed(op, dropout_p)
+    operands = _operands(value_of(op.node).dtype, *op.args[:3])
+    attend = Call(torch.ops.packc.cross_attention.default, (*operands, None, None, *options), {})
     out = Call(aten.transpose.int, (attend, 1, 2), {})
     return replace(padded, call=out, padded=None, is_mixer=True, asks=[*padded.asks, _BY_ROWS])
 
@@ -159,9 +217,9 @@ def cross_attention(op: Op) -> Reading:
     return Reading(_TOKENS_FIRST, {q: _TOKENS_FIRST}, op.with_args(), is_mixer=True, asks=[_BY_ROWS])
 
 
-def _seed(op: Op) -> Call | None:
+def _seed(op: Op, dropout_p: float) -> Call | None:
     """Drawn by an op that everybody knows to draw: what is computed again for a checkpoint gets the same seed."""
-    if op.argument("dropout_p") == 0:
+    if dropout_p == 0:
         return None
     if value_of(op.node).device.type != "cpu":
         raise NotTokenwise(f"attention with dropout runs padded on {value_of(op.node).device.type}")
@@ -174,8 +232,8 @@ def _refuse_other_heads(op: Op) -> None:
         raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
 
 
-def _operands(op: Op, *given: fx.Node) -> list[Call]:
-    dtype = value_of(op.node).dtype  # under autocast it is not that of q
+def _operands(dtype: torch.dtype, *given: object) -> list[Call]:
+    """In the result's dtype: under autocast it is not that of q."""
     return [_tokens_first(each, dtype) for each in given]
 
 

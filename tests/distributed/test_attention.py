@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_work import leaks, received, worst_error
+from attention_work import leaks, received, worst_error, worst_error_of_scores
 from sharded_work import Cut, random_cut
 
 
@@ -11,6 +11,12 @@ from sharded_work import Cut, random_cut
 def test_any_cut(ranks, size, dtype, tolerance):
     cuts = [random_cut(size, seed) for seed in range(8)]
     for worst in ranks.run(worst_error, size, cuts, dtype):
+        assert worst < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_capped_scores_biases_and_sinks(ranks, dtype, tolerance):
+    for worst in ranks.run(worst_error_of_scores, 3, [random_cut(3, seed) for seed in range(4)], dtype):
         assert worst < tolerance
 
 

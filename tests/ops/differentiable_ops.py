@@ -46,6 +46,16 @@ OPS = {
         lambda **tensors: ops.varlen_attention(**tensors, cu_seqlens=offsets(LENGTHS), window=3),
         lambda: {"q": torch.randn(1, 7, 2, 3), "k": torch.randn(1, 7, 1, 3), "v": torch.randn(1, 7, 1, 4)},
     ),
+    "varlen_attention with all": Op(
+        lambda **tensors: ops.varlen_attention(**tensors, cu_seqlens=offsets(LENGTHS), softcap=1.5),
+        lambda: {
+            "q": torch.randn(1, 7, 2, 3),
+            "k": torch.randn(1, 7, 1, 3),
+            "v": torch.randn(1, 7, 1, 4),
+            "sinks": torch.randn(2),
+            "relative_bias": torch.randn(1, 7, 2, 3),
+        },
+    ),
     "pack": Op(lambda x: ops.pack(x, INDEX), lambda: {"x": torch.randn(2, 5, 3)}),
     "unpack": Op(lambda x: ops.unpack(x, INDEX, 2, 5), lambda: {"x": torch.randn(1, 7, 3)}),
 }

@@ -39,7 +39,7 @@ def inputs(lengths, dtype=torch.float32, H=4, G=2, K=16, V=9, gap=0):
 
 
 def run(leaves, spans, causal, window, dropout_p=0.0, seed=None):
-    return with_grads(spans_op(*leaves, spans, causal, 0.3, window, dropout_p, seed)[0], leaves)
+    return with_grads(spans_op(*leaves, None, None, spans, causal, 0.3, window, dropout_p, seed, None)[0], leaves)
 
 
 def dense(leaves, spans, causal, window):
@@ -107,7 +107,7 @@ def test_a_span_has_the_same_bits_whatever_stands_beside_it(causal, window):
             for x, a, b in zip(leaves, (begin, first, first), (end, last, last), strict=True)
         )
         one = torch.tensor([[0, end - begin, 0, last - first, shift + begin - first]])
-        alone = spans_op(q, k, v, one, causal, 0.3, window, 0.0, None)[0]
+        alone = spans_op(q, k, v, None, None, one, causal, 0.3, window, 0.0, None, None)[0]
         assert torch.equal(alone, out[:, begin:end])
         of_alone = torch.autograd.grad(alone, (q, k, v), dout[:, begin:end])
         for a, whole, part in zip(of_alone, grads, (slice(begin, end), *[slice(first, last)] * 2), strict=True):
@@ -163,7 +163,7 @@ def test_what_is_kept_for_the_backward_is_linear_in_the_length(kernels):
     leaves, spans = inputs([(70, 200)]), spans_of([(70, 200)])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = spans_op(*leaves, spans, True, 0.3, None, 0.0, None)[0]
+        out = spans_op(*leaves, None, None, spans, True, 0.3, None, 0.0, None, None)[0]
     assert [t.shape for t in kept] == [*[x.shape for x in leaves], out.shape, (4, 70), spans.shape]
 
 
@@ -173,7 +173,7 @@ def test_gradients_of_gradients_are_exact(causal, window):
     leaves, spans = inputs(lengths, torch.float64, H=2, G=1, K=2, V=2), spans_of(lengths)
 
     def attention(q, k, v):
-        return spans_op(q, k, v, spans, causal, 0.3, window, 0.0, None)[0]
+        return spans_op(q, k, v, None, None, spans, causal, 0.3, window, 0.0, None, None)[0]
 
     assert gradcheck(attention, leaves)
     assert gradgradcheck(attention, leaves, fast_mode=True)
@@ -182,13 +182,16 @@ def test_gradients_of_gradients_are_exact(causal, window):
 @pytest.mark.parametrize(("causal", "window"), SEEN[:3])
 def test_opcheck(kernels, causal, window):
     lengths = [(2, 3), (4, 4)]
-    leaves, options = inputs(lengths, gap=1), (spans_of(lengths, gap=1), causal, 0.3, window, 0.0, None)
-    torch.library.opcheck(spans_op, (*leaves, *options))
+    leaves, options = inputs(lengths, gap=1), (spans_of(lengths, gap=1), causal, 0.3, window, 0.0, None, 2.0)
+    torch.library.opcheck(spans_op, (*leaves, None, None, *options))
+    more = torch.randn(4).requires_grad_(), torch.randn(1, 9, 4, 3).requires_grad_()
+    torch.library.opcheck(spans_op, (*leaves, *more, *options))
     q, k, v = (x.detach() for x in leaves)
-    out, logsumexp = spans_op(q, k, v, *options)
+    more = [x.detach() for x in more]
+    out, logsumexp = spans_op(q, k, v, *more, *options)
     torch.library.opcheck(
         torch.ops.packc.attention_spans_bwd.default,
-        (out, q, k, v, out, logsumexp, *options),
+        (out, q, k, v, *more, out, logsumexp, *options),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -311,7 +314,7 @@ def flash(monkeypatch):
         calls.append(q.shape[0])
         assert (longest, longest_keys) == (int(starts.diff().max()), int(keys.diff().max()))
         causal, window = seen(**how)
-        given = q[None], k[None], v[None], spans(starts, keys), causal, scale, window, 0.0, None
+        given = q[None], k[None], v[None], None, None, spans(starts, keys), causal, scale, window, 0.0, None, None
         out, logsumexp = spans_reference.attention_spans(*given)
         return out[0], logsumexp, None, None, None
 
@@ -320,8 +323,9 @@ def flash(monkeypatch):
         assert torch.equal(
             logsumexp, forward(q, k, v, starts, keys, *_, dropout_p=0, return_debug_mask=0, scale=scale, **how)[1]
         )
-        given = dout[None], q[None], k[None], v[None], out, logsumexp, spans(starts, keys)
-        return tuple(x[0] for x in spans_reference.attention_spans_bwd(*given, causal, scale, window, 0.0, None))
+        given = dout[None], q[None], k[None], v[None], None, None, out, logsumexp, spans(starts, keys)
+        options = causal, scale, window, 0.0, None, None
+        return tuple(x[0] for x in spans_reference.attention_spans_bwd(*given, *options)[:3])
 
     monkeypatch.setattr(cuda, "_flash", forward)
     monkeypatch.setattr(cuda, "_flash_bwd", backward)
@@ -335,7 +339,7 @@ def test_flash_attention_gets_runs_of_spans(flash, causal, window):
     spans = spans_of(lengths)
     spans[:, 0:2], spans[:, 4] = spans[:, 0:2] + 1, spans[:, 4] - 1
     q, k, v = (x.detach() for x in inputs([*lengths, (2, 1)], torch.bfloat16))
-    options = spans, causal, 0.3, window, 0.0, None
+    options = None, None, spans, causal, 0.3, window, 0.0, None, None
     found, expected = (each.attention_spans(q, k, v, *options) for each in (spans_cuda, spans_reference))
     inside = slice(1, 8)
     assert torch.equal(found[0], expected[0])
@@ -343,8 +347,8 @@ def test_flash_attention_gets_runs_of_spans(flash, causal, window):
     assert flash == [7, 1]  # queries: the first two spans end to end, and the last
     dout = torch.randn_like(found[0])
     torch.testing.assert_close(
-        spans_cuda.attention_spans_bwd(dout, q, k, v, *found, *options),
-        spans_reference.attention_spans_bwd(dout, q, k, v, *expected, *options),
+        spans_cuda.attention_spans_bwd(dout, q, k, v, *options[:2], *found, *options[2:]),
+        spans_reference.attention_spans_bwd(dout, q, k, v, *options[:2], *expected, *options[2:]),
     )
 
 
@@ -352,12 +356,13 @@ def test_flash_attention_gets_runs_of_spans(flash, causal, window):
 def test_flash_attention_gets_no_spans_of_another_form(flash, lengths):
     spans = spans_of(lengths, shift=0 if len(lengths) > 1 else 1)
     q, k, v = (x.detach() for x in inputs(lengths, torch.bfloat16))
-    options = spans, True, 0.3, None, 0.0, None
+    options = None, None, spans, True, 0.3, None, 0.0, None, None
     found, expected = (each.attention_spans(q, k, v, *options) for each in (spans_cuda, spans_reference))
     assert all(map(torch.equal, found, expected))
-    spans_cuda.attention_spans(q, k, v, spans, False, 0.3, None, 0.3, torch.tensor(1))  # nor dropout
+    spans_cuda.attention_spans(q, k, v, None, None, spans, False, 0.3, None, 0.3, torch.tensor(1), None)  # nor dropout
     assert flash == []
-    spans_cuda.attention_spans(q, k, v, spans, False, 0.3, None, 0.0, None)  # where all see all, it is all the same
+    # Where all see all, it is all the same.
+    spans_cuda.attention_spans(q, k, v, None, None, spans, False, 0.3, None, 0.0, None, None)
     assert flash == [sum(queries for queries, _ in lengths)]
 
 

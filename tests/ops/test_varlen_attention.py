@@ -190,7 +190,7 @@ def test_strided_inputs_are_those_of_contiguous_ones(kernels, view, options):
 
 def test_strided_gradients_are_those_of_contiguous_ones(kernels):
     leaves, cu_seqlens = inputs([3, 0, 70], V=9)
-    options = True, None, None, 0.0, None
+    leaves, options = [*leaves, None, None], (True, None, None, 0.0, None, None)
     out, logsumexp = torch.ops.packc.varlen_attention(*leaves, cu_seqlens, *options)
     dout = torch.randn_like(out)
     expected = torch.ops.packc.varlen_attention_bwd(dout, *leaves, out, logsumexp, cu_seqlens, *options)
@@ -225,23 +225,25 @@ def test_what_is_kept_for_the_backward_is_linear_in_the_length(kernels):
 @pytest.mark.parametrize(
     "options",
     [
-        (True, None, None, 0.0, None),
-        (False, 0.7, None, 0.0, None),
-        (True, None, 3, 0.0, None),
-        (True, None, None, 0.3, torch.tensor(5)),
+        (True, None, None, 0.0, None, None),
+        (False, 0.7, None, 0.0, None, None),
+        (True, None, 3, 0.0, None, None),
+        (True, None, None, 0.3, torch.tensor(5), 2.0),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(kernels, options, dtype):
+@pytest.mark.parametrize("more", [False, True])
+def test_opcheck(kernels, options, dtype, more):
     (q, k, v), cu_seqlens = inputs([2, 0, 9], K=3, V=5, dtype=dtype)
-    arguments = q.transpose(1, 2).contiguous().transpose(1, 2), k, v, cu_seqlens, *options
+    sinks, bias = (torch.randn(4), torch.randn(1, 11, 4, 3).to(dtype)) if more else (None, None)
+    arguments = q.transpose(1, 2).contiguous().transpose(1, 2), k, v, sinks, bias, cu_seqlens, *options
     torch.library.opcheck(torch.ops.packc.varlen_attention.default, arguments)
     out, logsumexp = torch.ops.packc.varlen_attention(*arguments)
-    tensors = (tensor.detach() for tensor in (out, q, k, v, out, logsumexp))
+    dout, q, k, v, out, logsumexp = (tensor.detach() for tensor in (out, q, k, v, out, logsumexp))
     torch.library.opcheck(
         torch.ops.packc.varlen_attention_bwd.default,
-        (*tensors, cu_seqlens, *options),
+        (dout, q, k, v, sinks, bias, out, logsumexp, cu_seqlens, *options),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -308,6 +310,13 @@ def test_a_length_that_only_a_run_can_tell_compiles():
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens must be int32 or int64"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, ValueError, "cu_seqlens must rise from 0 to L = 5"),
         ({"window": 0}, ValueError, "window must be at least 1; got 0"),
+        ({"softcap": 0.0}, ValueError, "softcap must be above 0; got 0.0"),
+        ({"sinks": torch.empty(2)}, ValueError, r"sinks must be \(H,\) = \(4,\) and floating; got \(2,\)"),
+        ({"sinks": torch.ones(4, dtype=torch.long)}, ValueError, "sinks must be .* floating; got .* torch.int64"),
+        ({"relative_bias": torch.empty(1, 5, 2, 3)}, ValueError, r"\(1, 5, 4, R\) and floating; got \(1, 5, 2, 3\)"),
+        ({"relative_bias": torch.empty(1, 5, 4, 0)}, ValueError, r"relative_bias must be .*; got \(1, 5, 4, 0\)"),
+        ({"sinks": torch.empty(4), "mask_mod": same_parity}, ValueError, "sinks is not taken with mask_mod"),
+        ({"softcap": 1.0, "mask_mod": same_parity}, ValueError, "softcap is not taken with mask_mod"),
     ],
 )
 def test_bad_arguments_are_named_with_their_shapes(change, error, message):

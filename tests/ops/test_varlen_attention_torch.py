@@ -3,6 +3,7 @@
 import gc
 import weakref
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from varlen_attention_data import assert_as_exact_as_plain_torch, inputs, offset
 from packc import config
 from packc.ops import autograd, varlen_attention
 from packc.ops.varlen_attention import cpu, cuda, document_mask, flex, op, reference
+from packc.ops.varlen_attention.sinks import gradient
 from packc.ops.varlen_attention.with_mask_mod import differentiated_again
 
 SEEN = [(True, None), (False, None), (True, 1), (True, 100), (True, 300), (False, 1), (False, 100)]
@@ -56,22 +58,22 @@ def test_a_block_mask_is_made_once_per_batch(builds, eager_flex):
     leaves, cu_seqlens = inputs([100, 60])
     q, k, v = (leaf.detach() for leaf in leaves)
     for _ in range(3):
-        flex.varlen_attention(q, k, v, cu_seqlens, True, None, None)
+        flex.varlen_attention(q, k, v, None, cu_seqlens, True, None, None, None)
         flex.masked(q, k, v, cu_seqlens, True, None, None, lambda b, h, q_idx, kv_idx: kv_idx >= 0)
     assert len(builds) == 2  # one of them has no full tiles
-    flex.varlen_attention(q, k, v, cu_seqlens, True, None, 7)
+    flex.varlen_attention(q, k, v, None, cu_seqlens, True, None, 7, None)
     assert len(builds) == 3
-    flex.varlen_attention(q, k, v, offsets([100, 60]), True, None, None)
+    flex.varlen_attention(q, k, v, None, offsets([100, 60]), True, None, None, None)
     assert len(builds) == 4
 
 
 def test_a_block_mask_is_made_again_for_offsets_written_to(builds, eager_flex):
     (q, k, v), cu_seqlens = inputs([100, 60])
-    flex.varlen_attention(q, k, v, cu_seqlens, True, None, None)
+    flex.varlen_attention(q, k, v, None, cu_seqlens, True, None, None, None)
     cu_seqlens[1] = 30
-    out, _ = flex.varlen_attention(q, k, v, cu_seqlens, True, None, None)
+    out, _ = flex.varlen_attention(q, k, v, None, cu_seqlens, True, None, None, None)
     assert len(builds) == 2
-    torch.testing.assert_close(out, reference.varlen_attention(q, k, v, cu_seqlens, True, None, None)[0])
+    torch.testing.assert_close(out, reference.varlen_attention(q, k, v, None, None, cu_seqlens, True, None, None)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -99,14 +101,14 @@ def test_layers_of_a_batch_share_what_is_made_forward_and_backward(monkeypatch, 
 
     class Counting:
         @staticmethod
-        def varlen_attention(q, k, v, cu_seqlens, *args):
+        def varlen_attention(q, k, v, sinks, bias, cu_seqlens, *args):
             document_mask.once_per_batch(cu_seqlens, "counted", lambda: made.append("forward"))
-            return cpu.varlen_attention(q, k, v, cu_seqlens, *args)
+            return cpu.varlen_attention(q, k, v, sinks, bias, cu_seqlens, *args)
 
         @staticmethod
-        def varlen_attention_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, *args):
+        def varlen_attention_bwd(dout, q, k, v, sinks, bias, out, logsumexp, cu_seqlens, *args):
             document_mask.once_per_batch(cu_seqlens, "counted", lambda: made.append("backward"))
-            return cpu.varlen_attention_bwd(dout, q, k, v, out, logsumexp, cu_seqlens, *args)
+            return cpu.varlen_attention_bwd(dout, q, k, v, sinks, bias, out, logsumexp, cu_seqlens, *args)
 
     monkeypatch.setitem(op._IMPLEMENTATIONS, "cpu", Counting)
 
@@ -124,13 +126,18 @@ def test_layers_of_a_batch_share_what_is_made_forward_and_backward(monkeypatch, 
 # ---- FlexAttention ---------------------------------------------------------------------------------------------------
 
 
+# Sinks, and the cap of scores.
+MORE = [(None, None), (torch.linspace(-1, 2, 4), None), (torch.linspace(-1, 2, 4), 1.5)]
+
+
 @pytest.mark.parametrize("seen", SEEN, ids=str)
 @pytest.mark.parametrize("sizes", [(16, 16), (9, 5)])
 def test_flex_gives_what_the_specification_gives(eager_flex, seen, sizes):
     (causal, window), (leaves, cu_seqlens) = seen, inputs(LENGTHS, 4, 2, *sizes)
-    results = flex.varlen_attention(*leaves, cu_seqlens, causal, None, window)
-    expected = reference.varlen_attention(*leaves, cu_seqlens, causal, None, window)
-    torch.testing.assert_close(results, expected)
+    for sinks, softcap in MORE if seen == SEEN[-1] else MORE[:1]:
+        results = flex.varlen_attention(*leaves, sinks, cu_seqlens, causal, None, window, softcap)
+        options = cu_seqlens, causal, None, window, 0.0, None, softcap
+        torch.testing.assert_close(results, reference.varlen_attention(*leaves, sinks, None, *options))
     assert all(map(torch.Tensor.is_contiguous, results))
 
 
@@ -150,12 +157,17 @@ def test_the_gradients_of_flex_are_those_of_the_specification(eager_flex, monkey
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     leaves, cu_seqlens = inputs(LENGTHS, 4, 2, 9, 5)
     q, k, v = (leaf.detach() for leaf in leaves)
-    for causal, window in SEEN:
-        out, logsumexp = flex.varlen_attention(q, k, v, cu_seqlens, causal, None, window)
-        kept = torch.randn_like(out), q, k, v, out, logsumexp, cu_seqlens, causal, None, window
+    cases = [*product(SEEN, MORE[:1]), *product(SEEN[-1:], MORE[1:])]
+    for (causal, window), (sinks, softcap) in cases:
+        out, logsumexp = flex.varlen_attention(q, k, v, sinks, cu_seqlens, causal, None, window, softcap)
+        dout, kept, seen = torch.randn_like(out), (out, logsumexp, cu_seqlens), (causal, None, window)
         with autograd.below_autograd():  # as a kernel of the op is called
-            results = flex.varlen_attention_bwd(*kept)
-        torch.testing.assert_close(results, reference.varlen_attention_bwd(*kept), rtol=1e-4, atol=1e-5)
+            results = flex.varlen_attention_bwd(dout, q, k, v, sinks, *kept, *seen, softcap)
+        options = *kept, *seen, 0.0, None, softcap
+        *expected, of_sinks, _ = reference.varlen_attention_bwd(dout, q, k, v, sinks, None, *options)
+        torch.testing.assert_close(results, tuple(expected), rtol=1e-4, atol=1e-5)
+        if sinks is not None:
+            torch.testing.assert_close(gradient(dout, out, logsumexp, sinks), of_sinks, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives_of_flex_are_those_of_the_specification(eager_flex, monkeypatch):
@@ -178,7 +190,7 @@ def test_one_compilation_of_flex_serves_all_lengths_and_masks(eager_flex):
     for lengths in ([200, 57], [3, 0, 400], [129], [90, 300, 5]):
         leaves, cu_seqlens = inputs(lengths)
         for causal, window in SEEN:
-            flex.varlen_attention(*leaves, cu_seqlens, causal, None, window)
+            flex.varlen_attention(*leaves, None, cu_seqlens, causal, None, window, None)
             counts.add(eager_flex.frame_count)
     assert len(counts) == 1
 

@@ -1,4 +1,5 @@
-"""Attention that is written out, and more than the fused op, runs as it is written; the rest of its graph packs."""
+"""Attention that is written out, and more than the fused op: packed where ``varlen_attention`` computes the same, else
+as it is written, with the rest of its graph packed."""
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from harness import BOTH, LEFT, RIGHT, RecordingBackend, assert_same_step, batch
 
 import packc
 from packc.passes.attention_as_written import AsWritten
+
+PACKED = torch.ops.packc.varlen_attention.default
 
 B, L, H, D = 3, 8, 2, 4
 STRICT = {"packc.inner": "aot_eager", "packc.strict": True}
@@ -36,6 +39,14 @@ def distances(q):
     return places[:, None] - places
 
 
+def near(q, mask):
+    return mask.masked_fill(distances(q) > 2, torch.finfo(mask.dtype).min)
+
+
+def strange(q, mask):
+    return mask.masked_fill(distances(q) == 2, torch.finfo(mask.dtype).min)
+
+
 def biases(q):
     """Of each query, by how far away a key is."""
     back = distances(q)
@@ -46,20 +57,33 @@ def shares(q, mask, own):
     return torch.cat([scores(q) + mask, own], -1)
 
 
-AS_WRITTEN = {
+PACKS = {
     "capped": lambda q, mask: ((scores(q) / 2).tanh() * 2 + mask).softmax(-1) @ q,
-    "capped, with casts": lambda q, mask: (scores(q).tanh() + mask).softmax(3, dtype=torch.float64).to(q.dtype) @ q,
-    "with sinks": lambda q, mask: shares(q, mask, sinks(q)).softmax(-1)[..., :-1] @ q,
+    "capped, other numbers": lambda q, mask: ((scores(q) * 3).tanh() / 0.5 + mask).softmax(-1) @ q,
+    "scaled alone, and given a column": lambda q, mask: shares(q, mask, sinks(q)).softmax(-1)[..., :-1] @ q,
     "with sinks, from the largest score": (
         lambda q, mask: less_largest(shares(q, mask, sinks(q))).softmax(-1)[..., :-1] @ q
     ),
+    "both": lambda q, mask: torch.cat([scores(q).tanh() + mask, sinks(q)], -1).softmax(-1)[..., : q.shape[2]] @ q,
+    "both, over a window": (
+        lambda q, mask: torch.cat([scores(q).tanh() + near(q, mask), sinks(q)], -1).softmax(-1)[..., :-1] @ q
+    ),
+}
+AS_WRITTEN = {
+    "capped, in fp64": lambda q, mask: (scores(q).tanh() + mask).softmax(3, dtype=torch.float64).to(q.dtype) @ q,
+    "capped twice": lambda q, mask: (scores(q).tanh().tanh() + mask).softmax(-1) @ q,
+    "capped the other way round": lambda q, mask: (scores(q).tanh() * -2 + mask).softmax(-1) @ q,
+    "with two sinks": (lambda q, mask: shares(q, mask, sinks(q).expand(-1, -1, -1, 2)).softmax(-1)[..., :-2] @ q),
+    "with sinks of each position": (
+        lambda q, mask: shares(q, mask, (sinks(q) * torch.arange(L).view(L, 1))).softmax(-1)[..., :-1] @ q
+    ),
+    "capped, by a mask of its own": lambda q, mask: (scores(q).tanh() + strange(q, mask)).softmax(-1) @ q,
     "with sinks of each token": lambda q, mask: shares(q, mask, q[..., :2]).softmax(-1)[..., :-2] @ q,
     "with biases": lambda q, mask: (scores(q) + biases(q) + mask).softmax(-1) @ q,
     "with biases and sinks": (
         lambda q, mask: torch.cat([scores(q) + biases(q) + mask, q[..., :1]], -1).softmax(-1)[..., :-1] @ q
     ),
     "with biases of positions": lambda q, mask: (scores(q) + distances(q).cos()[None, None] + mask).softmax(-1) @ q,
-    "both": lambda q, mask: torch.cat([scores(q).tanh() + mask, sinks(q)], -1).softmax(-1)[..., : q.shape[2]] @ q,
 }
 NOT = {
     "a mask that is capped": lambda q, mask: (scores(q) + mask).tanh().softmax(-1) @ q,
@@ -94,25 +118,38 @@ def step(call, x, mask):
     return out.detach(), torch.autograd.grad((out * weight).sum(), leaf)[0]
 
 
-FEW = ("capped", "with sinks, from the largest score", "with sinks of each token", "with biases and sinks")
-
-
-@pytest.mark.parametrize("name", [each if each in FEW else slow(each) for each in AS_WRITTEN])
-def test_what_works_token_by_token_packs_around_it(name):
+def compared_with_stock(model, atol):
     torch._dynamo.reset()
-    model = model_of(AS_WRITTEN[name])
     call = torch.compile(model, backend="packc", options=STRICT)
     for rows in (RIGHT, LEFT, BOTH):
         x, mask = torch.randn(B, L, H * D), masks(rows)
-        torch.testing.assert_close(step(call, x, mask), step(model, x, mask), rtol=1e-5, atol=1e-6)
-    report = packc.explain(model)(x, mask)
+        torch.testing.assert_close(step(call, x, mask), step(model, x, mask), rtol=1e-5, atol=atol)
+    return packc.explain(model)(x, mask)
+
+
+@pytest.mark.parametrize(
+    "name", ["capped", "both, over a window", *map(slow, PACKS.keys() - {"capped", "both, over a window"})]
+)
+def test_what_varlen_attention_computes_packs(name):
+    report = compared_with_stock(model_of(PACKS[name]), 1e-5)
+    assert not report.boundaries
+    assert [(each.op, each.packed) for each in report.mixers if each.op == AsWritten.name] == [(AsWritten.name, True)]
+
+
+FEW = ("capped, in fp64", "with sinks of each position", "with sinks of each token", "with biases and sinks")
+
+
+@pytest.mark.parametrize("name", [each if each in FEW else slow(each) for each in AS_WRITTEN])
+def test_what_works_token_by_token_packs_around_what_it_does_not(name):
+    report = compared_with_stock(model_of(AS_WRITTEN[name]), 1e-6)
     looks_up_biases = {"aten.gather.default"} if "biases" in name and "positions" not in name else set()
     assert {each.node for each in report.boundaries} == {AsWritten.name, *looks_up_biases}
 
 
-def test_padding_and_other_rows_never_reach_it():
+@pytest.mark.parametrize("attend", [AS_WRITTEN["with biases and sinks"], PACKS["both"]], ids=["as written", "packed"])
+def test_padding_and_other_rows_never_reach_it(attend):
     torch._dynamo.reset()
-    call = torch.compile(model_of(AS_WRITTEN["both"]), backend="packc", options=STRICT)
+    call = torch.compile(model_of(attend), backend="packc", options=STRICT)
     x, mask = torch.randn(B, L, H * D), masks(RIGHT)
     other = torch.where(mask[..., None].bool(), x, 7.0)
     other[1:] = torch.randn(B - 1, L, H * D)
@@ -133,9 +170,32 @@ def test_what_only_looks_like_it_is_left_alone(name):
     assert backend.reasons
 
 
-def test_several_documents_in_a_row_are_refused():
+def test_several_documents_in_a_row_are_kept_apart_where_it_packs():
     torch._dynamo.reset()
-    call = torch.compile(model_of(AS_WRITTEN["capped"]), backend="packc", options={"packc.inner": "aot_eager"})
+    model = model_of(PACKS["both"])
+    call = torch.compile(model, backend="packc", options=STRICT)
+    x, mask = torch.randn(1, L, H * D), torch.ones(1, L, dtype=torch.int64)
+    mask[0, 7:] = 0
+    with packc.documents(cu_seqlens=torch.tensor([0, 3, 7, L])):
+        out, grad = step(call, x, mask)
+        changed = x.clone()
+        changed[:, :3] = torch.nan
+        of_others, _ = step(call, changed, mask)
+    for first, end in ((0, 3), (3, 7)):
+        alone, of_alone = step(model, x[:, first:end], mask[:, first:end])
+        weight = torch.randn(7, H * D, generator=torch.Generator().manual_seed(2))
+        leaf = x[:, first:end].clone().requires_grad_()
+        of_alone = torch.autograd.grad((model(leaf, mask[:, first:end])[0] * weight[first:end]).sum(), leaf)[0]
+        torch.testing.assert_close(out[first:end], alone)
+        torch.testing.assert_close(grad[:, first:end], of_alone)
+    assert torch.equal(of_others[3:], out[3:])
+    assert of_others[:3].isnan().all()
+
+
+def test_several_documents_in_a_row_are_refused_where_it_does_not():
+    torch._dynamo.reset()
+    model = model_of(AS_WRITTEN["capped, by a mask of its own"])
+    call = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager"})
     x, mask = torch.randn(1, L, H * D), torch.ones(1, L, dtype=torch.int64)
     with pytest.raises(packc.NotPacked, match=AsWritten.name), packc.documents(cu_seqlens=torch.tensor([0, 3, L])):
         call(x, mask)
@@ -155,16 +215,44 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["sinks", slow("capped scores")])
-def test_models_of_transformers_pack_around_it(name):
+@pytest.mark.parametrize("rows", [RIGHT, slow(LEFT)], ids=["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers_pack(name, rows):
     torch._dynamo.reset()
     model = shaken(MODELS[name]()).train()
-    batch = batch_of(RIGHT)
+    batch = batch_of(rows)
     stock = train_step(model, batch)  # whose softmax is fp32's whatever the model is
     packed = train_step(torch.compile(model, backend="packc", options=STRICT), batch)
     assert_same_step(packed, stock, batch["attention_mask"])
     report = packc.explain(model)(**batch, use_cache=False)
-    assert [each.node for each in report.boundaries] == [AsWritten.name] * 2
+    assert not report.boundaries
+    assert [mixer.packed for mixer in report.mixers] == [True] * 2
+
+
+def test_what_is_computed_wider_than_the_result_is_computed_so_packed():
+    """Scores in fp32 of a model in bf16: what is rounded is what stock rounds."""
+    torch._dynamo.reset()
+
+    def attend(q, mask):
+        wide = q.float() if q.dtype == torch.bfloat16 else q
+        return ((wide @ wide.cos().transpose(2, 3)).tanh() + mask).softmax(-1).to(q.dtype) @ q
+
+    def model(x, attention_mask):
+        places = torch.arange(x.shape[1])
+        visible = (places <= places[:, None]) & (attention_mask[:, None, None] != 0)
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        heads = (x * attention_mask[..., None].to(x.dtype)).unflatten(-1, (H, D)).transpose(1, 2)
+        return attend(heads, mask).transpose(1, 2).flatten(2)
+
+    backend = RecordingBackend()
+    call = torch.compile(model, backend=backend)
+    x, mask = torch.randn(B, L, H * D).bfloat16() * 3, masks(RIGHT)
+    real = mask.bool()
+    with torch.no_grad():
+        out, stock, exact = call(x, mask)[real], model(x, mask)[real], model(x.double(), mask)[real]
+    assert backend.op_count(PACKED) == 1
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().max() <= (stock - exact).abs().max()
 
 
 def test_another_models_scale_changes_nothing():
