@@ -60,7 +60,8 @@ def test_bytes_on_the_wire(ranks, exchange):
 
 def test_the_quickest_exchange_depends_on_the_network():
     state = 2**20
-    assert quickest(2, 0, state, near=True) == "all_gather"
+    assert quickest(2, 0, state, near=False) == "all_gather"
+    assert quickest(2, 0, state, near=True) == "neighbour"
     assert quickest(64, 4, state, near=False) == "doubling"
     assert quickest(64, 4, state, near=True) == "neighbour"
     # Matrices for transitions, and a network on which bytes are all that counts.
