@@ -4,7 +4,7 @@ import math
 
 import pytest
 from mixers import MIXERS
-from sharded_work import order_of_graph, traffic_of_graph, traffic_on_wire
+from sharded_work import order_of_graph, order_of_step, traffic_of_graph, traffic_on_wire
 
 from packc.distributed.cost import Network, quickest, traffic
 from packc.ops.mixer import MIXERS as DECLARED
@@ -12,6 +12,7 @@ from packc.ops.shapes import Shape
 
 EXCHANGES = ["all_gather", "ring", "doubling"]
 OTHERS = ["gated_delta_rule", "causal_conv1d"]
+REST = ["linear_attention", "linear_scan", *OTHERS]
 
 
 def bytes_of(name):
@@ -44,6 +45,17 @@ def test_ops_that_take_late_states_run_while_they_travel(ranks, name):
     for order in ranks.run(order_of_graph, 2, name):
         gather, wait = "all_gather_into_tensor", "wait_tensor"
         assert order == [gather, "", wait, "_enter", gather, "_bwd", wait, "_leave"]
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "ssd", *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
+def test_a_rank_that_no_document_enters_does_not_wait_nor_one_that_none_leaves(ranks, name):
+    gather, wait = "all_gather_into_tensor", "wait_tensor"
+    late = MIXERS[name].declaration.summary.late is not None
+    entered = [gather, "", wait, "_enter"] if late else [gather, wait, ""]
+    left = [gather, "_bwd", wait, "_leave"] if late else [gather, wait, "_bwd"]
+    first, last = ranks.run(order_of_step, 2, name)
+    assert first == [gather, "", wait, *left]
+    assert last == [*entered, gather, "_bwd", wait]
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
