@@ -11,7 +11,8 @@ packc in one process:
 - time: CPU time of a step, of two ranks together
 - overlap: seconds of a step of two ranks, a core each, if every collective takes 100 ms longer than gloo's: measured,
   and simulated beforehand from the order that packc gave Inductor's graphs and a step's time without those 100 ms.
-  Needs a machine that does nothing else
+  Needs a machine that does nothing else. And how long ranks stand waiting more than without those 100 ms, as a share
+  of them: what is exposed of communication
 
 ``--inner aot_eager`` leaves code generation out; ``--tokens`` are those of the batch.
 """
@@ -176,7 +177,8 @@ def _seconds(_: int, size: int, name: str, inner: str, tokens: int, rounds: int 
 
 def overlap(options: argparse.Namespace) -> None:
     for name in options.models:
-        (usual, once), (slow, collective), found = run(2, _steps, name, options.tokens, backend="slow")[0]
+        ranks = run(2, _steps, name, options.tokens, backend="slow")
+        (usual, once, _), (slow, collective, _), found = ranks[0]
         graphs = [[Task(*each) for each in graph] for graph in found]
         scale = (usual - once) / sum(total(tasks, "compute") for tasks in graphs)
         graphs = [[_scaled(task, scale, collective) for task in tasks] for tasks in graphs]
@@ -186,6 +188,10 @@ def overlap(options: argparse.Namespace) -> None:
         print(f"overlap {name:8} {options.tokens} tokens, {count} collectives of {collective:.3f} s")
         print(f"  a step by gloo as it is {usual:.2f} s, and {LATENCY * (count + 1):.2f} s if none is hidden")
         print(f"  measured {slow:.2f} s   simulated {predicted:.2f} s ({predicted / slow - 1:+.0%})")
+        waited = sum(with_latency[2] - without[2] for without, with_latency, _ in ranks) / len(ranks)
+        # Nothing can hide that of the comparison, with which a step begins.
+        exposed, inside = waited / LATENCY / (count + 1), (waited / LATENCY - 1) / count
+        print(f"  a rank waits {waited:.2f} s more: {exposed:.0%} exposed, {inside:.0%} of the graphs' own")
 
 
 def _scaled(task: Task, scale: float, collective: float) -> Task:
@@ -193,8 +199,8 @@ def _scaled(task: Task, scale: float, collective: float) -> Task:
 
 
 def _steps(rank: int, size: int, name: str, tokens: int, rounds: int = 5) -> list[Any]:
-    """Seconds of a step, and of the comparison of a batch, which nothing hides, by gloo as it is; the same by a slow
-    link; and the tasks of the graphs, forward and backward, as Inductor runs them."""
+    """Seconds of a step, of the comparison of a batch, which nothing hides, and that a step stood waiting, by gloo as
+    it is; the same by a slow link; and the tasks of the graphs, forward and backward, as Inductor runs them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
     graphs: list[list[Any]] = []
@@ -210,8 +216,15 @@ def _steps(rank: int, size: int, name: str, tokens: int, rounds: int = 5) -> lis
         _, step = stepper(name, "inductor", size)
         given = batch(tokens)
         step(given)
-    for link.latency in (0.0, LATENCY):
-        found.append((_median(lambda: step(given), rounds), _median(_compare, rounds)))
+    waited: dict[float, list[float]] = {0.0: [], LATENCY: []}
+
+    def waiting() -> None:
+        link.waited = 0.0
+        step(given)
+        waited[link.latency].append(link.waited)
+
+    for link.latency in waited:
+        found.append((_median(waiting, rounds), _median(_compare, rounds), median(waited[link.latency])))
     return [*found, graphs]
 
 

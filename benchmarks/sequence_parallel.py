@@ -3,8 +3,9 @@
 - bytes: received per rank and layer, counted by Linux on the sockets of gloo processes, beside the formulas, and beside
   those of Ring Attention, DeepSpeed-Ulysses and Megatron-SP for activations of the same width
 - time: an op with a plan of one rank against the plain op, in interleaved pairs; CPU time of two ranks together, where
-  a document spans both and where none does, against one process, and against two that know nothing of each other and
-  have a half each, step by step beside them. A thread each, and a core each if there are two
+  a document spans both (by the exchange that "auto" takes, and by "all_gather") and where none does, against one
+  process, and against two that know nothing of each other and have a half each, step by step beside them. A thread
+  each, and a core each if there are two. "long": of four times as many tokens
 - overlap: how much longer a step takes, one document on two ranks, if each of its two collectives takes 100 ms longer
 - memory: bytes of tensors alive at most during a step, of a rank of four as a part of one process's
 - simulate: time and memory of a 1B model of linear attention to 4096K tokens on 128 ranks, by a model of the network.
@@ -78,7 +79,14 @@ SIZES = {  # bytes of a transition, of a state
 
 
 def main() -> None:
-    parts = {"bytes": count_bytes, "time": measure, "overlap": overlap, "memory": memory, "simulate": simulate}
+    parts: dict[str, Callable[[], None]] = {
+        "bytes": count_bytes,
+        "time": measure,
+        "long": functools.partial(measure, 32768),
+        "overlap": overlap,
+        "memory": memory,
+        "simulate": simulate,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)} (default: all)")
     wanted = parser.parse_args().parts or list(parts)
@@ -130,12 +138,13 @@ def measure(tokens: int = 8192) -> None:
     alone = run(1, _time_alone, tokens)[0]
     together = run(2, _time_together, tokens)
     for name, (plain, planned, cpu) in alone.items():
-        across, apart, halves = (sum(of_rank[name][n][0] for of_rank in together) for n in range(3))
-        main = [sum(of_rank[name][n][1] for of_rank in together) for n in range(3)]
+        across, gathered, apart, halves = (sum(of_rank[name][n][0] for of_rank in together) for n in range(4))
+        main = [sum(of_rank[name][n][1] for of_rank in together) for n in range(4)]
         print(
             f"  {name:17} plain {1e3 * plain:6.1f} ms   W = 1 {planned / plain:5.2f}x   CPU time of two ranks: "
-            f"{across / cpu:5.2f}x across, {apart / cpu:5.2f}x apart; of two halves {halves / cpu:5.2f}x; "
-            f"gloo's threads aside, {main[0] / main[2]:5.2f}x and {main[1] / main[2]:5.2f}x of two halves"
+            f"{across / cpu:5.2f}x across, {gathered / cpu:5.2f}x by all_gather, {apart / cpu:5.2f}x apart; "
+            f"of two halves {halves / cpu:5.2f}x; gloo's threads aside, "
+            f"{', '.join(f'{each / main[3]:5.2f}x' for each in main[:3])} of two halves"
         )
 
 
@@ -161,11 +170,12 @@ def _time_alone(rank: int, size: int, tokens: int) -> dict[str, tuple[float, flo
 
 
 def _time_together(rank: int, size: int, tokens: int) -> dict[str, list[tuple[float, float]]]:
-    """CPU seconds of this rank, and of its main thread: with a document on both ranks, with one on each, and of the
-    plain op on its half."""
+    """CPU seconds of this rank, and of its main thread: with a document on both ranks, by two exchanges, with one on
+    each, and of the plain op on its half."""
     _pin(rank)
-    streams = [0, tokens], [0, tokens // 2, tokens]
-    plans = [packc.distributed.plan(stream, dist.group.WORLD, exchange="all_gather") for stream in streams]
+    across, apart = [0, tokens], [0, tokens // 2, tokens]
+    streams = (across, "auto"), (across, "all_gather"), (apart, "auto")
+    plans = [packc.distributed.plan(stream, dist.group.WORLD, exchange=exchange) for stream, exchange in streams]
     ways: list[dict[str, Any]] = [
         *({"plan": plan} for plan in plans),
         {"cu_seqlens": torch.tensor([0, tokens // size])},

@@ -40,7 +40,7 @@ def refuse_derivatives() -> None:
 @functools.cache
 def _refuse_derivatives_of(name: str) -> None:
     op = getattr(torch.ops.packc_cpu, name).default
-    function = re.sub("_(bwd|summary|adjoint)$", "", name)
+    function = re.sub("_(bwd|summary|adjoint|enter|leave)$", "", name)
     public = _PUBLIC.get(function, f"packc.ops.{function}")
 
     def without_derivative(*args: Any) -> Any:

@@ -48,12 +48,8 @@ def in_states_dtype(mixer: Mixer, arguments: Iterable[str]) -> Callable[[Sequenc
 
 def _load(folder: str, choice: str) -> Any:
     if choice == "cpu":
-        ops = {
-            "forward": folder,
-            "backward": f"{folder}_bwd",
-            "summary": f"{folder}_summary",
-            "adjoint": f"{folder}_adjoint",
-        }
+        others = ("summary", "adjoint", "enter", "leave")
+        ops = {"forward": folder, "backward": f"{folder}_bwd", **{what: f"{folder}_{what}" for what in others}}
         cpu = torch.ops.packc_cpu
         return SimpleNamespace(**{what: getattr(cpu, op).default for what, op in ops.items() if hasattr(cpu, op)})
     return importlib.import_module(f"packc.ops.{folder}.{'triton_op' if choice == 'triton' else choice}")

@@ -36,7 +36,8 @@ def register(mixer: Mixer, late: Late) -> None:
         late.enter(implementation(dtype, args[0]), args[:entered], *in_enter(args, dtype)[entered:])
 
     def leave(*args: Any) -> None:
-        late.leave(args[:left], *in_leave(args, args[left].dtype)[left:])
+        dtype = args[left].dtype
+        late.leave(implementation(dtype, args[0]), args[:left], *in_leave(args, dtype)[left:])
 
     _define(mixer, "enter", mixer.enter_arguments, {"out": mixer.shape_of_out}, enter, late.flops)
     changes = {f"d{name}": mixer.shape_of[name] for name in late.leave_changes}

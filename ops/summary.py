@@ -55,9 +55,9 @@ class Late:
     leave_changes: tuple[str, ...]
     """Arguments of which ``leave`` changes the gradients."""
     leave: Callable[..., None]
-    """``(gradients, leaving, before, *arguments, begin)``: adds to ``gradients``, in the order of ``leave_changes``,
-    what a gradient ``leaving (1, *state)`` of the state that leaves is to the tokens ``begin ..``. ``before``: the
-    state in front of them."""
+    """``(kernels, gradients, leaving, before, *arguments, begin)``: adds to ``gradients``, in the order of
+    ``leave_changes``, what a gradient ``leaving (1, *state)`` of the state that leaves is to the tokens ``begin ..``.
+    ``before``: the state in front of them."""
     flops: Callable[..., int]
     """Of ``enter``, of the sizes and options by name; as if all tokens were the segment's."""
     leave_flops: Callable[..., int]

@@ -225,7 +225,9 @@ def graph_of(group: Any, name: str, exchange: str, tokens: int) -> torch.fx.Grap
     plan = packc.distributed.plan([0, tokens], group, exchange=exchange)
 
     def step(plan_tensors, *leaves):
-        local = dataclasses.replace(plan, **dict(zip(ROUTING, plan_tensors, strict=True)))
+        # As compiled, of all ranks alike.
+        routing = dict(zip(ROUTING, plan_tensors, strict=True))
+        local = dataclasses.replace(plan, **routing, enters=True, leaves=True)
         out = mixer.function(**dict(zip(names, leaves, strict=True)), **mixer.options, plan=local)
         marked = out * 2  # where the forward ends
         return torch.autograd.grad(marked, leaves, torch.ones_like(marked))
@@ -240,12 +242,36 @@ def graph_of(group: Any, name: str, exchange: str, tokens: int) -> torch.fx.Grap
 
 def order_of_graph(group: Any, name: str) -> list[str]:
     """The local ops and the ends of the exchange, as they come."""
+    nodes = graph_of(group, name, "all_gather", 64).nodes
+    return _order(name, [node.target for node in nodes if node.op == "call_function"])
+
+
+def order_of_step(group: Any, name: str) -> list[str]:
+    """The same of an eager step, of one document on all ranks."""
+    mixer, cut = MIXERS[name], Cut([0, 8], [0, 4, 8])
+    inputs, _ = inputs_of(mixer, cut, torch.float32)
+    plan = packc.distributed.plan(cut.cu_seqlens, group, cut.cuts, exchange="all_gather")
+    with _Noting() as noted:
+        gradients(mixer.function, mixer, inputs, None, cut.shard(group.rank()), False, plan=plan)
+    return _order(name, noted.ops)
+
+
+def _order(name: str, ops: list[Any]) -> list[str]:
     declared = MIXERS[name].declaration.name
     wanted = {f"packc::{declared}{suffix}" for suffix in ("", "_bwd", "_enter", "_leave")}
     wanted |= {f"_c10d_functional::{each}" for each in ("all_gather_into_tensor", "wait_tensor")}
-    ops = [node.target for node in graph_of(group, name, "all_gather", 64).nodes if node.op == "call_function"]
     names = [op.name() for op in ops if isinstance(op, torch._ops.OpOverload)]
     return [each.split("::")[1].removeprefix(declared) for each in names if each in wanted]
+
+
+class _Noting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
 
 
 def traffic_of_graph(group: Any, name: str, exchange: str, tokens: int) -> tuple[int, int, int, int]:

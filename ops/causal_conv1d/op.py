@@ -146,7 +146,7 @@ def _first_tokens(entering: Tensor, end: Tensor, count: int) -> tuple[Tensor, Te
     return offsets, torch.cat([entering, torch.zeros_like(entering)])
 
 
-def _leave(gradients: tuple[Tensor, ...], leaving: Tensor, _: Tensor, begin: Tensor) -> None:
+def _leave(_: Any, gradients: tuple[Tensor, ...], leaving: Tensor, __: Tensor, begin: Tensor) -> None:
     (dx,), size = gradients, leaving.shape[-1]
     if summary.on_host(begin):
         held = min(dx.shape[1] - int(begin), size)

@@ -14,15 +14,16 @@ lies behind, ``rest[t] = exp(g[t+1] + ... + g[T-1])``, and the state ``before`` 
 
 Logarithms are summed from the end that counts, so that no two large ones are subtracted. States are ``(1, H, K, V)``
 here, keys and queries those of groups of heads. Where places are on the host, no other token is looked at; elsewhere
-all are, and count as zeros.
+all are, and count as zeros. ``csrc/linear_attention_late.cpp`` does the same in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packc.ops import summary
@@ -42,17 +43,20 @@ class Made(NamedTuple):
 
 
 def enter(
+    kernels: Any,
     made: Made,
     entering: Tensor,
     q: Tensor,
     g: Tensor | None,
     scale: float,
-    gate: Callable[[Tensor], Tensor] | None,
     z: Tensor | None,
     end: Tensor,
     document: Tensor,
 ) -> None:
-    """``g (1, L, H)``; ``gate`` of ``z (1, L, H, V)`` is a factor of the output."""
+    """``g (1, L, H)``; SiLU of ``z (1, L, H, V)`` is a factor of the output."""
+    if summary.on_host(end) and hasattr(kernels, "enter"):
+        kernels.enter(made.out, made.final_state, made.chunk_states, entering, q, g, scale, z, end, document)
+        return
     state, V = entering[0].contiguous(), entering.shape[3]
     last = int(end) if summary.on_host(end) else None
     chunk_states = made.chunk_states.view(chunk_states_shape(q, made.out))[0, ..., :V]
@@ -64,11 +68,11 @@ def enter(
         if last is not None and not decay.any():
             return  # nothing of the state is left
         out, queries = made.out[0, part], _read(q, part, state, inside)
-        if gate is None or z is None:
+        if z is None:
             _add_products(out, queries, scale * decay, state)
         else:
             added = _products(queries, state) * (scale * decay)[..., None]
-            out.addcmul_(added, gate(_read(z, part, state, inside)))
+            out.addcmul_(added, F.silu(_read(z, part, state, inside)))
         # Of the chunks that begin in the document, behind a token of this block.
         begun = torch.arange(part.start, part.stop, device=end.device)[CHUNK - 1 :: CHUNK] + 1
         passing = torch.where((begun < end)[:, None], decay[CHUNK - 1 :: CHUNK], 0)
@@ -89,6 +93,7 @@ class Gradients(NamedTuple):
 
 
 def leave(
+    kernels: Any,
     grads: Gradients,
     leaving: Tensor,
     before: Tensor,
@@ -99,8 +104,14 @@ def leave(
     begin: Tensor,
 ) -> None:
     """``g`` and ``step`` are ``(1, L, H)``."""
-    dstate, L = leaving[0].contiguous(), v.shape[1]
     on_host = summary.on_host(begin)
+    if on_host and hasattr(kernels, "leave"):
+        of_g, of_step = kernels.leave(grads.k, grads.v, leaving, before, k, v, g, step, begin)
+        for grad, added in ((grads.g, of_g), (grads.step, of_step)):
+            if grad is not None:
+                grad[:, grad.shape[1] - added.shape[1] :] += added
+        return
+    dstate, L = leaving[0].contiguous(), v.shape[1]
     first = int(begin) if on_host else 0
     behind = dstate.new_zeros(dstate.shape[0])
     products = dstate.new_zeros(L - first, dstate.shape[0])

@@ -58,7 +58,7 @@ def _adjoint(kernels: Any, dout: Tensor, q: Tensor, g: Tensor | None, scale: flo
 
 
 def _enter(
-    _: Any,
+    kernels: Any,
     results: tuple[Tensor, ...],
     entering: Tensor,
     q: Tensor,
@@ -68,10 +68,11 @@ def _enter(
     document: Tensor,
 ) -> None:
     made = late_states.Made(*results)
-    late_states.enter(made, entering, q, _per_token(g, made.out), scale, None, None, end, document)
+    late_states.enter(kernels, made, entering, q, _per_token(g, made.out), scale, None, end, document)
 
 
 def _leave(
+    kernels: Any,
     gradients: tuple[Tensor, ...],
     leaving: Tensor,
     before: Tensor,
@@ -82,7 +83,7 @@ def _leave(
 ) -> None:
     dk, dv, dg = gradients
     grads = late_states.Gradients(dk, dv, None if g is None else dg, None)
-    late_states.leave(grads, leaving, before, k, v, _per_token(g, v), None, begin)
+    late_states.leave(kernels, grads, leaving, before, k, v, _per_token(g, v), None, begin)
 
 
 def _per_token(g: Tensor | None, v: Tensor) -> Tensor | None:

@@ -101,7 +101,7 @@ def _adjoint(kernels: Any, dout: Tensor, dt: Tensor, A: Tensor, C: Tensor, z: Te
 
 
 def _enter(
-    _: Any,
+    kernels: Any,
     results: tuple[Tensor, ...],
     entering: Tensor,
     dt: Tensor,
@@ -115,10 +115,11 @@ def _enter(
     made = late_states.Made(out, final_state.mT, chunk_states)
     if summary.on_host(end):
         dt = dt[:, : int(end)]
-    late_states.enter(made, entering.mT, C, dt * A, 1.0, _silu, z, end, document)
+    late_states.enter(kernels, made, entering.mT, C, dt * A, 1.0, z, end, document)
 
 
 def _leave(
+    kernels: Any,
     gradients: tuple[Tensor, ...],
     leaving: Tensor,
     before: Tensor,
@@ -130,7 +131,8 @@ def _leave(
 ) -> None:
     dx, ddt, dA, dB = gradients
     dg, dstep = torch.zeros_like(dt), torch.zeros_like(dt)
-    late_states.leave(late_states.Gradients(dB, dx, dg, dstep), leaving.mT, before.mT, B, x, dt * A, dt, begin)
+    grads = late_states.Gradients(dB, dx, dg, dstep)
+    late_states.leave(kernels, grads, leaving.mT, before.mT, B, x, dt * A, dt, begin)
     ddt += dg * A + dstep
     dA += (dg * dt).sum((0, 1))
 

@@ -60,5 +60,6 @@ def quickest(size: int, transition: int, state: int, near: bool, network: Networ
         chained = (size - 2) * sum(found[:2]) / network.bandwidth if exchange == "ring" else 0
         return found.seconds(network) + chained
 
-    exchanges = ("all_gather", "doubling", "ring") + (("neighbour",) if near else ())
+    # Of two ranks, some are alike: then the first, which is the one with the least to compute.
+    exchanges = (("neighbour",) if near else ()) + ("all_gather", "doubling", "ring")
     return min(exchanges, key=seconds)

@@ -7,7 +7,8 @@ the shard of what they give for the whole stream. (LASP, https://arxiv.org/abs/2
 that is affine in its state, and for documents.)
 
 Where the mixer says what a state that comes late adds (``packc.ops.summary.Late``), neither op waits: they run while
-the first collective is on its way, and ``_enter`` and ``_leave`` do the rest.
+the first collective is on its way, and ``_enter`` and ``_leave`` do the rest. Nor does any op wait on a rank that no
+document enters, or backward that none leaves, where the host knows it.
 
 The op is one node to passes; autograd, and AOTAutograd with it, sees what it is made of: local ops, and collectives in
 both directions.
@@ -36,6 +37,8 @@ _library = torch.library.Library("packc", "FRAGMENT")
 
 _ROUTING = {"cu_seqlens": "Tensor", "places": "Tensor", "documents": "Tensor", "ranks": "Tensor"}
 _EXCHANGE = {"size": "SymInt", "group": "str", "exchange": "str", "near": "bool"}
+# Whether a document comes from the left, and goes on to the right. True where nobody knows: in a graph for all ranks.
+_PASSES = {"enters": "bool", "leaves": "bool"}
 
 
 def declare_all() -> None:
@@ -48,7 +51,7 @@ def declare_all() -> None:
 def _declare(mixer: Mixer) -> None:
     tensors = {name: mixer.arguments[name] for name in mixer.tensor_names}
     states = {"initial_state": "Tensor?", "output_final_state": "bool"}
-    arguments = {**tensors, **mixer.options, **_ROUTING, **states, **_EXCHANGE}
+    arguments = {**tensors, **mixer.options, **_ROUTING, **states, **_EXCHANGE, **_PASSES}
     takes = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
     _library.define(f"{mixer.name}_sharded({takes}) -> (Tensor out, Tensor final_state)", tags=mixer.tags)
     names = list(arguments)
@@ -70,9 +73,9 @@ class _Sharded(torch.autograd.Function):
         call = _Call(mixer, dict(zip(names, args, strict=True)))
         given, initial = call.given, call.given["initial_state"]
         transition, state = call.op("_summary")(*call.taken(call.summary.takes), call.place(Place.BEGIN))
-        late = call.summary.late
+        late, enters = call.summary.late, given["enters"]
         local = functools.cache(lambda: call.forward(call.elsewhere()))
-        line = call.line(to_right=True, meanwhile=local if late is not None else _nothing)
+        line = call.line(to_right=True, meanwhile=local if late is not None or not enters else _nothing)
         if initial is not None:
             of_last = initial.index_select(0, call.place(Place.LEAVES)).to(state.dtype)
             begun = line.through(transition, of_last) + state
@@ -82,10 +85,11 @@ class _Sharded(torch.autograd.Function):
             of_transition, of_state = (x.numel() * x.element_size() for x in (transition, state))
             exchange = cost.quickest(given["size"], of_transition, of_state, given["near"])
         found = line.send(exchange, transition, state)
-        if late is None:
+        if late is None and enters:
             out, final, *kept = call.forward(call.before(found.entering))
         else:
             out, final, *kept = results = local()
+        if late is not None and enters:
             taken = call.taken(late.enter_takes)
             call.op("_enter")(*results, found.entering, *taken, call.place(Place.END), call.place(Place.ENTERS))
         if given["output_final_state"]:
@@ -117,20 +121,24 @@ class _Sharded(torch.autograd.Function):
             dout = given[mixer.like].new_zeros(mixer.out_shape(sizes))
         if dfinal is not None:
             dfinal = torch.where(call.row(Document.ENDS, dfinal), dfinal, 0)
-        entering, late = given["entering"], summary.late
+        entering, late, leaves = given["entering"], summary.late, given["leaves"]
         before = call.before(entering)
         local = functools.cache(lambda: call.gradients(dout, dfinal, before))
-        if dfinal is None:
+        if not given["enters"]:
+            dentering = torch.zeros_like(entering)
+        elif dfinal is None:
             state = {"initial_state": entering}
             takes = [*call.wide([dout]), *call.taken(summary.adjoint_takes, state)]
             dentering = call.op("_adjoint")(*takes, call.place(Place.END))
         else:
             # Gradients of final states, too, go through the first segment, of which there is no transition.
             dentering = local()["initial_state"].index_select(0, call.place(Place.ENTERS))
-        line = call.line(to_right=False, meanwhile=local if late is not None else _nothing)
+        line = call.line(to_right=False, meanwhile=local if late is not None or not leaves else _nothing)
         sent = line.send(ctx.exchange, given["transition"], dentering.to(entering.dtype), given["transitions"])
         leaving = sent.entering
-        if late is not None:
+        if not leaves:
+            found = local()
+        elif late is not None:
             found = local()
             changed = [found[name] for name in late.leave_changes]
             last = before.index_select(0, call.place(Place.LEAVES))
@@ -140,8 +148,8 @@ class _Sharded(torch.autograd.Function):
                 dinitial = found["initial_state"]
                 found["initial_state"] = torch.where(call.row(Document.LEAVES, dinitial), dinitial + of_begun, dinitial)
         else:
-            leaves = call.row(Document.LEAVES, leaving)
-            found = call.gradients(dout, torch.where(leaves, leaving, 0 if dfinal is None else dfinal), before)
+            of_last = call.row(Document.LEAVES, leaving)
+            found = call.gradients(dout, torch.where(of_last, leaving, 0 if dfinal is None else dfinal), before)
         if initial is not None:
             dinitial = found["initial_state"].to(initial.dtype)
             found["initial_state"] = torch.where(call.row(Document.ENTERS, dinitial), 0, dinitial)

@@ -100,6 +100,10 @@ class Plan:
     """The offsets of the documents in the stream."""
     cuts: tuple[int, ...]
     rank: int
+    enters: bool
+    """Whether a document comes from the left that has tokens here, as the host knows. Compiled calls do not ask."""
+    leaves: bool
+    """Whether one goes on to the right."""
     reaches: dict[bool, Reach] = field(default_factory=dict)
     """For attention that is causal, or not: made when first wanted."""
 
@@ -177,6 +181,7 @@ class Plan:
             return op(*arguments, self.cu_seqlens, initial_state, output_final_state)[:2]
         if mixer.summary is None:
             raise NotImplementedError(f"{mixer.name} takes no plan: its declaration has no summary of a segment")
+        compiled = torch.compiler.is_compiling()
         return getattr(torch.ops.packc, f"{mixer.name}_sharded").default(
             *arguments,
             self.cu_seqlens,
@@ -189,6 +194,8 @@ class Plan:
             self.group,
             self.exchange,
             self.near,
+            compiled or self.enters,
+            compiled or self.leaves,
         )
 
     def _stays(self) -> bool:
@@ -334,6 +341,8 @@ def _plan(
         stream=stream,
         cuts=cuts,
         rank=rank,
+        enters=mine.enters is not None,
+        leaves=mine.leaves is not None,
     )
     if "torch._dynamo" in sys.modules:  # which is slow to import
         # Sizes that never vary: a compiler that takes them for symbols may find them equal to others, by chance.

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from mixers import MIXERS
-from sharded_work import order_of_graph, traffic_of_graph, traffic_on_wire
+from sharded_work import order_of_graph, order_of_step, traffic_of_graph, traffic_on_wire
 
 from packc.distributed.cost import Network, quickest, traffic
 from packc.ops.mixer import MIXERS as DECLARED
@@ -12,6 +12,7 @@ from packc.ops.shapes import Shape
 
 EXCHANGES = ["all_gather", "ring", "doubling"]
 OTHERS = ["gated_delta_rule", "causal_conv1d"]
+REST = ["linear_attention", "linear_scan", *OTHERS]
 
 
 def bytes_of(name):
@@ -46,6 +47,17 @@ def test_ops_that_take_late_states_run_while_they_travel(ranks, name):
         assert order == [gather, "", wait, "_enter", gather, "_bwd", wait, "_leave"]
 
 
+@pytest.mark.parametrize("name", ["selective_scan", "ssd", *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
+def test_a_rank_that_no_document_enters_does_not_wait_nor_one_that_none_leaves(ranks, name):
+    gather, wait = "all_gather_into_tensor", "wait_tensor"
+    late = MIXERS[name].declaration.summary.late is not None
+    entered = [gather, "", wait, "_enter"] if late else [gather, wait, ""]
+    left = [gather, "_bwd", wait, "_leave"] if late else [gather, wait, "_bwd"]
+    first, last = ranks.run(order_of_step, 2, name)
+    assert first == [gather, "", wait, *left]
+    assert last == [*entered, gather, "_bwd", wait]
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bytes_on_the_wire(ranks, exchange):
     heads, size = 2, 64
@@ -60,7 +72,8 @@ def test_bytes_on_the_wire(ranks, exchange):
 
 def test_the_quickest_exchange_depends_on_the_network():
     state = 2**20
-    assert quickest(2, 0, state, near=True) == "all_gather"
+    assert quickest(2, 0, state, near=False) == "all_gather"
+    assert quickest(2, 0, state, near=True) == "neighbour"
     assert quickest(64, 4, state, near=False) == "doubling"
     assert quickest(64, 4, state, near=True) == "neighbour"
     # Matrices for transitions, and a network on which bytes are all that counts.
