@@ -17,6 +17,7 @@ from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_someth
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, keeps_weights, refuse_pieces
 from packc.distributed.context import of_block, only_in_this_block
+from packc.garbage import sparing_old_objects
 from packc.inner_backend import compiled_when_called, inner_backend
 from packc.lazy_logits import with_lazy_logits
 from packc.options import SequenceOptions, split_options, take_sequence
@@ -82,7 +83,7 @@ def backend(
     if sequence.group is not None:
         own["strict"] = True  # ranks must not differ in what they do
         how["sequence"] = over_several_ranks(sequence)
-    with config.patch(own):
+    with config.patch(own), sparing_old_objects():
         call, _ = compile_graph(gm, example_inputs, **how)
     return call if of_model else only_in_this_block(call)
 
