@@ -36,10 +36,9 @@ from packc.passes import (
     has_rows,
     index_fakes,
     is_step,
-    knows_documents,
-    mixers_of,
     split_head,
     split_products,
+    told_of_documents,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -246,7 +245,7 @@ class _Compiling:
     def _left(
         self, reason: str, boundaries: Sequence[Boundary] = (), for_documents: Graph | str | None = None
     ) -> tuple[Callable[..., Any], GraphReport]:
-        told = [knows_documents(node) for node in mixers_of(self.gm)]
+        told = told_of_documents(self.gm)
         call = UnpackedCall(
             self.compile(without_marks(self.gm), self.inputs),
             self._packed_call(for_documents, lambda gm, _: self.compile_when_called(gm))

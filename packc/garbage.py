@@ -13,9 +13,9 @@ def sparing_old_objects() -> Iterator[None]:
 
     What is young is collected as ever. Since Python 3.14, which has no such generation, nothing is changed.
     """
-    *young, oldest = gc.get_threshold()
-    gc.set_threshold(*young, _NEVER)
+    youngest, young, old = gc.get_threshold()
+    gc.set_threshold(youngest, young, _NEVER)
     try:
         yield
     finally:
-        gc.set_threshold(*young, oldest)
+        gc.set_threshold(youngest, young, old)
