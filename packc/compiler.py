@@ -17,6 +17,7 @@ from packc.boundaries import POSITIONS, boundary_inputs, handed_over, say_someth
 from packc.compilation import ends_in_a_graph_break
 from packc.ddp import in_buckets, keeps_weights, refuse_pieces
 from packc.distributed.context import of_block, only_in_this_block
+from packc.garbage import sparing_old_objects
 from packc.inner_backend import compiled_when_called, inner_backend
 from packc.lazy_logits import with_lazy_logits
 from packc.options import SequenceOptions, split_options, take_sequence
@@ -35,10 +36,9 @@ from packc.passes import (
     has_rows,
     index_fakes,
     is_step,
-    knows_documents,
-    mixers_of,
     split_head,
     split_products,
+    told_of_documents,
     without_marks,
 )
 from packc.pipeline import UnknownPass, packed_graph
@@ -82,7 +82,7 @@ def backend(
     if sequence.group is not None:
         own["strict"] = True  # ranks must not differ in what they do
         how["sequence"] = over_several_ranks(sequence)
-    with config.patch(own):
+    with config.patch(own), sparing_old_objects():
         call, _ = compile_graph(gm, example_inputs, **how)
     return call if of_model else only_in_this_block(call)
 
@@ -245,7 +245,7 @@ class _Compiling:
     def _left(
         self, reason: str, boundaries: Sequence[Boundary] = (), for_documents: Graph | str | None = None
     ) -> tuple[Callable[..., Any], GraphReport]:
-        told = [knows_documents(node) for node in mixers_of(self.gm)]
+        told = told_of_documents(self.gm)
         call = UnpackedCall(
             self.compile(without_marks(self.gm), self.inputs),
             self._packed_call(for_documents, lambda gm, _: self.compile_when_called(gm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from packc.distributed.plans import Plan, Rank, check_that_all_agree, plan
 from packc.fake_tensors import has_values
 from packc.packed_call import NotPacked, PackedCall, keeps_padding
 from packc.passes import Graph, ReachInputs, ShardedInputs
+from packc.passes.unknown_sizes import unknown_size
 from packc.passes.work import Work
 
 
@@ -174,12 +176,7 @@ def routing_fakes(packed: Graph) -> list[Tensor]:
     if shape_env is None:
         shape_env = mode.shape_env = ShapeEnv()
 
-    def size(least: int) -> torch.SymInt:
-        with shape_env.ignore_fresh_unbacked_symbols():
-            new = shape_env.create_unbacked_symint()
-        torch._check(new >= least)
-        return new
-
+    size = functools.partial(unknown_size, shape_env)
     mine, tokens, longest, documents = size(2), size(2), size(2), size(1)
     torch._check(longest >= mine)
     wide = {"dtype": torch.int64, "device": mask.device}

@@ -33,8 +33,8 @@ from packc.passes.unpacked import (
     goes_on_from_a_cache,
     has_rows,
     is_step,
-    knows_documents,
     mixers_of,
+    told_of_documents,
 )
 from packc.passes.widen_losses import widen_losses
 from packc.passes.write import write
@@ -72,7 +72,6 @@ __all__ = [
     "has_rows",
     "index_fakes",
     "is_step",
-    "knows_documents",
     "layout",
     "mixers_of",
     "module_path",
@@ -83,6 +82,7 @@ __all__ = [
     "split_head",
     "split_products",
     "token_major",
+    "told_of_documents",
     "widen_losses",
     "with_inputs_of_its_own",
     "without_marks",

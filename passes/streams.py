@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from packc.fake_tensors import detect_fake_mode, enable_python_dispatcher
 from packc.passes.graph import Graph
+from packc.passes.unknown_sizes import unknown_size
 
 
 def index_fakes(packed: Graph) -> tuple[Tensor, Tensor]:
@@ -26,11 +27,8 @@ def index_fakes(packed: Graph) -> tuple[Tensor, Tensor]:
     shape_env = mode.shape_env
     if shape_env is None:
         shape_env = mode.shape_env = ShapeEnv()
-    with shape_env.ignore_fresh_unbacked_symbols():
-        tokens, offsets = (shape_env.create_unbacked_symint() for _ in range(2))
     # From two on: at one token `contiguous` means something else, so the compiler would have to ask.
-    torch._check(tokens >= 2)
-    torch._check(offsets >= 2)
+    tokens, offsets = (unknown_size(shape_env, 2) for _ in range(2))
     if wanted.one_document is not None and wanted.one_document_of_positions is not None:
         offsets = mask.shape[0] + 1
     with mode:

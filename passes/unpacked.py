@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx
 
@@ -42,23 +44,26 @@ def boundaries_of(graph: Graph) -> list[Boundary]:
     return found
 
 
-def is_mixer(node: fx.Node) -> bool:
-    """Whether a node is an op of packc's that looks along the sequence."""
+def is_mixer(node: fx.Node, *, on_shards: bool = False) -> bool:
+    """Whether a node is an op of packc's that looks along the sequence; ``on_shards``: or its form for a plan."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     namespace, name = node.target._schema.name.split("::")
-    return namespace == "packc" and name in MIXERS
+    return namespace == "packc" and (name.removesuffix("_sharded") if on_shards else name) in MIXERS
 
 
 def mixers_of(gm: fx.GraphModule) -> list[fx.Node]:
     """Those of a Dynamo graph, in checkpointed parts of it too."""
-    parts = [each for each in gm.modules() if isinstance(each, fx.GraphModule)]
-    return [node for part in parts for node in part.graph.nodes if is_mixer(node)]
+    return [node for node in _nodes(gm) if is_mixer(node)]
 
 
-def knows_documents(node: fx.Node) -> bool:
-    """Whether a mixer in Dynamo's graph is told by the model where documents begin."""
-    return argument(node, "cu_seqlens") is not None
+def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    return (node for each in gm.modules() if isinstance(each, fx.GraphModule) for node in each.graph.nodes)
+
+
+def told_of_documents(gm: fx.GraphModule) -> list[bool]:
+    """Of each mixer in Dynamo's graph, on shards too, whether the model tells it where documents begin."""
+    return [argument(node, "cu_seqlens") is not None for node in _nodes(gm) if is_mixer(node, on_shards=True)]
 
 
 def has_rows(gm: fx.GraphModule) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -138,6 +139,25 @@ def graphs(group: Any, name: str, exchange: str, cuts: list[Cut]) -> tuple[list[
         for what, error in errors(group, mixer, cut, mine, want).items():
             worst[what] = max(worst.get(what, 0), error)
     return texts, worst
+
+
+def said_of(group: Any, beside: bool) -> list[str]:
+    """What is said where a function is compiled that calls a mixer by a plan, and ``beside`` it one that knows none."""
+
+    def function(x, weight, plan):
+        out = packc.ops.causal_conv1d(x, weight, plan=plan)
+        return packc.ops.causal_conv1d(out, weight) if beside else out
+
+    torch._dynamo.reset()
+    plan = packc.distributed.plan([0, 5, 12, 16], group, [0, 8, 16])
+    compiled = torch.compile(function, backend="packc", options={"packc.inner": "eager"})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            compiled(torch.ones(1, 8, 2), torch.ones(2, 3), plan)
+        except packc.NotPacked as refusal:
+            return [str(refusal)]
+    return [str(each.message) for each in said if "packc" in str(each.message)]
 
 
 class _Collectives(TorchDispatchMode):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mixers import MIXERS
-from sharded_work import Cut, graphs, opcheck, worst_errors
+from sharded_work import Cut, graphs, opcheck, said_of, worst_errors
 
 # No two sizes of the first are equal, which a compiler would take for more than chance, and no shard has less than 16
 # tokens, for which linear_scan has a graph of its own, plan or not.
@@ -27,6 +27,13 @@ def test_one_graph_serves_all_ranks_and_cuts(ranks, name, exchange):
     texts = [texts for texts, _ in found]
     assert len(texts[0]) == 2
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_plan_tells_its_mixers_of_documents_and_no_other(ranks):
+    for said in ranks.run(said_of, 2, False):
+        assert not said
+    for (refusal,) in ranks.run(said_of, 2, True):
+        assert refusal.startswith("packc cannot keep the documents that cu_seqlens")
 
 
 @pytest.mark.slow
