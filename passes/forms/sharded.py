@@ -95,6 +95,7 @@ class Sharded(Packed):
             raise NotPackable(f"{name} takes or returns states of documents, of which ranks have parts")
         told = {"cu_seqlens": self.cu_seqlens, "exchange": "all_gather", "near": False, **self.group._asdict()}
         told |= {each: getattr(self.inputs, each) for each in ("places", "documents", "ranks")}
+        told |= {"enters": True, "leaves": True}  # as far as a graph for all ranks knows
         if "causal" in given:
             told |= self.reaches[given["causal"]]._asdict()
         wanted = [argument.name for argument in target._schema.arguments]
