@@ -14,7 +14,8 @@ packc in one process:
   Needs a machine that does nothing else. And how long ranks stand waiting more than without those 100 ms, as a share
   of them: what is exposed of communication
 
-``--inner aot_eager`` leaves code generation out; ``--tokens`` are those of the batch.
+``--inner aot_eager`` leaves code generation out; ``--tokens`` are those of the batch, ``--width`` and ``--layers`` the
+model's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
@@ -47,8 +48,13 @@ from packc.passes.overlap.tasks import total
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from wire import received_bytes
 
-HIDDEN, LAYERS = 128, 4
 MODELS = ("mamba2", "bamba")
+
+
+class Model(NamedTuple):
+    name: str
+    width: int
+    layers: int
 
 
 def main() -> None:
@@ -57,8 +63,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=", ".join(parts))
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=list(FAMILIES))
     options = parser.parse_args()
+    options.models = [Model(name, options.width, options.layers) for name in options.models]
     for part in options.parts or parts:
         parts[part](options)
 
@@ -71,10 +80,10 @@ def batch(tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def stepper(name: str, inner: str, size: int) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
+def stepper(of: Model, inner: str, size: int) -> tuple[torch.nn.Module, Callable[[dict[str, Tensor]], None]]:
     """The model, and a step of it; over the ranks, if there are several, with outputs that stay on them."""
     torch.manual_seed(0)
-    model = build(name, HIDDEN, LAYERS)
+    model = build(*of)
     over_ranks = {"packc.sequence": dist.group.WORLD, "packc.sequence_outputs": "local"} if size > 1 else {}
     compiled = torch.compile(model, backend="packc", options={"packc.inner": inner, **over_ranks})
 
@@ -91,32 +100,35 @@ def cpu_seconds() -> float:
 
 
 def compiling(options: argparse.Namespace) -> None:
-    for name in options.models:
-        alone, *_ = run(1, _compile, name, options.inner)
-        ranks = run(2, _compile, name, options.inner)
-        print(f"compile {name:8} packed {alone:6.1f} s CPU   a rank of two {ranks[0]:6.1f} s ({ranks[0] / alone:.2f}x)")
+    for model in options.models:
+        alone, *_ = run(1, _compile, model, options.inner)
+        ranks = run(2, _compile, model, options.inner)
+        print(f"compile {model.name:8} packed {alone:6.1f} s CPU   a rank of two {ranks[0]:6.1f} s ", end="")
+        print(f"({ranks[0] / alone:.2f}x)")
 
 
-def _compile(_: int, size: int, name: str, inner: str) -> float:
-    _, step = stepper(name, inner, size)
+def _compile(_: int, size: int, model: Model, inner: str) -> float:
+    _, step = stepper(model, inner, size)
     before = cpu_seconds()
     step(batch(256))
     return cpu_seconds() - before
 
 
 def memory(options: argparse.Namespace) -> None:
-    for name in options.models:
-        alone, *_ = run(1, _peak, name, options.inner, options.tokens)
-        ranks = run(4, _peak, name, options.inner, options.tokens)
+    for model in options.models:
+        alone, *_ = run(1, _peak, model, options.inner, options.tokens)
+        ranks = run(4, _peak, model, options.inner, options.tokens)
         shares = ", ".join(f"{each / 2**20:.0f} ({each / alone:.2f})" for each in ranks)
-        print(f"memory {name:8} {options.tokens} tokens   packed {alone / 2**20:.0f} MiB   ranks of four {shares}")
+        print(
+            f"memory {model.name:8} {options.tokens} tokens   packed {alone / 2**20:.0f} MiB   ranks of four {shares}"
+        )
 
 
-def _peak(_: int, size: int, name: str, inner: str, tokens: int) -> int:
-    model, step = stepper(name, inner, size)
+def _peak(_: int, size: int, model: Model, inner: str, tokens: int) -> int:
+    module, step = stepper(model, inner, size)
     given = batch(tokens)
     step(given)
-    model.zero_grad()
+    module.zero_grad()
     with torch.profiler.profile(profile_memory=True) as profile:
         step(given)
     now = most = 0
@@ -124,24 +136,25 @@ def _peak(_: int, size: int, name: str, inner: str, tokens: int) -> int:
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    return most - sum(p.numel() * p.element_size() for p in model.parameters())
+    return most - sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def wire(options: argparse.Namespace) -> None:
     size, lengths = 4, (options.tokens // 16, options.tokens)
-    ranks = run(size, _received, options.inner, lengths)
-    config = build("mamba2", HIDDEN, LAYERS).config
+    model = Model("mamba2", options.width, options.layers)
+    ranks = run(size, _received, model, options.inner, lengths)
+    config = build(*model).config
     channels = config.num_heads * config.head_dim
     convolution = 4 * (channels + 2 * config.n_groups * config.state_size) * (config.conv_kernel - 1)
     state, transition = 4 * channels * config.state_size, 4 * config.num_heads
     formula = (size - 1) * (2 * convolution + 4 + 2 * state + transition)
     print(f"bytes mamba2, W = {size}, received per rank and layer, forward and backward: formula {formula}")
     for n, tokens in enumerate(lengths):
-        print(f"  {tokens} tokens: {max(each[n] for each in ranks) / LAYERS:.0f} on the wire")
+        print(f"  {tokens} tokens: {max(each[n] for each in ranks) / model.layers:.0f} on the wire")
 
 
-def _received(_: int, size: int, inner: str, lengths: tuple[int, ...]) -> list[int]:
-    _, step = stepper("mamba2", inner, size)
+def _received(_: int, size: int, model: Model, inner: str, lengths: tuple[int, ...]) -> list[int]:
+    _, step = stepper(model, inner, size)
     found = []
     for tokens in lengths:
         for _ in range(2):  # the first compiles, and makes connections
@@ -155,15 +168,18 @@ def _received(_: int, size: int, inner: str, lengths: tuple[int, ...]) -> list[i
 
 
 def cpu_time(options: argparse.Namespace) -> None:
-    for name in options.models:
-        alone, *_ = run(1, _seconds, name, options.inner, options.tokens)
-        together = sum(run(2, _seconds, name, options.inner, options.tokens))
-        print(f"time {name:8} {options.tokens} tokens   packed {alone:.2f} s CPU   two ranks {together:.2f} s ", end="")
+    for model in options.models:
+        alone, *_ = run(1, _seconds, model, options.inner, options.tokens)
+        together = sum(run(2, _seconds, model, options.inner, options.tokens))
+        print(
+            f"time {model.name:8} {options.tokens} tokens   packed {alone:.2f} s CPU   two ranks {together:.2f} s ",
+            end="",
+        )
         print(f"({together / alone:.2f}x)")
 
 
-def _seconds(_: int, size: int, name: str, inner: str, tokens: int, rounds: int = 5) -> float:
-    _, step = stepper(name, inner, size)
+def _seconds(_: int, size: int, model: Model, inner: str, tokens: int, rounds: int = 5) -> float:
+    _, step = stepper(model, inner, size)
     given = batch(tokens)
     step(given)
     seconds = []
@@ -176,8 +192,8 @@ def _seconds(_: int, size: int, name: str, inner: str, tokens: int, rounds: int 
 
 
 def overlap(options: argparse.Namespace) -> None:
-    for name in options.models:
-        ranks = run(2, _steps, name, options.tokens, backend="slow")
+    for model in options.models:
+        ranks = run(2, _steps, model, options.tokens, backend="slow")
         (usual, once, _), (slow, collective, _), found = ranks[0]
         graphs = [[Task(*each) for each in graph] for graph in found]
         scale = (usual - once) / sum(total(tasks, "compute") for tasks in graphs)
@@ -185,7 +201,7 @@ def overlap(options: argparse.Namespace) -> None:
         timelines = [simulate([tasks], [program_order(tasks)]) for tasks in graphs]
         predicted = collective + sum(each.seconds for each in timelines)
         count = sum(task.kind == "start" for tasks in graphs for task in tasks)
-        print(f"overlap {name:8} {options.tokens} tokens, {count} collectives of {collective:.3f} s")
+        print(f"overlap {model.name:8} {options.tokens} tokens, {count} collectives of {collective:.3f} s")
         print(f"  a step by gloo as it is {usual:.2f} s, and {LATENCY * (count + 1):.2f} s if none is hidden")
         print(f"  measured {slow:.2f} s   simulated {predicted:.2f} s ({predicted / slow - 1:+.0%})")
         waited = sum(with_latency[2] - without[2] for without, with_latency, _ in ranks) / len(ranks)
@@ -198,7 +214,7 @@ def _scaled(task: Task, scale: float, collective: float) -> Task:
     return replace(task, seconds={"compute": scale * task.seconds, "start": collective}.get(task.kind, 0.0))
 
 
-def _steps(rank: int, size: int, name: str, tokens: int, rounds: int = 5) -> list[Any]:
+def _steps(rank: int, size: int, model: Model, tokens: int, rounds: int = 3) -> list[Any]:
     """Seconds of a step, of the comparison of a batch, which nothing hides, and that a step stood waiting, by gloo as
     it is; the same by a slow link; and the tasks of the graphs, forward and backward, as Inductor runs them."""
     if hasattr(os, "sched_setaffinity"):
@@ -213,18 +229,16 @@ def _steps(rank: int, size: int, name: str, tokens: int, rounds: int = 5) -> lis
     link: Any = dist.group.WORLD
     found: list[Any] = []
     with mock.patch.object(inductor_pass, "hide_communication", noting):
-        _, step = stepper(name, "inductor", size)
+        _, step = stepper(model, "inductor", size)
         given = batch(tokens)
         step(given)
-    waited: dict[float, list[float]] = {0.0: [], LATENCY: []}
-
-    def waiting() -> None:
-        link.waited = 0.0
-        step(given)
-        waited[link.latency].append(link.waited)
-
-    for link.latency in waited:
-        found.append((_median(waiting, rounds), _median(_compare, rounds), median(waited[link.latency])))
+    times: dict[float, list[list[float]]] = {0.0: [], LATENCY: []}
+    for _ in range(rounds):
+        for link.latency, of_latency in times.items():
+            comparing = _seconds_of(_compare)
+            link.waited = 0.0
+            of_latency.append([_seconds_of(lambda: step(given)), comparing, link.waited])
+    found += [tuple(map(median, zip(*of_latency, strict=True))) for of_latency in times.values()]
     return [*found, graphs]
 
 
@@ -232,15 +246,12 @@ def _compare() -> None:
     check_that_all_agree(dist.group.WORLD, "ranks", "")
 
 
-def _median(call: Callable[[], None], rounds: int) -> float:
-    seconds = []
-    for _ in range(rounds):
-        dist.barrier()
-        began = perf_counter()
-        call()
-        dist.barrier()
-        seconds.append(perf_counter() - began)
-    return median(seconds)
+def _seconds_of(call: Callable[[], None]) -> float:
+    dist.barrier()
+    began = perf_counter()
+    call()
+    dist.barrier()
+    return perf_counter() - began
 
 
 if __name__ == "__main__":
