@@ -18,18 +18,16 @@ def _tile(
     offset,
     cu_seqlens,
     documents,
-    states,
-    final_grads,
     outputs,
     sums,
     row,
     token,
     channels,
     L,
-    state_document,
-    state_slot,
-    final_document,
-    final_slot,
+    state_strides,
+    final_strides,
+    states,
+    final_grads,
     D: tl.constexpr,
     X_STEP: tl.constexpr,
     DOUT_STEP: tl.constexpr,
@@ -58,9 +56,7 @@ def _tile(
             x = wide[s + k]
             if not CLEAN and k < W - 1:
                 document, begin, _ = found[s]
-                x = tap(
-                    x, W - 1 - k, now - begin, row, document, states, channels, now < L, state_document, state_slot, W
-                )
+                x = tap(x, W - 1 - k, now - begin, row, document, states, channels, now < L, state_strides, W)
             pre = tl.fma(taps[k], x, pre)
             window += (x,)
         grad = loaded_grads[s].to(tl.float32)
@@ -89,7 +85,7 @@ def _tile(
                 dx = total if CLEAN else tl.where((at + j < end)[:, None], total, dx)
             if not CLEAN and final_grads is not None:
                 slot = W - 1 - (end - at)
-                place = (row + document).to(tl.int64) * final_document + slot.to(tl.int64) * final_slot
+                place = (row + document).to(tl.int64) * final_strides[0] + slot.to(tl.int64) * final_strides[2]
                 kept = (slot >= 0)[:, None] & mask
                 dx += tl.load(final_grads[None, :] + place[:, None], mask=kept, other=0).to(tl.float32)
             tl.store(outputs + (s - (W - 1)) * D, dx.to(outputs.dtype.element_ty), mask=mask)
@@ -116,15 +112,10 @@ def backward(
     dout_channel,
     x_row,
     x_channel,
-    weight_channel,
-    weight_tap,
-    bias_channel,
-    state_document,
-    state_channel,
-    state_slot,
-    final_document,
-    final_channel,
-    final_slot,
+    weight_strides,
+    bias_strides,
+    state_strides,
+    final_strides,
     D: tl.constexpr,
     X_STEP: tl.constexpr,
     DOUT_STEP: tl.constexpr,
@@ -146,7 +137,7 @@ def backward(
     channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = channel < D
 
-    taps, offset = load_filter(weight, bias, channel, channels, weight_channel, weight_tap, bias_channel, W)
+    taps, offset = load_filter(weight, bias, channel, channels, weight_strides, bias_strides, W)
     start = row.to(tl.int64) * x_row
     grad_start = row.to(tl.int64) * dout_row
     if X_ALIGNED:
@@ -155,10 +146,10 @@ def backward(
         grad_start = tl.multiple_of(grad_start, 16)
     states = None
     if initial_state is not None:
-        states = initial_state + channel.to(tl.int64) * state_channel
+        states = initial_state + channel.to(tl.int64) * state_strides[1]
     final_grads = None
     if dfinal_state is not None:
-        final_grads = dfinal_state + channel.to(tl.int64) * final_channel
+        final_grads = dfinal_state + channel.to(tl.int64) * final_strides[1]
 
     sums = ()
     for _ in tl.static_range(W + 1):
@@ -170,61 +161,14 @@ def backward(
             dout + grad_start + token.to(tl.int64)[:, None] * DOUT_STEP + channel.to(tl.int64)[None, :] * dout_channel
         )
         outputs = dx + (row.to(tl.int64) * L + token)[:, None] * D + channel[None, :]
+        tile = inputs, grads, taps, offset, cu_seqlens, documents, outputs, sums, row, token, channels, L
         if within_one_document(cu_seqlens, documents, first, W - 1, ROWS * STEPS + W - 1, L):
             sums = _tile(
-                inputs,
-                grads,
-                taps,
-                offset,
-                cu_seqlens,
-                documents,
-                states,
-                final_grads,
-                outputs,
-                sums,
-                row,
-                token,
-                channels,
-                L,
-                state_document,
-                state_slot,
-                final_document,
-                final_slot,
-                D,
-                X_STEP,
-                DOUT_STEP,
-                W,
-                SILU,
-                STEPS,
-                True,
+                *tile, state_strides, final_strides, states, final_grads, D, X_STEP, DOUT_STEP, W, SILU, STEPS, True
             )
         else:
             sums = _tile(
-                inputs,
-                grads,
-                taps,
-                offset,
-                cu_seqlens,
-                documents,
-                states,
-                final_grads,
-                outputs,
-                sums,
-                row,
-                token,
-                channels,
-                L,
-                state_document,
-                state_slot,
-                final_document,
-                final_slot,
-                D,
-                X_STEP,
-                DOUT_STEP,
-                W,
-                SILU,
-                STEPS,
-                False,
+                *tile, state_strides, final_strides, states, final_grads, D, X_STEP, DOUT_STEP, W, SILU, STEPS, False
             )
     for k in tl.static_range(W + 1):
         at = partial + (unit.to(tl.int64) * (W + 1) + k) * D + channel

@@ -17,14 +17,13 @@ def _tile(
     offset,
     cu_seqlens,
     documents,
-    states,
     outputs,
     row,
     token,
     channels,
     L,
-    state_document,
-    state_slot,
+    state_strides,
+    states,
     D: tl.constexpr,
     X_STEP: tl.constexpr,
     W: tl.constexpr,
@@ -46,9 +45,7 @@ def _tile(
             x = wide[s + k]
             if not CLEAN and k < W - 1:
                 document, begin, _ = found[s]
-                x = tap(
-                    x, W - 1 - k, now - begin, row, document, states, channels, now < L, state_document, state_slot, W
-                )
+                x = tap(x, W - 1 - k, now - begin, row, document, states, channels, now < L, state_strides, W)
             pre = tl.fma(taps[k], x, pre)
         mask = channels[None, :]
         if not CLEAN:
@@ -69,12 +66,9 @@ def forward(
     L,
     x_row,
     x_channel,
-    weight_channel,
-    weight_tap,
-    bias_channel,
-    state_document,
-    state_channel,
-    state_slot,
+    weight_strides,
+    bias_strides,
+    state_strides,
     D: tl.constexpr,
     X_STEP: tl.constexpr,
     W: tl.constexpr,
@@ -93,7 +87,7 @@ def forward(
     channels = channel < D
     token = first + tl.arange(0, ROWS) * STEPS
 
-    taps, offset = load_filter(weight, bias, channel, channels, weight_channel, weight_tap, bias_channel, W)
+    taps, offset = load_filter(weight, bias, channel, channels, weight_strides, bias_strides, W)
     start = row.to(tl.int64) * x_row
     if X_ALIGNED:
         start = tl.multiple_of(start, 16)
@@ -101,48 +95,9 @@ def forward(
     outputs = out + (row.to(tl.int64) * L + token)[:, None] * D + channel[None, :]
     states = None
     if initial_state is not None:
-        states = initial_state + channel.to(tl.int64) * state_channel
+        states = initial_state + channel.to(tl.int64) * state_strides[1]
+    tile = inputs, taps, offset, cu_seqlens, documents, outputs, row, token, channels, L, state_strides
     if within_one_document(cu_seqlens, documents, first, W - 1, ROWS * STEPS, L):
-        _tile(
-            inputs,
-            taps,
-            offset,
-            cu_seqlens,
-            documents,
-            states,
-            outputs,
-            row,
-            token,
-            channels,
-            L,
-            state_document,
-            state_slot,
-            D,
-            X_STEP,
-            W,
-            SILU,
-            STEPS,
-            True,
-        )
+        _tile(*tile, states, D, X_STEP, W, SILU, STEPS, True)
     else:
-        _tile(
-            inputs,
-            taps,
-            offset,
-            cu_seqlens,
-            documents,
-            states,
-            outputs,
-            row,
-            token,
-            channels,
-            L,
-            state_document,
-            state_slot,
-            D,
-            X_STEP,
-            W,
-            SILU,
-            STEPS,
-            False,
-        )
+        _tile(*tile, states, D, X_STEP, W, SILU, STEPS, False)

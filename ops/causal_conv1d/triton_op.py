@@ -59,7 +59,7 @@ def forward(
         lambda config: (B * triton.cdiv(L, config["ROWS"] * config["STEPS"]) * triton.cdiv(D, config["BLOCK_D"]),),
         **_walked("x", x),
         **_parameters(weight, bias),
-        **_tensor("initial_state", initial_state, ("document", "channel", "slot"), "state"),
+        **_strided("initial_state", initial_state, "state"),
         cu_seqlens=cu_seqlens,
         documents=of_token,
         out=out,
@@ -74,8 +74,8 @@ def forward(
         _launch_states(
             triton_states.final_states,
             final_state,
-            **_tensor("x", x, ("row", "token", "channel")),
-            **_tensor("initial_state", initial_state, ("document", "channel", "slot"), "state"),
+            **_tokens("x", x),
+            **_strided("initial_state", initial_state, "state"),
             cu_seqlens=cu_seqlens,
             final_state=final_state,
             L=L,
@@ -98,9 +98,9 @@ def backward(
         return reference.backward(dout, dfinal_state, x, weight, bias, activation, cu_seqlens, initial_state)
     cu_seqlens, of_token = _boundaries(cu_seqlens, L)
     common = {
-        **_tensor("dfinal_state", dfinal_state, ("document", "channel", "slot"), "final"),
+        **_strided("dfinal_state", dfinal_state, "final"),
         **_parameters(weight, bias),
-        **_tensor("initial_state", initial_state, ("document", "channel", "slot"), "state"),
+        **_strided("initial_state", initial_state, "state"),
         "cu_seqlens": cu_seqlens,
         "L": L,
         "SILU": activation is not None,
@@ -142,8 +142,8 @@ def backward(
             triton_states.initial_state_grads,
             dinitial_state,
             **common,
-            **_tensor("dout", dout, ("row", "token", "channel")),
-            **_tensor("x", x, ("row", "token", "channel")),
+            **_tokens("dout", dout),
+            **_tokens("x", x),
             dinitial_state=dinitial_state,
         )
     return dx, dweight, dbias, dinitial_state
@@ -157,14 +157,19 @@ def _boundaries(cu_seqlens: Tensor | None, L: int) -> tuple[Tensor | None, Tenso
     return cu_seqlens, document_of_token(cu_seqlens, L)
 
 
-def _tensor(name: str, tensor: Tensor | None, axes: tuple[str, ...], prefix: str | None = None) -> dict[str, Any]:
-    """The arguments of a tensor that is read in place: itself and its strides, named after its axes."""
-    strides = (0,) * len(axes) if tensor is None else tensor.stride()
-    return {name: tensor, **{f"{prefix or name}_{axis}": step for axis, step in zip(axes, strides, strict=True)}}
+def _strided(name: str, tensor: Tensor | None, prefix: str | None = None) -> dict[str, Any]:
+    """The arguments of a tensor that is read in place: itself and its strides."""
+    return {name: tensor, f"{prefix or name}_strides": None if tensor is None else tensor.stride()}
+
+
+def _tokens(name: str, x: Tensor) -> dict[str, Any]:
+    """Of a tensor ``(B, L, D)``: itself and its strides, each of which kernels are compiled for in another way."""
+    row, token, channel = x.stride()
+    return {name: x, f"{name}_row": row, f"{name}_token": token, f"{name}_channel": channel}
 
 
 def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
-    return {**_tensor("weight", weight, ("channel", "tap")), **_tensor("bias", bias, ("channel",))}
+    return {**_strided("weight", weight), **_strided("bias", bias)}
 
 
 def _walked(name: str, x: Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def _document(cu_seqlens, n, L):
     return row, begin, length
 
 
-_VARYING = ["L", "x_row", "state_document", "state_channel", "state_slot"]
+_VARYING = ["L", "x_row", "state_strides"]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["x_channel"])
@@ -37,9 +37,7 @@ def final_states(
     x_row,
     x_token,
     x_channel,
-    state_document,
-    state_channel,
-    state_slot,
+    state_strides,
     W: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,15 +52,15 @@ def final_states(
     at = x + row * x_row + (begin + position) * x_token + channel * x_channel
     value = tl.load(at, mask=mask & (position >= 0), other=0).to(tl.float32)
     if initial_state is not None:
-        held = initial_state + n.to(tl.int64) * state_document + channel * state_channel
-        held += (length + slot).to(tl.int64) * state_slot
+        held = initial_state + n.to(tl.int64) * state_strides[0] + channel * state_strides[1]
+        held += (length + slot).to(tl.int64) * state_strides[2]
         older = position < 0
         value = tl.where(older, tl.load(held, mask=mask & older, other=0).to(tl.float32), value)
     tl.store(final_state + (n.to(tl.int64) * D + channel) * (W - 1) + slot, value, mask=mask)
 
 
 @triton.jit(
-    do_not_specialize=[*_VARYING, "dout_row", "final_document", "final_channel", "final_slot"],
+    do_not_specialize=[*_VARYING, "dout_row", "final_strides"],
     do_not_specialize_on_alignment=["x_channel", "dout_channel"],
 )
 def initial_state_grads(
@@ -82,15 +80,10 @@ def initial_state_grads(
     x_row,
     x_token,
     x_channel,
-    weight_channel,
-    weight_tap,
-    bias_channel,
-    state_document,
-    state_channel,
-    state_slot,
-    final_document,
-    final_channel,
-    final_slot,
+    weight_strides,
+    bias_strides,
+    state_strides,
+    final_strides,
     W: tl.constexpr,
     SILU: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -105,8 +98,8 @@ def initial_state_grads(
     mask = channels[:, None] & (slot < W - 1)[None, :]
     inputs = x + row * x_row + begin * x_token + channel * x_channel
     grads = dout + row * dout_row + begin * dout_token + channel * dout_channel
-    states = initial_state + n.to(tl.int64) * state_document + channel * state_channel
-    filters = weight + channel * weight_channel
+    states = initial_state + n.to(tl.int64) * state_strides[0] + channel * state_strides[1]
+    filters = weight + channel * weight_strides[0]
 
     # The interpreter's loops count in Python: added to a tensor, its numbers become tensors of 64 bits.
     zero = n.to(tl.int64) * 0
@@ -117,25 +110,25 @@ def initial_state_grads(
         if SILU:
             pre = tl.zeros([BLOCK_D], tl.float32)
             if bias is not None:
-                pre = tl.load(bias + channel * bias_channel, mask=channels, other=0).to(tl.float32)
+                pre = tl.load(bias + channel * bias_strides[0], mask=channels, other=0).to(tl.float32)
             for k in tl.range(0, W):
                 token = channel * 0 + (position + k - (W - 1))
-                old = tl.load(states + (token + W - 1) * state_slot, mask=channels & (token < 0), other=0).to(
+                old = tl.load(states + (token + W - 1) * state_strides[2], mask=channels & (token < 0), other=0).to(
                     tl.float32
                 )
                 new = tl.load(inputs + token * x_token, mask=channels & (token >= 0), other=0).to(tl.float32)
-                tap = tl.load(filters + (zero + k) * weight_tap, mask=channels, other=0).to(tl.float32)
+                tap = tl.load(filters + (zero + k) * weight_strides[1], mask=channels, other=0).to(tl.float32)
                 pre = tl.fma(tap, tl.where(token < 0, old, new), pre)
             grad *= silu_slope(pre)
         met = mask & (slot >= position)[None, :]
-        at = filters[:, None] + (slot - position).to(tl.int64)[None, :] * weight_tap
+        at = filters[:, None] + (slot - position).to(tl.int64)[None, :] * weight_strides[1]
         tap = tl.load(at, mask=met, other=0).to(tl.float32)
         total = tl.where(met, tl.fma(tap, grad[:, None], total), total)
     if dfinal_state is not None:
         # A document shorter than a state hands part of its initial state on.
         final = slot - length
-        at = dfinal_state + n.to(tl.int64) * final_document + channel[:, None] * final_channel
-        at += final.to(tl.int64)[None, :] * final_slot
+        at = dfinal_state + n.to(tl.int64) * final_strides[0] + channel[:, None] * final_strides[1]
+        at += final.to(tl.int64)[None, :] * final_strides[2]
         total += tl.load(at, mask=mask & (final >= 0)[None, :], other=0).to(tl.float32)
     at = dinitial_state + (n.to(tl.int64) * D + channel)[:, None] * (W - 1) + slot[None, :]
     tl.store(at, total.to(dinitial_state.dtype.element_ty), mask=mask)

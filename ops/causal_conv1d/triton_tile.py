@@ -62,15 +62,15 @@ def spans(cu_seqlens, documents, token, L, STEPS: tl.constexpr):
 
 
 @triton.jit
-def tap(loaded, shift, position, row, document, states, channels, live, state_document, state_slot, W: tl.constexpr):
+def tap(loaded, shift, position, row, document, states, channels, live, strides, W: tl.constexpr):
     """The input ``shift`` tokens before each token: ``loaded``, or what the document began with.
 
-    ``states`` points to the channels of the first initial state, or is None.
+    ``states`` points to the channels of the first initial state, of these ``strides``, or is None.
     """
     outside = position < shift
     held = 0.0
     if states is not None:
-        place = (row + document).to(tl.int64) * state_document + (W - 1 + position - shift).to(tl.int64) * state_slot
+        place = (row + document).to(tl.int64) * strides[0] + (W - 1 + position - shift).to(tl.int64) * strides[2]
         mask = (outside & live)[:, None] & channels[None, :]
         held = tl.load(states[None, :] + place[:, None], mask=mask, other=0).to(tl.float32)
     # A select: what lies in another document may be NaN.
@@ -78,14 +78,14 @@ def tap(loaded, shift, position, row, document, states, channels, live, state_do
 
 
 @triton.jit
-def load_filter(weight, bias, channel, channels, weight_channel, weight_tap, bias_channel, W: tl.constexpr):
+def load_filter(weight, bias, channel, channels, weight_strides, bias_strides, W: tl.constexpr):
     """The taps as a tuple of W rows, and the bias, in fp32."""
     place = channel.to(tl.int64)
     offset = tl.zeros(channel.shape, tl.float32)
     if bias is not None:
-        offset = tl.load(bias + place * bias_channel, mask=channels, other=0).to(tl.float32)
+        offset = tl.load(bias + place * bias_strides[0], mask=channels, other=0).to(tl.float32)
     taps = ()
     for k in tl.static_range(W):
-        at = weight + place * weight_channel + k * weight_tap
+        at = weight + place * weight_strides[0] + k * weight_strides[1]
         taps += (tl.load(at, mask=channels, other=0).to(tl.float32)[None, :],)
     return taps, offset[None, :]

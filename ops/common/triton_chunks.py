@@ -141,11 +141,12 @@ def chunk_of(table, PACKED: tl.constexpr):
 
 
 @triton.jit
-def tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(x, row, token, head, x_b, strides, first, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Pointers to channels ``first ..`` of a chunk's tokens: 64 bits to its corner, 32 from there (``countable``).
 
     Loops keep what is the same in every turn in registers: one number a pointer, not two.
     """
+    x_t, x_h, x_d = strides
     x += (row * x_b + token) * x_t + head * x_h + tl.cast(first, tl.int64) * x_d
     return x + (tl.arange(0, CHUNK)[:, None] * x_t + tl.arange(0, BLOCK)[None, :] * x_d)
 
@@ -156,31 +157,31 @@ def inside_of(length, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, row, token, head, length, x_b, x_t, x_h, x_d, first, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(x, row, token, head, length, x_b, strides, first, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """As it is in memory; zero outside."""
-    at = tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK, BLOCK)
+    at = tile_of(x, row, token, head, x_b, strides, first, CHUNK, BLOCK)
     return tl.load(at, inside_of(length, size - first, CHUNK, BLOCK), 0.0)
 
 
 @triton.jit
-def store_tile(
-    x, value, row, token, head, length, x_b, x_t, x_h, x_d, first, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
-    at = tile_of(x, row, token, head, x_b, x_t, x_h, x_d, first, CHUNK, BLOCK)
+def store_tile(x, value, row, token, head, length, x_b, strides, first, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    at = tile_of(x, row, token, head, x_b, strides, first, CHUNK, BLOCK)
     tl.store(at, value.to(x.dtype.element_ty), inside_of(length, size - first, CHUNK, BLOCK))
 
 
 @triton.jit
-def load_per_token(x, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
+def load_per_token(x, row, token, head, length, x_b, strides, CHUNK: tl.constexpr):
     """A scalar of each of a chunk's tokens."""
     t = tl.arange(0, CHUNK)
+    x_t, x_h = strides
     x += (row * x_b + token) * x_t + head * x_h
     return tl.load(x + t * x_t, t < length, 0.0)
 
 
 @triton.jit
-def store_per_token(x, value, row, token, head, length, x_b, x_t, x_h, CHUNK: tl.constexpr):
+def store_per_token(x, value, row, token, head, length, x_b, strides, CHUNK: tl.constexpr):
     t = tl.arange(0, CHUNK)
+    x_t, x_h = strides
     x += (row * x_b + token) * x_t + head * x_h
     tl.store(x + t * x_t, value, t < length)
 
@@ -232,20 +233,12 @@ def _within_32_bits(x: Tensor) -> bool:
     return CHUNK * x.stride(1) + 64 * (x.stride(3) if x.ndim > 3 else 0) < 2**31
 
 
-def token_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_b``, ``_t``, ``_h`` and ``_d`` of ``(B, L, H, D)`` tensors."""
-    return tokens.strides("thd", **tensors)
+def token_strides(**tensors: Tensor | None) -> dict[str, Any]:
+    """``<name>_b``, of a row, in tokens, and ``<name>_strides``, of the other axes, of ``(B, L, H, ...)`` tensors."""
+    rows = {f"{name}_b": tokens.row_stride(x) for name, x in tensors.items()}
+    return rows | {f"{name}_strides": None if x is None else x.stride()[1:] for name, x in tensors.items()}
 
 
-def head_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_b``, ``_t`` and ``_h`` of ``(B, L, H)`` tensors."""
-    return tokens.strides("th", **tensors)
-
-
-def state_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """``<name>_n``, ``_h``, ``_k`` and ``_v`` of ``(documents, H, K, V)`` tensors."""
-    return {
-        f"{name}_{axis}": 0 if x is None else x.stride(i)
-        for name, x in tensors.items()
-        for i, axis in enumerate("nhkv")
-    }
+def state_strides(**tensors: Tensor | None) -> dict[str, Any]:
+    """``<name>_strides`` of ``(documents, H, K, V)`` tensors."""
+    return {f"{name}_strides": None if x is None else x.stride() for name, x in tensors.items()}

@@ -18,7 +18,6 @@ from packc.ops.common.triton_chunks import (
     chunk_of,
     chunks_of,
     countable,
-    head_strides,
     load_between,
     load_per_token,
     load_tile,
@@ -90,34 +89,19 @@ def _grad_tokens(
     V,
     WIDE_V,
     q_b,
-    q_t,
-    q_h,
-    q_d,
+    q_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     dout_b,
-    dout_t,
-    dout_h,
-    dout_d,
+    dout_strides,
     itself_b,
-    itself_t,
-    itself_h,
-    initial_n,
-    initial_h,
-    initial_k,
-    initial_v,
-    dfinal_n,
-    dfinal_h,
-    dfinal_k,
-    dfinal_v,
+    itself_strides,
+    initial_strides,
+    dfinal_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,8 +113,8 @@ def _grad_tokens(
         head, first_k = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_K
         group = head // (heads // groups)
         slot = row * slots + token // CHUNK - 1
-        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
-        leaving = slot + 1, document, last, head, heads, (dfinal_n, dfinal_h, dfinal_k, dfinal_v)
+        entering = slot, document, first, head, heads, initial_strides
+        leaving = slot + 1, document, last, head, heads, dfinal_strides
         t = tl.arange(0, CHUNK)
         # From the states: of queries, of keys that read, and of keys that are read.
         query = tl.zeros([CHUNK, BLOCK_K], tl.float32)
@@ -139,9 +123,7 @@ def _grad_tokens(
         through = tl.zeros([BLOCK_K], tl.float32)
         for first_v in range(0, V, BLOCK_V):
             state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
-            gradients = load_tile(
-                dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
-            )
+            gradients = load_tile(dout, row, token, head, length, dout_b, dout_strides, first_v, V, CHUNK, BLOCK_V)
             query += dot_by_computed(gradients, tl.trans(state), PRECISION)
             owed = load_dense(wanted, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             reader += dot_fp32(owed, tl.trans(state), PRECISION)
@@ -149,9 +131,9 @@ def _grad_tokens(
             through += tl.sum(state * dstate, 1)
             error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             key += dot_fp32(error, tl.trans(dstate), PRECISION)
-        factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
+        factor = load_per_token(beta, row, token, head, length, beta_b, beta_strides, CHUNK)[:, None]
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             enters, leaves = from_start(coarse, fine)[:, None], to_end(coarse, fine, CHUNK)[:, None]
             through *= whole(coarse, fine, CHUNK)
         else:
@@ -168,8 +150,8 @@ def _grad_tokens(
         if g is not None:
             for part in range(0, CHUNK, QUARTER):
                 rest = length - part
-                queries = load_tile(q, row, token + part, group, rest, q_b, q_t, q_h, q_d, first_k, K, QUARTER, BLOCK_K)
-                keys = load_tile(k, row, token + part, group, rest, k_b, k_t, k_h, k_d, first_k, K, QUARTER, BLOCK_K)
+                queries = load_tile(q, row, token + part, group, rest, q_b, q_strides, first_k, K, QUARTER, BLOCK_K)
+                keys = load_tile(k, row, token + part, group, rest, k_b, k_strides, first_k, K, QUARTER, BLOCK_K)
                 weights = tl.load(pair_tile(dqueries, tl.program_id(0), head, heads, part, CHUNK, QUARTER))
                 query += dot_computed(weights, keys, PRECISION)
                 weights = tl.load(pair_tile_transposed(dqueries, tl.program_id(0), head, heads, part, CHUNK, QUARTER))
@@ -184,8 +166,8 @@ def _grad_tokens(
             near += load_dense(pulled + each, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
             reader += load_dense(pulled + 2 * each, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
             near += load_dense(pulled + 3 * each, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
-        queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
-        keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+        queries = load_tile(q, row, token, group, length, q_b, q_strides, first_k, K, CHUNK, BLOCK_K)
+        keys = load_tile(k, row, token, group, length, k_b, k_strides, first_k, K, CHUNK, BLOCK_K)
         queries, keys = queries.to(tl.float32), keys.to(tl.float32)
         # A token owes its own decay nothing. What decays later is summed from the right, what came before from the
         # left, not a whole less a part: strong decays make the parts as small as they like.
@@ -194,13 +176,13 @@ def _grad_tokens(
             before = tl.where(t[:, None] > t[None, :], tl.sum(before, 1)[None, :], 0.0)
             owed_g = tl.cumsum(tl.sum(later, 1), 0, reverse=True) + tl.sum(before, 1) + tl.sum(through, 0)
             dg += tl.program_id(2) * rows.to(tl.int64) * tokens * heads
-            store_per_token(dg, owed_g, row, token, head, length, itself_b, itself_t, itself_h, CHUNK)
+            store_per_token(dg, owed_g, row, token, head, length, itself_b, itself_strides, CHUNK)
         else:
             ones = tl.where(t[:, None] > t[None, :], 1.0, 0.0)
             owed_g = tl.cumsum(later, 0, reverse=True) + dot_fp32(ones, before, PRECISION)
             owed_g += through[None, :]
             store_dense(dg, owed_g, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
-        of_itself = load_per_token(itself, row, token, head, length, itself_b, itself_t, itself_h, CHUNK)[:, None]
+        of_itself = load_per_token(itself, row, token, head, length, itself_b, itself_strides, CHUNK)[:, None]
         query += of_itself * keys
         store_dense(dq, query, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
         key += reader + near + of_itself * queries
@@ -273,8 +255,7 @@ def backward(
         BLOCK_V=block_v,
         **gate.arguments(),
         **shared,
-        **token_strides(q=q, k=k, dout=dout),
-        **head_strides(beta=beta, itself=of_pairs.with_itself),
+        **token_strides(q=q, k=k, dout=dout, beta=beta, itself=of_pairs.with_itself),
         **state_strides(initial=initial_state, dfinal=dfinal_state),
     )
     return Gradients(

@@ -34,13 +34,8 @@ def _recompute_errors(
     V,
     WIDE_V,
     dout_b,
-    dout_t,
-    dout_h,
-    dout_d,
-    initial_n,
-    initial_h,
-    initial_k,
-    initial_v,
+    dout_strides,
+    initial_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -51,7 +46,7 @@ def _recompute_errors(
     if length > 0:
         head, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
         slot = row * slots + token // CHUNK - 1
-        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
+        entering = slot, document, first, head, heads, initial_strides
         if errors is not None:
             error = load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             for first_k in tl.range(0, K, BLOCK_K, disable_licm=True):  # what is hoisted out of it would spill
@@ -60,9 +55,7 @@ def _recompute_errors(
                 error -= dot_fp32(keys, state, PRECISION)
             store_dense(errors, error, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
 
-        gradients = load_tile(
-            dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
-        )
+        gradients = load_tile(dout, row, token, head, length, dout_b, dout_strides, first_v, V, CHUNK, BLOCK_V)
         weights = tl.load(pair_tile_transposed(pairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK))
         result = dot_computed(weights * scale, gradients, PRECISION)
         store_dense(du, result, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)

@@ -62,16 +62,10 @@ def _outputs(
     V,
     WIDE_V,
     q_b,
-    q_t,
-    q_h,
-    q_d,
+    q_strides,
     g_b,
-    g_t,
-    g_h,
-    initial_n,
-    initial_h,
-    initial_k,
-    initial_v,
+    g_strides,
+    initial_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,10 +77,10 @@ def _outputs(
         head, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
         group = head // (heads // groups)
         slot = row * slots + token // CHUNK - 1
-        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
+        entering = slot, document, first, head, heads, initial_strides
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
-            queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
+            queries = load_tile(q, row, token, group, length, q_b, q_strides, first_k, K, CHUNK, BLOCK_K)
             if sums is not None:
                 queries = queries.to(tl.float32) * channels_from_start(
                     sums, row, token, head, rows, tokens, heads, length, first_k, K, CHUNK, BLOCK_K
@@ -94,7 +88,7 @@ def _outputs(
             state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             result += dot_by_computed(queries, state, PRECISION)
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             result *= from_start(coarse, fine)[:, None]
         for past in range(0, CHUNK, HALF):
             corrections = load_dense(

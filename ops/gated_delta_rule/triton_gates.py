@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packc.ops.common.chunks import CHUNK
-from packc.ops.common.triton_chunks import Chunks, chunk_of, head_strides, inside_of, load_tile, token_strides
+from packc.ops.common.triton_chunks import Chunks, chunk_of, inside_of, load_tile, token_strides
 from packc.ops.common.triton_products import log_decays
 from packc.ops.linear_attention.triton_states import block_of
 from packc.ops.tritonsrc.launch import autotuned, launch
@@ -30,7 +30,7 @@ class Gate(NamedTuple):
         return self.sums is not None
 
     def arguments(self) -> dict[str, Any]:
-        return {"g": self.g, "sums": self.sums, **head_strides(g=self.g)}
+        return {"g": self.g, "sums": self.sums, **token_strides(g=self.g)}
 
 
 @triton.jit
@@ -124,9 +124,7 @@ def _sum_log_decays(
     heads,
     K,
     g_b,
-    g_t,
-    g_h,
-    g_d,
+    g_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -134,7 +132,7 @@ def _sum_log_decays(
     row, _, token, length, _, _ = chunk_of(table, PACKED)
     if length > 0:
         head, first = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_K
-        coarse, fine = log_decays(load_tile(g, row, token, head, length, g_b, g_t, g_h, g_d, first, K, CHUNK, BLOCK_K))
+        coarse, fine = log_decays(load_tile(g, row, token, head, length, g_b, g_strides, first, K, CHUNK, BLOCK_K))
         store_dense(sums, coarse, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)
         rest = sums + rows.to(tl.int64) * tokens * heads * K
         store_dense(rest, fine, row, token, head, tokens, heads, length, first, K, CHUNK, BLOCK_K)

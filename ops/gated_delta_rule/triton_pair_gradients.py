@@ -11,7 +11,6 @@ from torch import Tensor
 
 from packc.ops.common.triton_chunks import (
     chunk_of,
-    head_strides,
     load_per_token,
     load_tile,
     store_per_token,
@@ -55,18 +54,13 @@ def _grad_pairs(
     heads,
     V,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     dout_b,
-    dout_t,
-    dout_h,
-    dout_d,
+    dout_strides,
     dbeta_b,
-    dbeta_t,
-    dbeta_h,
+    dbeta_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -78,9 +72,7 @@ def _grad_pairs(
         of_query = tl.zeros([CHUNK, CHUNK], tl.float32)
         of_reader = tl.zeros([CHUNK, CHUNK], tl.float32)
         for first_v in range(0, V, BLOCK_V):
-            gradients = load_tile(
-                dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
-            )
+            gradients = load_tile(dout, row, token, head, length, dout_b, dout_strides, first_v, V, CHUNK, BLOCK_V)
             error = tl.trans(load_dense(errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V))
             owed = load_dense(wanted, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
             of_query += dot_by_computed(gradients, error, PRECISION)
@@ -88,15 +80,15 @@ def _grad_pairs(
         t = tl.arange(0, CHUNK)
         own = t[:, None] == t[None, :]
         before = t[:, None] > t[None, :]
-        factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)
+        factor = load_per_token(beta, row, token, head, length, beta_b, beta_strides, CHUNK)
         of_itself = tl.sum(tl.where(own, of_query, 0.0), 1) * (scale * factor)
-        store_per_token(dwith_itself, of_itself, row, token, head, length, dbeta_b, dbeta_t, dbeta_h, CHUNK)
+        store_per_token(dwith_itself, of_itself, row, token, head, length, dbeta_b, dbeta_strides, CHUNK)
         of_beta = tl.sum(tl.where(own, of_reader, 0.0), 1)
-        store_per_token(dbeta, of_beta, row, token, head, length, dbeta_b, dbeta_t, dbeta_h, CHUNK)
+        store_per_token(dbeta, of_beta, row, token, head, length, dbeta_b, dbeta_strides, CHUNK)
         of_query *= scale * factor[None, :]
         of_reader *= -factor[:, None] * factor[None, :]
         if g is not None:
-            left = between(*log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK)), CHUNK)
+            left = between(*log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK)), CHUNK)
             of_query, of_reader = select(left, of_query), select(left, of_reader)
         tl.store(pair_tile(dqueries, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), tl.where(before, of_query, 0.0))
         tl.store(pair_tile(dreaders, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), tl.where(before, of_reader, 0.0))
@@ -118,13 +110,9 @@ def _pull_channels(
     groups,
     K,
     x_b,
-    x_t,
-    x_h,
-    x_d,
+    x_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,9 +133,9 @@ def _pull_channels(
             weights = tl.load(
                 pair_tile(dpairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), meets(half, CHUNK), 0.0
             )
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first, K, CHUNK, BLOCK_K)
             of_later += left * dot_fp32(weights, keys.to(tl.float32) * left, PRECISION)
-            later = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first, K, CHUNK, BLOCK_K)
+            later = load_tile(x, row, token, group, length, x_b, x_strides, first, K, CHUNK, BLOCK_K)
             weights = tl.load(  # again: both ways at once, they take more registers than there are
                 pair_tile_transposed(dpairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK),
                 tl.trans(meets(half, CHUNK)),
@@ -194,8 +182,7 @@ def grad_pairs(
         BLOCK_V=16,
         g=gate.g,
         **taken(_grad_pairs, shared),
-        **token_strides(dout=dout),
-        **head_strides(g=gate.g, beta=beta, dbeta=of_pairs.beta),
+        **token_strides(dout=dout, g=gate.g, beta=beta, dbeta=of_pairs.beta),
     )
     return of_pairs
 

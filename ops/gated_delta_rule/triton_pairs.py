@@ -33,16 +33,11 @@ def _pairs_of_heads(
     groups,
     K,
     x_b,
-    x_t,
-    x_h,
-    x_d,
+    x_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,10 +49,10 @@ def _pairs_of_heads(
         group = head // (heads // groups)
         products = tl.zeros([CHUNK, CHUNK], tl.float32)
         for first in range(0, K, BLOCK_K):
-            later = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first, K, CHUNK, BLOCK_K)
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first, K, CHUNK, BLOCK_K)
+            later = load_tile(x, row, token, group, length, x_b, x_strides, first, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first, K, CHUNK, BLOCK_K)
             products += dot(later, tl.trans(keys), PRECISION)
-        coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+        coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
         t = tl.arange(0, CHUNK)
         products = tl.where(t[:, None] >= t[None, :] + strict, select(between(coarse, fine, CHUNK), products), 0.0)
         tl.store(pair_tile(pairs, tl.program_id(0), head, heads, 0, CHUNK, CHUNK), products)
@@ -78,13 +73,9 @@ def _pairs_of_channels(
     groups,
     K,
     x_b,
-    x_t,
-    x_h,
-    x_d,
+    x_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,9 +89,9 @@ def _pairs_of_channels(
         own = tl.zeros([CHUNK], tl.float32)
         products = tl.zeros([CHUNK, CHUNK], tl.float32)
         for first in range(0, K, BLOCK_K):
-            later = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first, K, CHUNK, BLOCK_K)
+            later = load_tile(x, row, token, group, length, x_b, x_strides, first, K, CHUNK, BLOCK_K)
             later = later.to(tl.float32)
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first, K, CHUNK, BLOCK_K)
             keys = keys.to(tl.float32)
             own += tl.sum(later * keys, 1)
             coarse, fine = load_sums(sums, row, token, head, rows, tokens, heads, length, first, K, CHUNK, BLOCK_K)

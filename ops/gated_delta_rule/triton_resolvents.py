@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.common.triton_chunks import HALF, chunk_of, head_strides, load_per_token
+from packc.ops.common.triton_chunks import HALF, chunk_of, load_per_token, token_strides
 from packc.ops.common.triton_products import dot_fp32, fp32_products
 from packc.ops.gated_delta_rule.triton_channels import meets
 from packc.ops.tritonsrc.launch import launch, taken
@@ -41,8 +41,7 @@ def _resolve(
     table,
     heads,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,14 +52,14 @@ def _resolve(
         t = tl.arange(0, HALF)
         at = pairs + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
         at += t[:, None] * CHUNK + t[None, :]
-        factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, HALF)[:, None]
+        factor = load_per_token(beta, row, token, head, length, beta_b, beta_strides, HALF)[:, None]
         first = _resolve_half(tl.load(at), factor, PRECISION)
         tl.store(at, first)
         if length > HALF:
             at += HALF * CHUNK
             corner = tl.load(at)
             rest = corner + dot_fp32(corner, factor * first, PRECISION)
-            factor = load_per_token(beta, row, token + HALF, head, length - HALF, beta_b, beta_t, beta_h, HALF)[:, None]
+            factor = load_per_token(beta, row, token + HALF, head, length - HALF, beta_b, beta_strides, HALF)[:, None]
             second = _resolve_half(tl.load(at + HALF), factor, PRECISION)
             tl.store(at, -rest - dot_fp32(second, factor * rest, PRECISION))
             tl.store(at + HALF, second)
@@ -75,7 +74,7 @@ def resolve(pairs: Tensor, beta: Tensor, shared: dict[str, Any]) -> Tensor:
         beta=beta,
         # Errors grow from step to step.
         **taken(_resolve, shared | {"PRECISION": fp32_products(torch.float32)}),
-        **head_strides(beta=beta),
+        **token_strides(beta=beta),
         num_warps=2,
     )
     return pairs

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packc.ops.common.triton_chunks import chunk_of, head_strides, load_per_token, load_tile, token_strides
+from packc.ops.common.triton_chunks import chunk_of, load_per_token, load_tile, token_strides
 from packc.ops.common.triton_products import dot_fp32, from_start, log_decays
 from packc.ops.gated_delta_rule.triton_gates import (
     Gate,
@@ -50,15 +50,11 @@ def _solve(
     groups,
     channels,
     x_b,
-    x_t,
-    x_h,
-    x_d,
+    x_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,16 +64,16 @@ def _solve(
     if length > 0:
         head, first = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK
         group = head // (heads // groups)
-        value = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first, channels, CHUNK, BLOCK)
+        value = load_tile(x, row, token, group, length, x_b, x_strides, first, channels, CHUNK, BLOCK)
         value = value.to(tl.float32)
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             value *= from_start(coarse, fine)[:, None]
         if sums is not None:
             value *= channels_from_start(
                 sums, row, token, head, rows, tokens, heads, length, first, channels, CHUNK, BLOCK
             )
-        factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
+        factor = load_per_token(beta, row, token, head, length, beta_b, beta_strides, CHUNK)[:, None]
         resolvent = tl.load(pair_tile(resolvents, tl.program_id(0), head, heads, 0, CHUNK, CHUNK))
         value += dot_fp32(resolvent, factor * value, PRECISION)
         store_dense(solved, value, row, token, head, tokens, heads, length, first, channels, CHUNK, BLOCK)
@@ -94,8 +90,7 @@ def _solve_transposed(
     heads,
     V,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,7 +100,7 @@ def _solve_transposed(
     if length > 0:
         head, first = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK
         value = load_dense(du, row, token, head, tokens, heads, length, first, V, CHUNK, BLOCK)
-        factor = load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
+        factor = load_per_token(beta, row, token, head, length, beta_b, beta_strides, CHUNK)[:, None]
         resolvent = tl.load(pair_tile_transposed(resolvents, tl.program_id(0), head, heads, 0, CHUNK, CHUNK))
         value += dot_fp32(resolvent, factor * value, PRECISION)
         store_dense(du, value, row, token, head, tokens, heads, length, first, V, CHUNK, BLOCK)
@@ -129,8 +124,7 @@ def solve(x: Tensor, gate: Gate | None, beta: Tensor, resolvents: Tensor, shared
         BLOCK=block,
         **(gate or Gate(None, None)).arguments(),
         **taken(_solve, shared | {"groups": groups}),
-        **token_strides(x=x),
-        **head_strides(beta=beta),
+        **token_strides(x=x, beta=beta),
     )
     return solved
 
@@ -152,7 +146,7 @@ def solve_transposed(
         V=V,
         BLOCK=block,
         **taken(_solve_transposed, shared),
-        **head_strides(beta=beta),
+        **token_strides(beta=beta),
         num_warps=4,
         num_stages=1,
     )

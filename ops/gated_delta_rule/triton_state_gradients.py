@@ -11,7 +11,6 @@ from torch import Tensor
 
 from packc.ops.common.triton_chunks import (
     Chunks,
-    head_strides,
     inside_of,
     load_per_token,
     load_tile,
@@ -64,23 +63,15 @@ def _correct_gradients(
     V,
     WIDE_V,
     q_b,
-    q_t,
-    q_h,
-    q_d,
+    q_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     dout_b,
-    dout_t,
-    dout_h,
-    dout_d,
+    dout_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,12 +89,10 @@ def _correct_gradients(
         slot = row * slots + token // CHUNK
         tl.debug_barrier()  # threads read what others wrote
         wanted = tl.zeros([CHUNK, BLOCK_V], tl.float32)
-        gradients = load_tile(
-            dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
-        )
+        gradients = load_tile(dout, row, token, head, length, dout_b, dout_strides, first_v, V, CHUNK, BLOCK_V)
         left = 1.0
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             gradients = gradients.to(tl.float32) * (scale * from_start(coarse, fine)[:, None])
             left = whole(coarse, fine, CHUNK)
         for first_k in range(0, K, BLOCK_K):
@@ -112,13 +101,13 @@ def _correct_gradients(
             dstate = tl.load(running, inside, 0.0)
             at = state_tile(dkept, slot * heads + head, first_k, first_v, K, WIDE_V, BLOCK_K, BLOCK_V)
             tl.store(at, dstate, inside & (nth > 0))
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first_k, K, CHUNK, BLOCK_K)
             if sums is not None:
                 keys = keys.to(tl.float32) * channels_to_end(
                     sums, row, token, head, rows, tokens, heads, length, first_k, K, CHUNK, BLOCK_K
                 )
             wanted += dot_by_computed(keys, dstate, PRECISION)
-            queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
+            queries = load_tile(q, row, token, group, length, q_b, q_strides, first_k, K, CHUNK, BLOCK_K)
             if sums is not None:
                 enters = channels_from_start(
                     sums, row, token, head, rows, tokens, heads, length, first_k, K, CHUNK, BLOCK_K
@@ -133,7 +122,7 @@ def _correct_gradients(
             wanted *= to_end(coarse, fine, CHUNK)[:, None]
         wanted += load_dense(du, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
         store_dense(du, wanted, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
-        wanted *= load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
+        wanted *= load_per_token(beta, row, token, head, length, beta_b, beta_strides, CHUNK)[:, None]
         tl.debug_barrier()
         for first_k in range(0, K, BLOCK_K):
             keys = load_dense(readers, row, token, head, tokens, heads, length, first_k, K, CHUNK, BLOCK_K)
@@ -182,8 +171,7 @@ def correct_gradients(
         BLOCK_V=_COLUMNS,
         **gate.arguments(),
         **taken(_correct_gradients, shared),
-        **token_strides(q=q, k=k, dout=dout),
-        **head_strides(beta=beta),
+        **token_strides(q=q, k=k, dout=dout, beta=beta),
         # fp32 inputs take more registers: with four, some ptxas keep values on the stack for sm_100.
         num_warps=8 if k.dtype == torch.float32 else 4,
         num_stages=1,

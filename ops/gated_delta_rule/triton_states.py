@@ -15,7 +15,6 @@ from torch import Tensor
 
 from packc.ops.common.triton_chunks import (
     Chunks,
-    head_strides,
     inside_of,
     load_per_token,
     load_tile,
@@ -75,15 +74,11 @@ def _correct_states(
     V,
     WIDE_V,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     beta_b,
-    beta_t,
-    beta_h,
+    beta_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,16 +101,16 @@ def _correct_states(
             at = state_tile(kept, slot * heads + head, first_k, first_v, K, WIDE_V, BLOCK_K, BLOCK_V)
             tl.store(at, state, inside_of(K - first_k, WIDE_V - first_v, BLOCK_K, BLOCK_V) & (i > 0))
             errors -= dot_fp32(keys, state, PRECISION)
-        errors *= load_per_token(beta, row, token, head, length, beta_b, beta_t, beta_h, CHUNK)[:, None]
+        errors *= load_per_token(beta, row, token, head, length, beta_b, beta_strides, CHUNK)[:, None]
         store_dense(u, errors, row, token, head, tokens, heads, length, first_v, V, CHUNK, BLOCK_V)
         left = 1.0
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             errors *= to_end(coarse, fine, CHUNK)[:, None]
             left = whole(coarse, fine, CHUNK)
         tl.debug_barrier()  # and read it above
         for first_k in range(0, K, BLOCK_K):
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first_k, K, CHUNK, BLOCK_K)
             inside = inside_of(K - first_k, V - first_v, BLOCK_K, BLOCK_V)
             at = state_tile(states, own, first_k, first_v, K, V, BLOCK_K, BLOCK_V)
             state = tl.load(at, inside, 0.0)
@@ -172,8 +167,7 @@ def correct_states(
         BLOCK_V=block_v,
         **gate.arguments(),
         **taken(_correct_states, shared),
-        **token_strides(k=k),
-        **head_strides(beta=beta),
+        **token_strides(k=k, beta=beta),
         num_warps=4,
         num_stages=1,
         maxnreg=None if k.dtype == torch.float32 else _OF_HALF,

@@ -15,7 +15,6 @@ from packc.ops.common.chunks import CHUNK, chunk_states_shape
 from packc.ops.common.triton_chunks import (
     chunks_of,
     countable,
-    head_strides,
     shared_arguments,
     state_strides,
     token_strides,
@@ -60,7 +59,7 @@ def backward(
     carry_states(q, dout, g, None, scale, chunks, dfinal, key_major(dinitial, value_major), dkept, reverse=True)
 
     shared = shared_arguments(k, v, chunks) | {"g": g, "step": step, "scale": float(scale), "V": V}
-    shared |= {"BLOCK_K": block_k, "BLOCK_V": block_v, **head_strides(g=g, step=step)}
+    shared |= {"BLOCK_K": block_k, "BLOCK_V": block_v, **token_strides(g=g, step=step)}
     tokens_of = {"q": q, "k": k, "v": v, "dout": dout} | token_strides(q=q, k=k, v=v, dout=dout)
     states = {"dkept": dkept, "dfinal": dfinal, "slots": kept.shape[1], "WIDE_V": kept.shape[4]} | state_strides(
         dfinal=dfinal
@@ -75,8 +74,7 @@ def backward(
         **taken(grad_v, shared),
         **tokens_of,
         **states,
-        **token_strides(dv=dv),
-        **head_strides(dstep=None if dstep is None else dstep[0]),
+        **token_strides(dv=dv, dstep=None if dstep is None else dstep[0]),
         skip=skip,
         dv=dv,
         dstep=dstep,
@@ -86,7 +84,7 @@ def backward(
 
     dscores = kept.new_empty((chunks.bound, heads, CHUNK, CHUNK))
     dg = None if g is None else kept.new_empty((1 + 2 * blocks_k, rows, tokens, heads))
-    dg_strides = head_strides(dg=None if dg is None else dg[0])
+    dg_strides = token_strides(dg=None if dg is None else dg[0])
     launch(
         grad_pairs,
         (chunks.bound, heads),

@@ -12,7 +12,6 @@ from packc.ops.common.triton_chunks import (
     chunk_of,
     chunks_of,
     countable,
-    head_strides,
     load_between,
     load_per_token,
     load_tile,
@@ -55,31 +54,18 @@ def _outputs(
     V,
     WIDE_V,
     q_b,
-    q_t,
-    q_h,
-    q_d,
+    q_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     v_b,
-    v_t,
-    v_h,
-    v_d,
+    v_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     step_b,
-    step_t,
-    step_h,
-    initial_n,
-    initial_h,
-    initial_k,
-    initial_v,
+    step_strides,
+    initial_strides,
     out_b,
-    out_t,
-    out_h,
-    out_d,
+    out_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,25 +79,25 @@ def _outputs(
         first_v = tl.program_id(2) * BLOCK_V
         channels_v = first_v + tl.arange(0, BLOCK_V)
         slot = row * slots + token // CHUNK - 1
-        entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
+        entering = slot, document, first, head, heads, initial_strides
         scores = tl.zeros([CHUNK, CHUNK], tl.float32)
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
-            queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+            queries = load_tile(q, row, token, group, length, q_b, q_strides, first_k, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first_k, K, CHUNK, BLOCK_K)
             scores += dot(queries, tl.trans(keys), PRECISION)
             state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             result += dot_by_computed(queries, state, PRECISION)
         t = tl.arange(0, CHUNK)
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             result *= from_start(coarse, fine)[:, None]
             weights = select(between(coarse, fine, CHUNK), scores)
         else:
             weights = tl.where(t[:, None] >= t[None, :], scores, 0.0)
-        values = load_tile(v, row, token, head, length, v_b, v_t, v_h, v_d, first_v, V, CHUNK, BLOCK_V)
+        values = load_tile(v, row, token, head, length, v_b, v_strides, first_v, V, CHUNK, BLOCK_V)
         if step is not None:
-            factor = load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)
+            factor = load_per_token(step, row, token, head, length, step_b, step_strides, CHUNK)
             if v.dtype.element_ty == tl.bfloat16:
                 result += dot_computed(weights * factor[None, :], values, PRECISION)
             else:
@@ -122,7 +108,7 @@ def _outputs(
         if skip is not None:
             factor_v = tl.load(skip + head * V + channels_v, channels_v < V, 0.0)
             result += factor_v[None, :] * values.to(tl.float32)
-        store_tile(out, result, row, token, head, length, out_b, out_t, out_h, out_d, first_v, V, CHUNK, BLOCK_V)
+        store_tile(out, result, row, token, head, length, out_b, out_strides, first_v, V, CHUNK, BLOCK_V)
 
 
 def forward(
@@ -171,8 +157,7 @@ def forward(
         BLOCK_K=half_block_of(K, v.dtype),
         BLOCK_V=block_v,
         **taken(_outputs, shared_arguments(k, v, chunks)),
-        **token_strides(q=q, k=k, v=v, out=out),
-        **head_strides(g=g, step=step),
+        **token_strides(q=q, k=k, v=v, out=out, g=g, step=step),
         **state_strides(initial=initial),
     )
     return out, final_state, kept.flatten()

@@ -34,30 +34,19 @@ def grad_pairs(
     K,
     V,
     q_b,
-    q_t,
-    q_h,
-    q_d,
+    q_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     v_b,
-    v_t,
-    v_h,
-    v_d,
+    v_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     step_b,
-    step_t,
-    step_h,
+    step_strides,
     dout_b,
-    dout_t,
-    dout_h,
-    dout_d,
+    dout_strides,
     dg_b,
-    dg_t,
-    dg_h,
+    dg_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,27 +60,25 @@ def grad_pairs(
         t = tl.arange(0, CHUNK)
         result = tl.zeros([CHUNK, CHUNK], tl.float32)
         for first_v in range(0, V, BLOCK_V):
-            values = load_tile(v, row, token, head, length, v_b, v_t, v_h, v_d, first_v, V, CHUNK, BLOCK_V)
-            gradients = load_tile(
-                dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
-            )
+            values = load_tile(v, row, token, head, length, v_b, v_strides, first_v, V, CHUNK, BLOCK_V)
+            gradients = load_tile(dout, row, token, head, length, dout_b, dout_strides, first_v, V, CHUNK, BLOCK_V)
             result += dot(gradients, tl.trans(values), PRECISION)
         result *= scale
         if step is not None:
-            result *= load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)[None, :]
+            result *= load_per_token(step, row, token, head, length, step_b, step_strides, CHUNK)[None, :]
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             result = select(between(coarse, fine, CHUNK), result)
             group = head // (heads // groups)
             scores = tl.zeros([CHUNK, CHUNK], tl.float32)
             for first_k in range(0, K, BLOCK_K):
-                queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
-                keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+                queries = load_tile(q, row, token, group, length, q_b, q_strides, first_k, K, CHUNK, BLOCK_K)
+                keys = load_tile(k, row, token, group, length, k_b, k_strides, first_k, K, CHUNK, BLOCK_K)
                 scores += dot(queries, tl.trans(keys), PRECISION)
             # A token owes its own decay nothing: left to cancel, that would leave its rounding errors.
             pairs = tl.where(t[:, None] > t[None, :], scores * result, 0.0)
             owed = tl.cumsum(tl.sum(pairs, 1) - tl.sum(pairs, 0), 0, reverse=True)
-            store_per_token(dg, owed, row, token, head, length, dg_b, dg_t, dg_h, CHUNK)
+            store_per_token(dg, owed, row, token, head, length, dg_b, dg_strides, CHUNK)
         else:
             result = tl.where(t[:, None] >= t[None, :], result, 0.0)
         dscores += (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK

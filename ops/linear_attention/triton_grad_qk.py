@@ -59,38 +59,21 @@ def grad_qk(
     per_part,
     per_block,
     other_b,
-    other_t,
-    other_h,
-    other_d,
+    other_strides,
     own_b,
-    own_t,
-    own_h,
-    own_d,
+    own_strides,
     x_b,
-    x_t,
-    x_h,
-    x_d,
+    x_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     step_b,
-    step_t,
-    step_h,
-    initial_n,
-    initial_h,
-    initial_k,
-    initial_v,
-    dfinal_n,
-    dfinal_h,
-    dfinal_k,
-    dfinal_v,
+    step_strides,
+    initial_strides,
+    dfinal_strides,
     dx_b,
-    dx_t,
-    dx_h,
-    dx_d,
+    dx_strides,
     dg_b,
-    dg_t,
-    dg_h,
+    dg_strides,
     KEYS: tl.constexpr,  # dk, or else dq
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -108,12 +91,12 @@ def grad_qk(
         in_group = heads // groups
         for nth in range(part, in_group, parts):
             head = group * in_group + nth
-            entering = slot, document, first, head, heads, (initial_n, initial_h, initial_k, initial_v)
-            leaving = slot + 1, document, last, head, heads, (dfinal_n, dfinal_h, dfinal_k, dfinal_v)
+            entering = slot, document, first, head, heads, initial_strides
+            leaving = slot + 1, document, last, head, heads, dfinal_strides
             carried = tl.zeros([CHUNK, BLOCK_K], tl.float32)  # from S do, or dS v
             through = tl.zeros([BLOCK_K], tl.float32)
             for first_v in range(0, V, BLOCK_V):
-                values = load_tile(x, row, token, head, length, x_b, x_t, x_h, x_d, first_v, V, CHUNK, BLOCK_V)
+                values = load_tile(x, row, token, head, length, x_b, x_strides, first_v, V, CHUNK, BLOCK_V)
                 state = load_between(kept, initial, entering, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
                 if KEYS:
                     dstate = load_between(dkept, dfinal, leaving, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
@@ -122,16 +105,16 @@ def grad_qk(
                 carried += dot_by_computed(values, tl.trans(state), PRECISION)
             if KEYS:
                 if step is not None:
-                    carried *= load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)[:, None]
+                    carried *= load_per_token(step, row, token, head, length, step_b, step_strides, CHUNK)[:, None]
             else:
                 carried *= scale
             if g is not None:
-                coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+                coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
                 if KEYS:
                     carried *= to_end(coarse, fine, CHUNK)[:, None]
                 else:
                     carried *= from_start(coarse, fine)[:, None]
-                tile = load_tile(own, row, token, group, length, own_b, own_t, own_h, own_d, first_k, K, CHUNK, BLOCK_K)
+                tile = load_tile(own, row, token, group, length, own_b, own_strides, first_k, K, CHUNK, BLOCK_K)
                 owed = tl.sum(tile.to(tl.float32) * carried, 1)
                 target = dg + tl.program_id(2) * per_block.to(tl.int64)
                 if KEYS:
@@ -139,19 +122,19 @@ def grad_qk(
                     # parts as small as they like. So the sums up to a token are the next one's.
                     state_owed = tl.sum(through, 0) * whole(coarse, fine, CHUNK)
                     owed = tl.cumsum(owed, 0) + state_owed
-                    store_per_token(target, state_owed, row, token, head, 1, dg_b, dg_t, dg_h, 1)
-                    store_per_token(target, owed, row, token + 1, head, length - 1, dg_b, dg_t, dg_h, CHUNK)
+                    store_per_token(target, state_owed, row, token, head, 1, dg_b, dg_strides, 1)
+                    store_per_token(target, owed, row, token + 1, head, length - 1, dg_b, dg_strides, CHUNK)
                 else:
                     owed = tl.cumsum(owed, 0, reverse=True)
-                    store_per_token(target, owed, row, token, head, length, dg_b, dg_t, dg_h, CHUNK)
+                    store_per_token(target, owed, row, token, head, length, dg_b, dg_strides, CHUNK)
             pairs = dscores + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
             gradient += carried
             for half in range(0, CHUNK, HALF):
                 h, rest = half + tl.arange(0, HALF)[None, :], length - half
                 weights = tl.load(pairs + (h * CHUNK + t[:, None] if KEYS else t[:, None] * CHUNK + h))
                 factor = load_tile(
-                    other, row, token + half, group, rest, other_b, other_t, other_h, other_d, first_k, K, HALF, BLOCK_K
+                    other, row, token + half, group, rest, other_b, other_strides, first_k, K, HALF, BLOCK_K
                 )
                 gradient += dot_computed(weights, factor, PRECISION)
         dx += part * per_part.to(tl.int64)
-        store_tile(dx, gradient, row, token, group, length, dx_b, dx_t, dx_h, dx_d, first_k, K, CHUNK, BLOCK_K)
+        store_tile(dx, gradient, row, token, group, length, dx_b, dx_strides, first_k, K, CHUNK, BLOCK_K)

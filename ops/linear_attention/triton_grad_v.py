@@ -51,38 +51,22 @@ def grad_v(
     WIDE_V,
     per_block,
     q_b,
-    q_t,
-    q_h,
-    q_d,
+    q_strides,
     k_b,
-    k_t,
-    k_h,
-    k_d,
+    k_strides,
     v_b,
-    v_t,
-    v_h,
-    v_d,
+    v_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     step_b,
-    step_t,
-    step_h,
+    step_strides,
     dout_b,
-    dout_t,
-    dout_h,
-    dout_d,
-    dfinal_n,
-    dfinal_h,
-    dfinal_k,
-    dfinal_v,
+    dout_strides,
+    dfinal_strides,
     dv_b,
-    dv_t,
-    dv_h,
-    dv_d,
+    dv_strides,
     dstep_b,
-    dstep_t,
-    dstep_h,
+    dstep_strides,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,39 +80,37 @@ def grad_v(
         first_v = tl.program_id(2) * BLOCK_V
         channels_v = first_v + tl.arange(0, BLOCK_V)
         slot = row * slots + token // CHUNK
-        leaving = slot, document, last, head, heads, (dfinal_n, dfinal_h, dfinal_k, dfinal_v)
+        leaving = slot, document, last, head, heads, dfinal_strides
         scores = tl.zeros([CHUNK, CHUNK], tl.float32)  # of keys with queries: what is summed over is on the right
         result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
         for first_k in range(0, K, BLOCK_K):
-            queries = load_tile(q, row, token, group, length, q_b, q_t, q_h, q_d, first_k, K, CHUNK, BLOCK_K)
-            keys = load_tile(k, row, token, group, length, k_b, k_t, k_h, k_d, first_k, K, CHUNK, BLOCK_K)
+            queries = load_tile(q, row, token, group, length, q_b, q_strides, first_k, K, CHUNK, BLOCK_K)
+            keys = load_tile(k, row, token, group, length, k_b, k_strides, first_k, K, CHUNK, BLOCK_K)
             scores += dot(keys, tl.trans(queries), PRECISION)
             dstate = load_between(dkept, dfinal, leaving, first_k, first_v, K, V, WIDE_V, BLOCK_K, BLOCK_V)
             result += dot_by_computed(keys, dstate, PRECISION)
         t = tl.arange(0, CHUNK)
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             result *= to_end(coarse, fine, CHUNK)[:, None]
             weights = select(between_transposed(coarse, fine, CHUNK), scores)
         else:
             weights = tl.where(t[None, :] >= t[:, None], scores, 0.0)
-        gradients = load_tile(
-            dout, row, token, head, length, dout_b, dout_t, dout_h, dout_d, first_v, V, CHUNK, BLOCK_V
-        )
+        gradients = load_tile(dout, row, token, head, length, dout_b, dout_strides, first_v, V, CHUNK, BLOCK_V)
         result += dot_computed(weights * scale, gradients, PRECISION)
         if (step is not None) or (skip is not None):
-            values = load_tile(v, row, token, head, length, v_b, v_t, v_h, v_d, first_v, V, CHUNK, BLOCK_V)
+            values = load_tile(v, row, token, head, length, v_b, v_strides, first_v, V, CHUNK, BLOCK_V)
             values = values.to(tl.float32)
             if step is not None:
                 own = dstep + tl.program_id(2) * per_block.to(tl.int64)
                 store_per_token(
-                    own, tl.sum(result * values, 1), row, token, head, length, dstep_b, dstep_t, dstep_h, CHUNK
+                    own, tl.sum(result * values, 1), row, token, head, length, dstep_b, dstep_strides, CHUNK
                 )
-                result *= load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)[:, None]
+                result *= load_per_token(step, row, token, head, length, step_b, step_strides, CHUNK)[:, None]
             if skip is not None:
                 gradients = gradients.to(tl.float32)
                 inside = channels_v < V
                 result += gradients * tl.load(skip + head * V + channels_v, inside, 0.0)[None, :]
                 at = (tl.program_id(0).to(tl.int64) * heads + head) * V + channels_v
                 tl.store(dskip + at, tl.sum(gradients * values, 0), inside)
-        store_tile(dv, result, row, token, head, length, dv_b, dv_t, dv_h, dv_d, first_v, V, CHUNK, BLOCK_V)
+        store_tile(dv, result, row, token, head, length, dv_b, dv_strides, first_v, V, CHUNK, BLOCK_V)

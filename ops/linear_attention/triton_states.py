@@ -14,7 +14,6 @@ from torch import Tensor
 from packc.ops.common.triton_chunks import (
     Chunks,
     chunk_of,
-    head_strides,
     load_per_token,
     load_tile,
     shared_arguments,
@@ -59,23 +58,14 @@ def _add(
     V,
     WIDE_V,
     x_b,
-    x_t,
-    x_h,
-    x_d,
+    x_strides,
     y_b,
-    y_t,
-    y_h,
-    y_d,
+    y_strides,
     g_b,
-    g_t,
-    g_h,
+    g_strides,
     step_b,
-    step_t,
-    step_h,
-    ends_n,
-    ends_h,
-    ends_k,
-    ends_v,
+    step_strides,
+    ends_strides,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -94,23 +84,24 @@ def _add(
     if needed:
         weight = tl.zeros([CHUNK], tl.float32) + scale
         if g is not None:
-            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_t, g_h, CHUNK))
+            coarse, fine = log_decays(load_per_token(g, row, token, head, length, g_b, g_strides, CHUNK))
             weight *= from_start(coarse, fine) if REVERSE else to_end(coarse, fine, CHUNK)
             if tl.program_id(2) == 0:
                 at = tl.program_id(0).to(tl.int64) * heads + head
                 tl.store(decays + at, whole(coarse, fine, CHUNK))
         group = head // (heads // groups)
-        right = load_tile(y, row, token, head, length, y_b, y_t, y_h, y_d, first_v, V, CHUNK, BLOCK_V)
+        right = load_tile(y, row, token, head, length, y_b, y_strides, first_v, V, CHUNK, BLOCK_V)
         right = right.to(tl.float32)
         if step is not None:
-            right *= load_per_token(step, row, token, head, length, step_b, step_t, step_h, CHUNK)[:, None]
+            right *= load_per_token(step, row, token, head, length, step_b, step_strides, CHUNK)[:, None]
         right *= weight[:, None]
-        left = load_tile(x, row, token, group, length, x_b, x_t, x_h, x_d, first_k, K, CHUNK, BLOCK_K)
+        left = load_tile(x, row, token, group, length, x_b, x_strides, first_k, K, CHUNK, BLOCK_K)
         added = dot_by_computed(tl.trans(left), right, PRECISION)
         k, v = first_k + tl.arange(0, BLOCK_K), first_v + tl.arange(0, BLOCK_V)
         inside = (k < K)[:, None] & (v < V)[None, :]
         if leads_out:
             if ends is not None:
+                ends_n, ends_h, ends_k, ends_v = ends_strides
                 ends += document * ends_n + head * ends_h
                 tl.store(ends + ((k * ends_k)[:, None] + (v * ends_v)[None, :]), added, inside)
         else:
@@ -132,14 +123,8 @@ def _carry(
     K,
     V,
     WIDE_V,
-    begins_n,
-    begins_h,
-    begins_k,
-    begins_v,
-    ends_n,
-    ends_h,
-    ends_k,
-    ends_v,
+    begins_strides,
+    ends_strides,
     DECAYS: tl.constexpr,
     PADDED: tl.constexpr,  # rows of V: nothing was written there
     REVERSE: tl.constexpr,
@@ -156,6 +141,7 @@ def _carry(
     count = tl.load(first_chunk + document + 1) - base
     state = tl.zeros([BLOCK], tl.float32)
     if begins is not None:
+        begins_n, begins_h, begins_k, begins_v = begins_strides
         at = document * begins_n + head * begins_h + k * begins_k + v * begins_v
         state = tl.load(begins + at, inside, 0.0).to(tl.float32)
     # A document's slots lie one after the other.
@@ -189,6 +175,7 @@ def _carry(
         for nth in range(begin, end):
             tl.store(unused + nth * stride, tl.zeros([BLOCK], tl.float32), e < K * WIDE_V)
     if ends is not None:
+        ends_n, ends_h, ends_k, ends_v = ends_strides
         ends += document * ends_n + head * ends_h + k * ends_k + v * ends_v
         if count > 0:
             if DECAYS:
@@ -245,8 +232,7 @@ def carry_states(
         scale=float(scale),
         BLOCK_K=block_k,
         BLOCK_V=block_v,
-        **token_strides(x=x, y=y),
-        **head_strides(g=g, step=step),
+        **token_strides(x=x, y=y, g=g, step=step),
         **taken(_add, shared),
     )
     launch(

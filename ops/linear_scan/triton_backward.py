@@ -182,7 +182,7 @@ def backward(
     p = Problem(b, cu_seqlens, a, dout)
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     dinitial = None if initial_state is None else states_of_empty_documents(b, cu_seqlens, dfinal_state)
-    shared = {"dout": dout, "dfinal_state": dfinal_state, "a": a, **strides("td", a=a, dout=dout), **p.shared}
+    shared = {"dout": dout, "dfinal_state": dfinal_state, "a": a, **strides(a=a, dout=dout), **p.shared}
     arriving = None
     if p.segments > 1:
         local, product = p.of_segments(b), p.of_segments(b)
@@ -192,7 +192,7 @@ def backward(
         _walk_back,
         p.grid,
         **shared,
-        **strides("td", b=b),
+        **strides(b=b),
         b=b,
         chunk_states=chunk_states,
         initial_state=initial_state,

@@ -168,7 +168,7 @@ def forward(
     final = states_of_empty_documents(b, cu_seqlens, initial_state) if output_final_state else None
     out = b.new_empty(b.shape)
     kept = b.new_empty((p.rows * (p.tokens // CHUNK) * p.channels,), dtype=torch.float32)
-    operands = {"a": a, "b": b, "initial_state": initial_state, **strides("td", a=a, b=b), **p.shared, "CHUNK": CHUNK}
+    operands = {"a": a, "b": b, "initial_state": initial_state, **strides(a=a, b=b), **p.shared, "CHUNK": CHUNK}
     entering = None
     if p.segments > 1:
         local, product = p.of_segments(b), p.of_segments(b)

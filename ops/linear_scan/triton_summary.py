@@ -21,7 +21,7 @@ def summary(a: Tensor, b: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
     p = Problem(b, documents.cut(begin, b), a)
     local, product = p.of_segments(b), p.of_segments(b)
     nothing = dict.fromkeys(("initial_state", "entering", "out", "final_state", "chunk_states"))
-    operands = {"a": a, "b": b, **strides("td", a=a, b=b), **p.shared, "CHUNK": CHUNK, **nothing}
+    operands = {"a": a, "b": b, **strides(a=a, b=b), **p.shared, "CHUNK": CHUNK, **nothing}
     launch(walk, p.grid, **operands, local=local, product=product, OUTPUT=False)
     entering = p.enter_segments(local, product, reverse=False)
     # What enters the last segment passes through it if the token in front is the summary's too.
@@ -35,7 +35,7 @@ def adjoint(dout: Tensor, a: Tensor, end: Tensor) -> Tensor:
     dout, a = countable(dout, a)
     p = Problem(a, documents.cut(end, a), dout)
     local, product = p.of_segments(a), p.of_segments(a)
-    operands = {"dout": dout, "dfinal_state": None, "a": a, **strides("td", a=a, dout=dout), **p.shared}
+    operands = {"dout": dout, "dfinal_state": None, "a": a, **strides(a=a, dout=dout), **p.shared}
     launch(edges, p.grid, **operands, local=local, product=product)
     arriving = p.enter_segments(local, product, reverse=True)
     return torch.where(end > 0, _leaves(local, product, arriving, end > p.segment, 0), 0)

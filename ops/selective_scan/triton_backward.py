@@ -66,7 +66,7 @@ def backward(
     dB, dC = (u.new_empty(by_block, dtype=torch.float32) for _ in range(2))
     if p.tokens > 0:
         enter_rows(arriving[:, -1], None if packed else dfinal_state)
-        shared: dict[str, Any] = {**p.sizes, "padded": padded, **strides("td", delta=delta, dout=dout, z=z)}
+        shared: dict[str, Any] = {**p.sizes, "padded": padded, **strides(delta=delta, dout=dout, z=z)}
         shared |= {"SOFTPLUS": delta_softplus, "PACKED": packed, "WIDE": wide(u, delta, dout, z), "BLOCK_D": block_d}
         shared |= {"dout": dout, "dfinal_state": dfinal_state, "delta": delta, "A": p.A, "C": tokens_last(C), "z": z}
         shared |= {"delta_bias": delta_bias, "document": p.document}
@@ -80,7 +80,7 @@ def backward(
             walk_back,
             grid,
             **shared,
-            **strides("td", u=u, ddelta=ddelta),
+            **strides(u=u, ddelta=ddelta),
             chunk_states=chunk_states,
             u=u,
             B=tokens_last(B),

@@ -338,7 +338,7 @@ def forward(
             "delta_bias": delta_bias,
             "document": p.document,
         }
-        operands: dict[str, Any] = {"u": u, "delta": delta, "A": p.A, **strides("td", u=u, delta=delta, z=z)}
+        operands: dict[str, Any] = {"u": u, "delta": delta, "A": p.A, **strides(u=u, delta=delta, z=z)}
         operands |= (
             p.sizes | options | {"pairs": pairs_of(B, C), "padded": padded_tokens(p.tokens)} | resident(p.states)
         )

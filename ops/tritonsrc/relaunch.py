@@ -56,6 +56,8 @@ class Relaunched:
             kind = type(x)
             if kind is int and name in self._in_kind:
                 kinds.append("1" if x == 1 else (x % 16 == 0, x.bit_length() > 31))
+            elif kind is tuple and name in self._in_kind:
+                kinds += ["1" if n == 1 else (n % 16 == 0, n.bit_length() > 31) for n in x]
             elif kind is torch.Tensor or isinstance(x, torch.Tensor):
                 kinds += x.dtype, x.data_ptr() % 16 == 0
             else:

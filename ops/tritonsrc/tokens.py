@@ -145,14 +145,21 @@ def _rows_of_tokens(x: Tensor) -> bool:
     return x.shape[0] == 1 or row == 0 or (token > 0 and row % token == 0)
 
 
-def strides(axes: str, **tensors: Tensor | None) -> dict[str, int]:
-    """Of :func:`countable` tensors ``<name>_b``, in tokens, and ``<name>_`` with each of ``axes``, in elements."""
-    found = {}
+def strides(**tensors: Tensor | None) -> dict[str, int]:
+    """Of :func:`countable` tensors ``(B, L, D)`` ``<name>_b``, in tokens, and ``<name>_t`` and ``_d``, in elements.
+
+    Not one argument: the scans' kernels are compiled for each of the three in another way.
+    """
+    found: dict[str, int] = {}
     for name, x in tensors.items():
-        row, *others = [0] * (1 + len(axes)) if x is None else x.stride()
-        found[f"{name}_b"] = row // max(others[0], 1) if x is not None and x.shape[0] > 1 else 0
-        found |= {f"{name}_{axis}": stride for axis, stride in zip(axes, others, strict=True)}
+        token, channel = (0, 0) if x is None else x.stride()[1:]
+        found |= {f"{name}_b": row_stride(x), f"{name}_t": token, f"{name}_d": channel}
     return found
+
+
+def row_stride(x: Tensor | None) -> int:
+    """Of a :func:`countable` tensor, in tokens."""
+    return x.stride(0) // max(x.stride(1), 1) if x is not None and x.shape[0] > 1 else 0
 
 
 def wide(*tensors: Tensor | None) -> bool:

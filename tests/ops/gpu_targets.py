@@ -83,11 +83,15 @@ def compiled(launch: Launch, config: triton.Config, chip: Chip) -> Resources:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         value = options.pop(parameter.name)
-        kind = signature[parameter.name] = _type(value, parameter)
-        if kind == "constexpr":
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor) or (type(value) is int and _aligned(value, parameter)):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        several = isinstance(value, tuple)
+        places = {(index, n): x for n, x in enumerate(value)} if several else {(index,): value}
+        kinds = tuple(_type(x, parameter) for x in places.values())
+        signature[parameter.name] = kinds if several else kinds[0]
+        for (place, x), kind in zip(places.items(), kinds, strict=True):
+            if kind == "constexpr":
+                constants[place] = x
+            elif isinstance(x, torch.Tensor) or (type(x) is int and _aligned(x, parameter)):
+                attributes[place] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     with chips.compiling(function, chip.target):
         result = triton.compile(source, target=chip.target, options={"enable_fp_fusion": True, **options})

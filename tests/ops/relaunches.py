@@ -42,6 +42,12 @@ def tuned(x, n, BLOCK: tl.constexpr):
     tl.store(x + at, n, at < n)
 
 
+@triton.jit
+def strided(x, strides):
+    x_t, x_h = strides
+    tl.store(x + tl.program_id(0) * x_t + tl.program_id(1) * x_h, 1.0)
+
+
 def stand_in():
     triton.runtime.driver.set_active(Driver())
     CompiledKernel._init_handles = lambda self: None
@@ -88,6 +94,10 @@ def tuned_of(n):
     return tuned, lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),), {"x": torch.zeros(1), "n": n}
 
 
+def strided_by(*strides):
+    return strided, (2, 3), {"x": torch.zeros(1), "strides": strides}
+
+
 LAUNCHES = [
     documents_of(torch.int32, 100, 3),
     documents_of(torch.int64, 100, 3),
@@ -103,6 +113,10 @@ LAUNCHES = [
     segments_of(48, 16, out_row=2**32),
     tuned_of(200),
     tuned_of(201),
+    strided_by(16, 1),
+    strided_by(16, 3),
+    strided_by(17, 1),
+    strided_by(2**32, 1),
 ]
 
 
