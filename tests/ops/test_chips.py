@@ -1,6 +1,7 @@
 """What is asked of Triton where it compiles badly for a chip."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -9,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from packc.ops.gated_delta_rule import triton_forward as gated_delta_rule
 from packc.ops.linear_attention import triton_forward as linear_attention
 from packc.ops.selective_scan import triton_forward as selective_scan
-from packc.ops.tritonsrc import chips
+from packc.ops.tritonsrc import chips, launch
 
 HOPPER, AMPERE, BLACKWELL = (GPUTarget("cuda", arch, 32) for arch in (90, 80, 100))
 AMD = GPUTarget("hip", "gfx942", 64)
@@ -80,6 +81,22 @@ def test_amd_chips_are_told_of_no_registers(sound, kernel):
     assert chips.offered(kernel, [limited], None, HOPPER) == [limited]
     (config,) = chips.offered(kernel, [limited], None, AMD)
     assert config.all_kwargs() == {"BLOCK": 8, "num_warps": 2, "num_ctas": 1, "num_stages": 1}
+
+
+@pytest.mark.parametrize(("target", "handed"), [(AMD, {"x": 1}), (HOPPER, {"x": 1, "maxnreg": 128})])
+def test_launches_say_maxnreg_where_it_is_known(sound, monkeypatch, target, handed):
+    class Kernel:
+        arg_names = ("x",)
+
+        def __getitem__(self, grid):
+            return lambda **arguments: heard.append(arguments)
+
+    heard = []
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    monkeypatch.setattr(launch, "relaunches", lambda: False)
+    launch._launch_here(Kernel(), (1,), None, {"x": 1, "maxnreg": 128})
+    assert heard == [handed]
 
 
 def test_a_sound_triton_is_left_alone(sound):
