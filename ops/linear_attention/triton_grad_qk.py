@@ -128,13 +128,13 @@ def grad_qk(
                     owed = tl.cumsum(owed, 0, reverse=True)
                     store_per_token(target, owed, row, token, head, length, dg_b, dg_strides, CHUNK)
             pairs = dscores + (tl.program_id(0).to(tl.int64) * heads + head) * CHUNK * CHUNK
-            gradient += carried
             for half in range(0, CHUNK, HALF):
                 h, rest = half + tl.arange(0, HALF)[None, :], length - half
                 weights = tl.load(pairs + (h * CHUNK + t[:, None] if KEYS else t[:, None] * CHUNK + h))
                 factor = load_tile(
                     other, row, token + half, group, rest, other_b, other_strides, first_k, K, HALF, BLOCK_K
                 )
-                gradient += dot_computed(weights, factor, PRECISION)
+                carried += dot_computed(weights, factor, PRECISION)
+            gradient += carried  # a head's sum first, in however many parts heads are walked
         dx += part * per_part.to(tl.int64)
         store_tile(dx, gradient, row, token, group, length, dx_b, dx_strides, first_k, K, CHUNK, BLOCK_K)
