@@ -185,7 +185,9 @@ class _Compiling:
         how: dict[str, Any] = {
             "strict": self.strict,
             "boundaries": self.boundaries,
-            "loss_outside": config.loss_outside or ends_in_a_graph_break(self.gm),
+            "loss_outside": True
+            if config.loss_outside is None and ends_in_a_graph_break(self.gm)
+            else config.loss_outside,
         }
         if self.sequence is not None:
             from packc.sharded_call import ShardedCall, routing_fakes

@@ -27,10 +27,11 @@ mask: str | None = Config(default=None, env_name_default="PACKC_MASK")
 """Name of the model's padding-mask argument, or of several, one a sequence, with commas between them or as a list; None
 looks for them by name and use."""
 
-loss_outside: bool = Config(default=False, env_name_default="PACKC_LOSS_OUTSIDE")
+loss_outside: bool | None = Config(default=None, env_name_default="PACKC_LOSS_OUTSIDE")
 """Labels count outside of the compiled graph, on returned logits, that of a left-padded row's first token among them:
-where a graph has no labels, such a row begins one position earlier, where stock predicts it. Always so in a graph that
-ends in a graph break."""
+where a graph has no labels, such a row begins one position earlier, where stock predicts it. False: none does, whoever
+goes on with what is returned. None: as if True in a graph that ends in a graph break and in a block of a trained model;
+elsewhere False, with a warning."""
 
 lazy_logits: bool = Config(default=True, env_name_default="PACKC_LAZY_LOGITS")
 """Where gradients are taken, logits that a model returns beside its loss are computed when they are first read; whoever

@@ -31,7 +31,7 @@ class NotPacked(RuntimeError):
 _LOSS_OUTSIDE = (
     "packc returns zero before a left-padded row's first token. A loss of what the compiled graph returns in which that"
     " token's label counts differs from stock's: set packc.loss_outside, pad on the right, or pass the labels to the"
-    " model. Where it does not count, all is well."
+    " model. Where it does not count, all is well, and packc.loss_outside may be False."
 )
 _ACROSS = (
     "a label counts at the last token of a document, of which the next token is another document's: set the labels of"
@@ -96,14 +96,15 @@ class PackedCall(_Call):
         strict: bool | None,
         with_padding: tuple[Callable[..., Any], Sequence[Requirements]] | None = None,
         boundaries: Sequence[BoundaryInput] = (),
-        loss_outside: bool = False,
+        loss_outside: bool | None = None,
     ) -> None:
         super().__init__(boundaries)
         self.compiled = compiled
         self.with_padding = with_padding
         self.graph = graph
-        self.loss_outside: bool | None = True if loss_outside else None
+        self.loss_outside = loss_outside
         """Whether labels may count on what the graph returns: somebody says so, or the first call is a block's."""
+        self._asks_for_loss_outside = loss_outside is None
         self.streams = streams
         self.padded_mixers = streams[-1].padded_mixers
         """Of no stream."""
@@ -134,7 +135,7 @@ class PackedCall(_Call):
         """The compiled graph on the batch whose packing is the last one."""
         totals.count_step(self.last)
         outputs = compiled(*inputs)
-        if not self.loss_outside and _trains(outputs):
+        if self._asks_for_loss_outside and not self.loss_outside and _trains(outputs):
             for stream, packing in zip(self.streams, self.last, strict=True):
                 if packing.left_padded and stream.labels_may_follow:
                     # Not under strict either: nothing says that there is such a loss.

@@ -11,6 +11,8 @@ from rank_work import LMOfBlocks
 from torch import nn
 from torch.nn import functional as F
 
+import packc
+
 WHOLE = {"packc.inner": "aot_eager", "packc.strict": True}
 EXACT = {**WHOLE, "packc.loss_outside": True}
 
@@ -117,6 +119,47 @@ def assert_stocks(build, options, rows):
 def test_without_it_a_warning_names_the_remedies():
     with pytest.warns(UserWarning, match="packc.loss_outside"):
         step(returned_logits, WHOLE, LEFT)
+
+
+class Attending(LMOfBlocks):
+    """Its blocks attend too, and packed attention would see the position before a row's first token."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(AttendingBlock(block) for block in self.blocks)
+
+
+class AttendingBlock(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, h, mask):
+        visible = mask[:, None, None, :].bool() & torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()
+        heads = self.block(h, mask)[:, None]
+        return h + F.scaled_dot_product_attention(heads, heads, heads, visible)[:, 0]
+
+
+@pytest.mark.parametrize("outside", [None, False])
+def test_blocks_with_attention_leave_padding_out_if_no_such_label_counts(outside):
+    torch.manual_seed(0)
+    model, batch = Attending(), batch_of(LEFT)
+    batch["labels"][torch.arange(len(LEFT)), batch["attention_mask"].argmax(1)] = -100
+    options = {"packc.inner": "aot_eager", "packc.loss_outside": outside}
+    before = packc.stats()["whole_rows"]
+    for block in model.blocks:
+        block.compile(backend="packc", options=options)
+    with contextlib.nullcontext() if outside is None else nothing_said():
+        actual = model(*batch.values())[0]
+    whole = packc.stats()["whole_rows"]
+    assert (whole != before) == (outside is None)
+    torch.manual_seed(0)
+    torch.testing.assert_close(actual, Attending()(*batch.values())[0])
+
+
+def test_who_says_no_is_not_warned():
+    with nothing_said():
+        step(returned_logits, {**WHOLE, "packc.loss_outside": False}, LEFT)
 
 
 def test_nothing_is_said_where_no_such_label_can_count():
