@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import skip_if_interpreted
+from implementations import implementation
 from mixers import MIXERS, assert_close, exactly, run
 from selective_scan_data import offsets, relative_error
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,6 +63,17 @@ def test_sizes_that_do_not_fit_raise_below_the_function_too(kernels):
     for k, g in [(torch.randn(1, 64, 1, 500), None), (q, torch.zeros(1, 63, 1))]:
         with pytest.raises(ValueError, match="linear_attention: . must have shape"):
             torch.ops.packc.linear_attention(q, k, v, g, 1.0, None, None, False)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_a_document_gives_the_same_bits_among_others_however_many_heads_share_its_keys(kernels):
+    torch.manual_seed(0)
+    inputs = make(L=24, H=5, G=1, K=4, V=4, g=-torch.rand(1, 24, 5))
+    first, dout = {name: x[:, :7] for name, x in inputs.items()}, torch.randn(1, 24, 5, 4)
+    with implementation(kernels):
+        alone = run(MIXER, first, offsets([7]), dout=dout[:, :7], output_final_state=False)
+        among = run(MIXER, inputs, offsets([7, 4, 4, 4, 5]), dout=dout, output_final_state=False)
+    assert [name for name, x in alone.items() if not torch.equal(among[name][:, :7], x)] == []
 
 
 def test_heads_share_queries_and_keys_in_consecutive_groups(kernels):
