@@ -3,12 +3,15 @@
 It lays out what it computes as it likes, and brings what is saved for the backward into the strides that this expects;
 but not where they depend on a size that nobody knows, and then the backward refuses its inputs. Contiguous values come
 out so anyway, but those that it computes in their place in what they are joined to; others do not, as heads that were
-transposed before they were computed with.
+transposed before they were computed with, and in torch 2.11 parts of what is computed, of which each may be computed by
+itself.
 
 And a value with a single channel, (1, 1, T, D), it takes for an image with channels last, of which it asks the sizes.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +30,9 @@ _OP = torch.ops.packc.keep_strides.default
 def keep_strides(gm: fx.GraphModule) -> None:
     """Hold the axes of such values in the order in which they were traced, in a graph that Inductor will compile."""
     outputs = filter(_has_unknown_strides, gm.graph.output_node().all_input_nodes)
-    bases = [node for node in map(_base, outputs) if not _is_in_order(node) or _is_joined(node)]
+    bases = [
+        base for node in outputs if not _is_in_order(base := _base(node)) or _is_joined(base) or _skips_memory(node)
+    ]
     seen_through = [node for node in gm.graph.nodes if _looks_like_an_image(node) and any(map(_is_view, node.users))]
     held = [node for node in dict.fromkeys([*bases, *seen_through]) if node.op == "call_function"]
     if not held:
@@ -60,7 +65,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    while _is_view(node):
+    while _is_view(node) or (node.target is operator.getitem and _is_view(node.all_input_nodes[0])):
         node = node.all_input_nodes[0]
     return node
 
@@ -68,6 +73,19 @@ def _base(node: fx.Node) -> fx.Node:
 def _is_in_order(node: fx.Node) -> bool:
     order = _order(node)
     return order == sorted(order, reverse=True)
+
+
+def _skips_memory(node: fx.Node) -> bool:
+    """Whether between its entries there are some of what it is a part of."""
+    value = node.meta["val"]
+    axes = sorted((_known(stride), _known(size)) for stride, size in zip(value.stride(), value.shape, strict=True))
+    dense = 1
+    for stride, size in axes:
+        if size > 1:
+            if stride != dense:
+                return True
+            dense *= size
+    return False
 
 
 def _is_joined(node: fx.Node) -> bool:

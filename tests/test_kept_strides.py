@@ -45,6 +45,20 @@ def test_a_backward_takes_what_was_joined_to_something():
     torch.testing.assert_close(gradient(torch.compile(join, backend="packc", options=STRICT)), gradient(join))
 
 
+def split(x, attention_mask):
+    """What is saved are parts of what is computed, as Mamba-2 splits its convolution's result."""
+    is_token = attention_mask[..., None]
+    parts = (packc.ops.causal_conv1d(x * is_token, torch.ones(H * D, 2)) * is_token).split([4, 2, 2], -1)
+    values, keys, queries = (part.unflatten(-1, (-1, 2)) for part in parts)
+    steps = torch.ones(*x.shape[:2], 2) * is_token
+    return packc.ops.ssd(values, steps, torch.full((2,), -0.5), keys, queries).flatten(2).repeat(1, 1, 2)
+
+
+def test_a_backward_takes_parts_of_what_is_computed():
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradient(torch.compile(split, backend="packc", options=STRICT)), gradient(split))
+
+
 def test_without_it_inductor_refuses_them(monkeypatch):
     """Should this pass one day, the file has done its service."""
     torch._dynamo.reset()
