@@ -31,7 +31,6 @@ register_zero(
     aten.tanh.default,
     aten.sqrt.default,
     aten.square.default,
-    aten.leaky_relu.default,
     aten.sign.default,
     aten.round.default,
     aten.nan_to_num.default,
@@ -57,6 +56,7 @@ register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), a
     aten.alias.default,
     aten.detach.default,
     aten.dropout.default,
+    aten.leaky_relu.default,  # not tagged as pointwise in torch 2.11
     zero=first_is_zero,
 )
 @register_rule(
