@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from packc.passes.overlap.costs import RATES, Rates, bytes_of, device_of, seconds_of, seconds_of_collective
-from packc.passes.overlap.policies import list_schedule, program_order, seconds
+from packc.passes.overlap.policies import list_schedule, program_order
 from packc.passes.overlap.tasks import Task
 from packc.passes.overlap.timeline import Timeline, peak, simulate
 
 _WAIT = "wait_tensor"
 MORE_MEMORY = 0.05
 """Of what the graph's values take at most, how much more they may: what is exchanged lives beside what hides it."""
-SLOWER = 1000.0
-"""How many times as long as declared a collective may take before an order no longer cares."""
-_ALIKE = 1.01
 
 
 class Hidden(NamedTuple):
@@ -54,7 +50,7 @@ def hide_communication(graph: fx.Graph, rates: Rates | None = None) -> Hidden | 
         return None
     tasks = tasks_of(nodes, rates or RATES[device_of(nodes)])
     limit = int(peak(tasks, program_order(tasks)) * (1 + MORE_MEMORY))
-    order = _order(tasks, limit)
+    order = list_schedule(tasks, limit)
     if order == program_order(tasks):
         return None
     place = next((node for node in reversed(graph.nodes) if node.op in ("placeholder", "get_attr")), graph._root)
@@ -63,14 +59,6 @@ def hide_communication(graph: fx.Graph, rates: Rates | None = None) -> Hidden | 
         place = nodes[number]
     graph.lint()
     return Hidden(tasks, *(simulate([tasks], [each]) for each in (program_order(tasks), order)))
-
-
-def _order(tasks: Sequence[Task], memory: int) -> list[int]:
-    """Where a collective is hidden under a little there is often more: one order of those that are as fast by the
-    declared rates hides a link that is far slower, too."""
-    slower = [replace(each, seconds=SLOWER * each.seconds) if each.kind == "start" else each for each in tasks]
-    order, patient = list_schedule(tasks, memory), list_schedule(slower, memory)
-    return patient if seconds(tasks, patient) <= _ALIKE * seconds(tasks, order) else order
 
 
 def tasks_of(nodes: Sequence[fx.Node], rates: Rates) -> list[Task]:
