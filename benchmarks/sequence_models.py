@@ -39,7 +39,7 @@ from families import FAMILIES, build
 from sequence_parallel import LATENCY, run
 from torch import Tensor, fx
 
-from packc.distributed.plans import check_that_all_agree
+from packc.distributed.ranks import check_that_all_agree
 from packc.passes.overlap import Task, inductor_pass, program_order, simulate
 from packc.passes.overlap.costs import RATES
 from packc.passes.overlap.hide_communication import hide_communication, tasks_of

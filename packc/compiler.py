@@ -89,7 +89,7 @@ def backend(
 
 def over_several_ranks(sequence: SequenceOptions) -> SequenceOptions | None:
     """With its group; None for a group of one rank, which has all tokens."""
-    from packc.distributed.plans import group_of
+    from packc.distributed.ranks import group_of
 
     group = group_of(sequence.group)
     return sequence._replace(group=group) if group.size() > 1 else None
@@ -280,7 +280,7 @@ def _ranks_of(sequence: SequenceOptions | None) -> Ranks | None:
     if sequence is None:
         return None
     from packc.distributed.groups import join
-    from packc.distributed.plans import device_of
+    from packc.distributed.ranks import device_of
 
     group = sequence.group
     name = join(group, device_of(group))

@@ -16,7 +16,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from packc.batches import Packing, pack_batches
 from packc.distributed.cuts import equal_work
 from packc.distributed.outputs import Cut, note
-from packc.distributed.plans import Plan, Rank, check_that_all_agree, plan
+from packc.distributed.plans import Plan, Rank, plan
+from packc.distributed.ranks import check_that_all_agree
 from packc.fake_tensors import has_values
 from packc.packed_call import NotPacked, PackedCall, keeps_padding
 from packc.passes import Graph, ReachInputs, ShardedInputs
