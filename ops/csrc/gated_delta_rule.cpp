@@ -244,29 +244,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_bwd(
   return {dq, dk, dv, dg, dbeta, dinitial};
 }
 
+// Tokens that a summary takes at a time, so that its workspace does not grow with a segment.
+constexpr int64_t kPiece = 8 * kChunk;
+
 // Of tokens begin .. L of the one row: the matrix (1, H, K, K) by which they multiply a state, and what they leave. The
 // matrix is what becomes of the unit matrix without values. It costs as much as the state, unless decays let nothing
 // through: then no more than the chunks that it takes them.
 std::tuple<Tensor, Tensor> gated_delta_rule_summary(
     const Tensor& all_k, const Tensor& all_v, const Tensor& all_g, const Tensor& all_betas, const Tensor& begin) {
-  const int64_t first = begin.item<int64_t>();
-  const auto segment = [&](const Tensor& x) { return x.slice(1, first); };
-  const Tensor k = segment(all_k), v = segment(all_v), g = segment(all_g), beta = segment(all_betas);
-  const int64_t L = v.size(1), H = v.size(2), K = k.size(3);
-  const auto fp32 = v.options().dtype(at::kFloat);
-  const Tensor no_values = at::zeros({1, 1, 1, K}, v.options()).expand({1, L, H, K});
-  const Tensor unit = at::eye(K, fp32).expand({1, H, K, K});
-  const Chunks chunks(Documents(std::nullopt, 1, L));
-  const GatedDeltaRule p = problem(k, k, v, beta, 1);
-  GatedDeltaRule of_unit = problem(k, k, no_values, beta, 1);
-  of_unit.no_values = true;
-  Tensor state = new_states(v, 1, K), transition = new_states(no_values, 1, K), resolvents = workspace(p, v, kChunk);
-  with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
-    float* r = resolvents.mutable_data_ptr<float>();
-    for_each_chunk(p, chunks, [&] { return ResolveChunk<Gate>(p, g, r); });
-    correct_states<Gate>(p, chunks, g, States(Tensor()), States(state), r, nullptr, nullptr);
-    correct_states<Gate>(of_unit, chunks, g, States(unit), States(transition), r, nullptr, nullptr);
-  });
+  const int64_t L = all_v.size(1), H = all_v.size(2), K = all_k.size(3);
+  const Tensor no_value = at::zeros({1, 1, 1, K}, all_v.options());
+  Tensor state, transition = at::eye(K, all_v.options().dtype(at::kFloat)).expand({1, H, K, K});
+  int64_t first = begin.item<int64_t>();
+  do {
+    const int64_t end = std::min(first + kPiece, L);
+    const auto piece = [&](const Tensor& x) { return x.slice(1, first, end); };
+    const Tensor k = piece(all_k), v = piece(all_v), g = piece(all_g), beta = piece(all_betas);
+    const Tensor no_values = no_value.expand({1, end - first, H, K});
+    const Chunks chunks(Documents(std::nullopt, 1, end - first));
+    const GatedDeltaRule p = problem(k, k, v, beta, 1);
+    GatedDeltaRule of_unit = problem(k, k, no_values, beta, 1);
+    of_unit.no_values = true;
+    Tensor next = new_states(v, 1, K), through = new_states(no_values, 1, K), resolvents = workspace(p, v, kChunk);
+    with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
+      float* r = resolvents.mutable_data_ptr<float>();
+      for_each_chunk(p, chunks, [&] { return ResolveChunk<Gate>(p, g, r); });
+      correct_states<Gate>(p, chunks, g, States(state), States(next), r, nullptr, nullptr);
+      correct_states<Gate>(of_unit, chunks, g, States(transition), States(through), r, nullptr, nullptr);
+    });
+    state = next;
+    transition = through;
+    first = end;
+  } while (first < L);
   return {transition, state};
 }
 
@@ -279,20 +288,27 @@ Tensor gated_delta_rule_adjoint(
     const Tensor& all_betas,
     double scale,
     const Tensor& end) {
-  const int64_t last = end.item<int64_t>();
-  const auto segment = [&](const Tensor& x) { return x.slice(1, 0, last); };
-  const Tensor dout = segment(all_douts), k = segment(all_k), g = segment(all_g);
-  const Chunks chunks(Documents(std::nullopt, 1, dout.size(1)));
-  const GatedDeltaRule p = problem(segment(all_q), k, dout, segment(all_betas), scale);
-  Tensor dstate = new_states(dout, 1, p.K());
-  Tensor resolvents = workspace(p, dout, kChunk), du = workspace(p, dout, padded(p.V()));
-  const Workspace w{resolvents.mutable_data_ptr<float>(), nullptr, du.mutable_data_ptr<float>()};
-  const States none{Tensor()};
-  const Heads douts(dout);
-  with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
-    for_each_chunk(p, chunks, [&] { return RecomputeErrors<Gate>(p, g, douts, none, nullptr, w); });
-    correct_state_gradients<Gate>(p, chunks, g, douts, none, States(dstate), w, nullptr);
-  });
+  Tensor dstate;
+  int64_t last = end.item<int64_t>();
+  do {
+    // Chunks are cut from the first token on.
+    const int64_t first = std::max<int64_t>(last - 1, 0) / kPiece * kPiece;
+    const auto piece = [&](const Tensor& x) { return x.slice(1, first, last); };
+    const Tensor dout = piece(all_douts), k = piece(all_k), g = piece(all_g);
+    const Chunks chunks(Documents(std::nullopt, 1, last - first));
+    const GatedDeltaRule p = problem(piece(all_q), k, dout, piece(all_betas), scale);
+    Tensor before = new_states(dout, 1, p.K());
+    Tensor resolvents = workspace(p, dout, kChunk), du = workspace(p, dout, padded(p.V()));
+    const Workspace w{resolvents.mutable_data_ptr<float>(), nullptr, du.mutable_data_ptr<float>()};
+    const States none{Tensor()};
+    const Heads douts(dout);
+    with_gate(g, [&]<typename Gate>(std::type_identity<Gate>) {
+      for_each_chunk(p, chunks, [&] { return RecomputeErrors<Gate>(p, g, douts, none, nullptr, w); });
+      correct_state_gradients<Gate>(p, chunks, g, douts, States(dstate), States(before), w, nullptr);
+    });
+    dstate = before;
+    last = first;
+  } while (last > 0);
   return dstate;
 }
 

@@ -31,6 +31,18 @@ def test_decays_that_let_nothing_through(mixer):
     assert not recurrence.summarize(tensors, 4)[0].any()
 
 
+@pytest.mark.parametrize("mixer", ["gated_delta_rule", "gated_delta_rule_per_channel"])
+def test_what_is_summarised_piece_by_piece_is_handed_on(mixer, kernels):
+    if kernels == "triton":
+        pytest.skip("slow to interpret, and in one piece")
+    tensors = MIXERS[mixer].make(1, 1170)
+    tensors |= {name: 1e-3 * tensors[name] for name in ("g", "beta")}  # so that the first token counts to the end
+    recurrence = Recurrence("gated_delta_rule", MIXERS[mixer].make, {"scale": 0.3})
+    agree_with_fp64(recurrence, tensors, 4)
+    agree_with_fp64(recurrence, tensors, 1166)
+    assert recurrence.summarize(tensors, 4)[0].norm() > 1
+
+
 @pytest.mark.parametrize(("D", "N", "G"), [(1, 1, None), (16, 4, 1), (70, 17, 2), (200, 3, 4)])
 def test_any_size_of_channels_and_states(D, N, G):
     recurrence = Recurrence("selective_scan", make_inputs, {"delta_softplus": True})
