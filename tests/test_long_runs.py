@@ -122,8 +122,12 @@ def test_interrupted_and_resumed_training_equals_uninterrupted_bit_for_bit():
 
 def gradients(call, model, rows):
     torch.manual_seed(0)
+    return gradients_of(call, model, batch_of(rows))
+
+
+def gradients_of(call, model, batch):
     model.zero_grad()
-    call(*batch_of(rows).values())[0].backward()
+    call(*batch.values())[0].backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -145,20 +149,22 @@ def test_threads_train_and_score_at_once():
     models = [PlainLM(layers=1) for _ in range(2)]
     shared = PlainLM(layers=1)
     score = compiled(shared)
+    batches = [batch_of(rows) for rows in (RIGHT, LEFT, BOTH)]  # here: threads share one generator
 
     def work(model):
         call, found = compiled(model), []
-        for rows in (RIGHT, LEFT, BOTH):
-            found.append(gradients(call, model, rows))
+        for batch in batches:
+            found.append(gradients_of(call, model, batch))
             with torch.no_grad():
-                found.append([score(*batch_of(rows).values())[0]])
+                found.append(score(*batch.values())[0])
         return found
 
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(work, models))
     for model, found in zip(models, together, strict=True):
-        for n, rows in enumerate((RIGHT, LEFT, BOTH)):
-            assert_close(found[2 * n], gradients(model, model, rows))
+        for n, batch in enumerate(batches):
+            assert_close(found[2 * n], gradients_of(model, model, batch))
+            torch.testing.assert_close(found[2 * n + 1], shared(*batch.values())[0])
 
 
 @pytest.mark.parametrize(
