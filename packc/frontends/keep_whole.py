@@ -43,7 +43,7 @@ class ByName:
 
 @dataclass(frozen=True)
 class Method:
-    """A packed form of a class's method of this name: the name in the table is the class's."""
+    """A packed form of a class's method, or property, of this name: the name in the table is the class's."""
 
     name: str
     form: PackedForm | Around | ByName
@@ -104,8 +104,9 @@ def _python_function(attribute: object, name: str) -> FunctionType | None:
 
 
 def _as_function(owner: object, name: str) -> FunctionType | None:
-    """The function behind a class's method. Dynamo substitutes functions alone, so the method is made to call one."""
-    function = vars(owner).get(name) if isinstance(owner, type) else None
+    """The function behind a class's method or property, made to call one: Dynamo substitutes functions alone."""
+    attribute = vars(owner).get(name) if isinstance(owner, type) else None
+    function = attribute.fget if isinstance(attribute, property) else attribute
     if not isinstance(function, FunctionType):
         return None
 
@@ -113,7 +114,7 @@ def _as_function(owner: object, name: str) -> FunctionType | None:
     def method(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    setattr(owner, name, method)
+    setattr(owner, name, attribute.getter(method) if isinstance(attribute, property) else method)
     return function
 
 
