@@ -108,8 +108,14 @@ def test_options_of_attention(options):
     torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [RIGHT, LEFT])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "checkpointed"),
+    [
+        (RIGHT, False),
+        (LEFT, True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((RIGHT, True), (LEFT, False))),
+    ],
+)
 def test_dropout_drops_what_a_seed_of_torchs_generator_says(rows, checkpointed):
     mask = masks(rows)
 
