@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 import packc
 
 TAPS = 4
+TWO_ROWS = [[3, 5, 1], [9]]
 
 
 class Mixed(nn.Module):
@@ -72,6 +76,18 @@ def pieces(rows: list[list[int]]) -> list[tuple[int, int, int]]:
             found.append((number, start, start + length))
             start += length
     return found
+
+
+def tokens(rows: list[list[int]]) -> torch.Tensor:
+    return torch.randint(0, 32, (len(rows), sum(rows[0])))
+
+
+def compiled(model: Callable[..., Any], **options: Any) -> Any:
+    return torch.compile(model, backend=packc.backend, options={"packc.inner": "aot_eager", **options})
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    return packc.ops.causal_conv1d(x, torch.ones(4, 3))
 
 
 def alone(model, ids: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:

@@ -4,26 +4,15 @@ import warnings
 
 import pytest
 import torch
-from harness import tiny_mamba
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import WAYS, Mixed, alone, by, offsets, pieces, positions
+from rows import TWO_ROWS, WAYS, Mixed, alone, by, compiled, mix, offsets, pieces, positions, tokens
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import packc
 
-DEBUG = {"packc.inner": "aot_eager"}
-TWO_ROWS = [[3, 5, 1], [9]]
 OTHERS = [[2, 2, 2, 3], [1, 8]]
-
-
-def compiled(model, **options):
-    return torch.compile(model, backend=packc.backend, options={**DEBUG, **options})
-
-
-def tokens(rows):
-    return torch.randint(0, 32, (len(rows), sum(rows[0])))
 
 
 def assert_alone(model, fast, rows, **way):
@@ -196,9 +185,6 @@ def test_heads_may_give_entries_of_one_token_each():
         got = compiled(log_probs)(ids), compiled(last)(ids)
     torch.testing.assert_close(got[0], want[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]))
     torch.testing.assert_close(got[1], want[:, -1])
-    refused(lambda ids: log_probs(ids).sum(1), ids, match="sum")
-    weights = torch.ones(2, 8, 1, dtype=torch.int64)
-    refused(lambda ids, weights: (log_probs(ids) * weights).sum(1), ids, weights, match="several along the rows")
 
 
 def test_what_the_graph_recomputes_knows_documents():
@@ -267,70 +253,6 @@ def test_explain_says_what_is_packed():
     assert [mixer.packed for mixer in report.mixers] == [True] * 3
 
 
-# ---- what raises -----------------------------------------------------------------------------------------------------
-
-
-def refused(model, *inputs, rows=TWO_ROWS, match):
-    for first in (True, False):  # compiled with documents, and without
-        torch._dynamo.reset()
-        fast = compiled(model)
-        if not first:
-            fast(*inputs)
-        with packc.documents(**by("cu_seqlens", rows)), pytest.raises(packc.NotPacked, match=match):
-            fast(*inputs)
-
-
-def values():
-    return torch.randn(2, 9, 4)
-
-
-def mix(x):
-    return packc.ops.causal_conv1d(x, torch.ones(4, 3))
-
-
-def test_an_op_without_a_rule_that_looks_along_the_rows():
-    refused(lambda x: mix(x.cumsum(1)), values(), match="cumsum")
-    refused(lambda x: mix(x).cumsum(1), values(), match="cumsum")
-    refused(lambda x: mix(x + F.pad(x, (0, 0, 1, 0))[:, :-1]), values(), match="along the rows")
-    refused(lambda x: mix(x).mean(1), values(), match="mean")
-    refused(lambda x: mix(x) - mix(x).mean(), values(), match="sum over the tokens")
-
-
-def test_an_entry_of_another_token():
-    refused(lambda x: mix(x) + mix(x)[:, :1], values(), match="an entry of another place")
-    refused(lambda x: mix(x) * mix(x)[:, -1].sigmoid()[:, None], values(), match="an entry of another place")
-    refused(lambda x: torch.cat([mix(x)[:, 0], mix(x)[:, -1]], 1), values(), match="several along the rows")
-    places = torch.tensor([[0, 7], [3, 8]])
-    refused(lambda x: mix(x)[torch.arange(2)[:, None], places].mean(1), values(), match="several along the rows")
-    refused(lambda x: mix(x)[0].mean(0), values(), match="several along the rows")
-
-    def loop(x):
-        h, state, states = mix(x), torch.zeros(2, 4), []
-        for t in range(x.shape[1]):
-            state = state / 2 + h[:, t]
-            states.append(state)
-        return torch.stack(states, 1)
-
-    refused(loop, values(), match="several along the rows")
-
-
-COUNTED = {
-    "from the end": lambda x: torch.arange(x.shape[1]).flip(0),
-    "the end of a table": lambda x: torch.arange(20.0)[-x.shape[1] :],
-    "from before the first": lambda x: torch.arange(1 - x.shape[1], 1),
-    "around": lambda x: torch.arange(x.shape[1]).roll(1),
-    "as parts": lambda x: torch.linspace(0, 1, x.shape[1]),
-    "as shares": lambda x: torch.arange(x.shape[1]).float().softmax(0),
-    "to all others": lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs().sum(1),
-}
-
-
-@pytest.mark.parametrize("name", COUNTED)
-def test_positions_that_hang_on_the_length_of_a_row(name):
-    with packc.documents(**by("cu_seqlens", TWO_ROWS)), pytest.raises(packc.NotPacked, match="as many positions"):
-        compiled(lambda x: mix(x * COUNTED[name](x)[:, None]))(values())
-
-
 def test_losses_of_picked_entries():
     model, ids, labels = Mixed(), tokens(TWO_ROWS), torch.tensor([[1, 2], [3, 4]])
     places = torch.tensor([[0, 7], [3, 8]])
@@ -349,50 +271,6 @@ def test_losses_of_picked_entries():
     )
 
 
-def test_an_op_without_a_rule_beside_a_mask():
-    mask = torch.ones(2, 9, dtype=torch.int64)
-    mixed = lambda x, attention_mask: mix(x * attention_mask[..., None])  # noqa: E731
-    refused(lambda x, attention_mask: mixed(x, attention_mask) + x.cumsum(1), values(), mask, match="along the rows")
-    place = lambda attention_mask: attention_mask.cumsum(1)[..., None] - 1  # noqa: E731
-    refused(
-        lambda x, attention_mask: mixed(x, attention_mask) * place(attention_mask),
-        values(),
-        mask,
-        match="along the rows",
-    )
-
-
-def test_states_of_rows():
-    taps = torch.ones(4, 3)
-    state = torch.zeros(2, 4, 2)
-    refused(
-        lambda x: packc.ops.causal_conv1d(x, taps, output_final_state=True),
-        values(),
-        match="returns the state of each row",
-    )
-    refused(
-        lambda x, state: packc.ops.causal_conv1d(x, taps, initial_state=state), values(), state, match="initial state"
-    )
-
-
-def test_attention_that_runs_padded():
-    refused(Mixed(slope=0.1), tokens(TWO_ROWS), match="scaled_dot_product_attention")
-
-
-def test_a_label_of_another_documents_token():
-    model = tiny_mamba()
-    ids = tokens([[4, 5]])
-    labels = ids.clone()
-    labels[0, 4] = -100
-    fast = compiled(model)
-    with packc.documents(cu_seqlens=offsets([4, 5])):
-        with pytest.raises(packc.NotPacked, match="every document's first token"):
-            fast(input_ids=ids, labels=ids)
-        loss = fast(input_ids=ids, labels=labels).loss
-    losses = [model(input_ids=part, labels=part).loss * (part.shape[1] - 1) for part in (ids[:, :4], ids[:, 4:])]
-    torch.testing.assert_close(loss, sum(losses) / 7)
-
-
 def test_labels_of_the_tokens_themselves_are_nobody_elses():
     def model(x, labels):
         return F.cross_entropy(mix(x).flatten(0, 1), labels.flatten())
@@ -402,23 +280,3 @@ def test_labels_of_the_tokens_themselves_are_nobody_elses():
         loss = compiled(model)(x, labels)
     want = F.cross_entropy(torch.cat([mix(x[:, :4]), mix(x[:, 4:])], 1)[0], labels[0])
     torch.testing.assert_close(loss, want)
-
-
-def test_what_is_handed_over_wrongly():
-    ids = tokens(TWO_ROWS)
-    fast = compiled(Mixed())
-    for way, message in (
-        ({"cu_seqlens": offsets([3, 5, 1])}, "do not rise from 0 to 18"),
-        ({"cu_seqlens": torch.tensor([0, 9, 3, 18])}, "do not rise"),
-        ({"cu_seqlens": torch.tensor([[0, 18, 18]])}, "must be"),
-        (
-            {"seq_idx": torch.zeros(1, 5, dtype=torch.int64).diff(prepend=torch.ones(1, 1, dtype=torch.int64))},
-            "does not fit",
-        ),
-        ({"position_ids": positions([[3, 4]])}, "does not fit"),
-    ):
-        with packc.documents(**way), pytest.raises(ValueError, match=message):
-            fast(ids)
-    for way in ({}, {"seq_idx": ids, "cu_seqlens": ids}, {"seq_idx": ids.float()}, {"cu_seqlens": [0, 9, 18]}):
-        with pytest.raises(TypeError, match="packc.documents"), packc.documents(**way):
-            pass

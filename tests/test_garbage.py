@@ -16,7 +16,6 @@ def model(x, attention_mask):
 
 
 def test_the_inner_backend_runs_without_collections_of_old_objects():
-    torch._dynamo.reset()
     before, during = gc.get_threshold(), []
 
     @torch._dynamo.register_backend(name="notes_thresholds")

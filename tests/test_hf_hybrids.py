@@ -117,7 +117,8 @@ def test_attention_with_biases_of_each_token_packs_or_is_packed_around(name):
     assert (attention, len(report.boundaries)) == (([True] * 2, 0) if name == "inkling" else ([], 4))
 
 
-@one_family_now_the_others_slow
+@pytest.mark.slow  # test_hf_mamba.py has a Mamba's, test_kept_strides.py what is saved beside attention and Mamba-2
+@pytest.mark.parametrize("family", PACKED)
 def test_code_is_generated_for_a_training_step(family):
     model, batch = tiny_model(family).train(), batch_of(RIGHT)
     compiled = torch.compile(model, backend="packc", options={"packc.strict": True}, fullgraph=True)

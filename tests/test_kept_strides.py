@@ -28,7 +28,6 @@ def gradient(function):
 
 
 def test_a_backward_takes_heads_that_were_transposed_and_computed_on():
-    torch._dynamo.reset()
     torch.testing.assert_close(gradient(torch.compile(attend, backend="packc", options=STRICT)), gradient(attend))
 
 
@@ -41,7 +40,6 @@ def join(x, attention_mask):
 
 
 def test_a_backward_takes_what_was_joined_to_something():
-    torch._dynamo.reset()
     torch.testing.assert_close(gradient(torch.compile(join, backend="packc", options=STRICT)), gradient(join))
 
 
@@ -55,13 +53,11 @@ def split(x, attention_mask):
 
 
 def test_a_backward_takes_parts_of_what_is_computed():
-    torch._dynamo.reset()
     torch.testing.assert_close(gradient(torch.compile(split, backend="packc", options=STRICT)), gradient(split))
 
 
 def test_without_it_inductor_refuses_them(monkeypatch):
     """Should this pass one day, the file has done its service."""
-    torch._dynamo.reset()
     monkeypatch.setattr(packc.inner_backend, "keep_strides", lambda gm: None)
     no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
     with no_cache, pytest.raises(AssertionError, match="expected size"):
@@ -69,7 +65,6 @@ def test_without_it_inductor_refuses_them(monkeypatch):
 
 
 def test_contiguous_values_are_left_alone():
-    torch._dynamo.reset()
     held = []
     lower = kept_strides._lower
 

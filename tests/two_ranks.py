@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import PROCESSES
 
 WORLD = 2
 
 
 def on_two_ranks(work: Callable[..., Any], folder: Path, *args: Any, timeout: float = 240) -> list[Any]:
     """What ``work(rank, *args)`` returned on each rank; ``work`` is a function at the top of its module."""
-    processes = mp.start_processes(_run, (work, folder, args), nprocs=WORLD, join=False, start_method="spawn")
+    how = PROCESSES.get_start_method()
+    processes = mp.start_processes(_run, (work, folder, args), nprocs=WORLD, join=False, start_method=how)
     deadline = time.monotonic() + timeout
     while not processes.join(deadline - time.monotonic(), grace_period=5):  # returns at the end of each process
         if time.monotonic() >= deadline:

@@ -13,7 +13,7 @@ CUTS = [
     Cut([0, 16, 50, 64], [0, 16, 40, 64]),
     Cut([0, 7, 18, 43, 67], [0, 18, 43, 67]),
 ]
-QUICK = [("selective_scan", "all_gather"), ("causal_conv1d", "ring")]
+QUICK = [("selective_scan", "all_gather")]
 ALL = [(name, exchange) for name in MIXERS for exchange in ("all_gather", "ring", "doubling")]
 
 

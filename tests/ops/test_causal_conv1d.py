@@ -63,6 +63,8 @@ def error(result, expected):
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 9])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_values_and_gradients_are_those_of_the_specification(kernels, width, activation):
+    if (width, activation) not in ((4, "silu"), (6, None)):
+        skip_if_interpreted(kernels)
     leaves, cu_seqlens = inputs([0, 1, 2, 40, 1, size(kernels, 300, 33), 0], W=width)
     for result, expected in zip(
         run(leaves, cu_seqlens, activation), exact(leaves, cu_seqlens, activation), strict=True
@@ -145,29 +147,24 @@ def test_swish_is_silu():
 LENGTHS = [5, 1, 29]
 
 
-def gradient(name, leaves, cu_seqlens, dout, dfinal):
-    results = run_states(leaves, cu_seqlens, "silu")
-    return torch.autograd.grad(results, leaves, [dout, dfinal])[["x", "weight", "bias", "initial_state"].index(name)]
+def gradients(leaves, cu_seqlens, dout, dfinal):
+    return torch.autograd.grad(run_states(leaves, cu_seqlens, "silu"), leaves, [dout, dfinal])
 
 
-@pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state"])
-def test_each_gradient_ends_at_documents(kernels, name):
+def test_each_gradient_ends_at_documents(kernels):
     """A gradient that flows out of one document only is that of the document alone."""
     leaves, cu_seqlens = inputs(LENGTHS)
     x, weight, bias, initial_state = leaves
     for n, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         dout, dfinal = torch.zeros_like(x), torch.zeros_like(initial_state)
         dout[:, begin:end], dfinal[n] = torch.randn_like(dout[:, begin:end]), torch.randn_like(dfinal[n])
-        packed = gradient(name, leaves, cu_seqlens, dout, dfinal)
+        dx, dweight, dbias, dstate = gradients(leaves, cu_seqlens, dout, dfinal)
         alone = [leaf.detach().requires_grad_() for leaf in (x[:, begin:end], weight, bias, initial_state[n : n + 1])]
-        expected = gradient(name, alone, None, dout[:, begin:end], dfinal[n : n + 1])
-        if name == "x":
-            assert packed[:, :begin].count_nonzero() == packed[:, end:].count_nonzero() == 0
-            packed = packed[:, begin:end]
-        if name == "initial_state":
-            assert packed[:n].count_nonzero() == packed[n + 1 :].count_nonzero() == 0
-            packed = packed[n : n + 1]
-        assert error(packed, expected.double()) < 2e-6
+        expected = gradients(alone, None, dout[:, begin:end], dfinal[n : n + 1])
+        assert dx[:, :begin].count_nonzero() == dx[:, end:].count_nonzero() == 0
+        assert dstate[:n].count_nonzero() == dstate[n + 1 :].count_nonzero() == 0
+        for packed, one in zip((dx[:, begin:end], dweight, dbias, dstate[n : n + 1]), expected, strict=True):
+            assert error(packed, one.double()) < 2e-6
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -184,7 +181,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs_are_those_of_contiguous_ones(kernels, view, dtype):
-    if dtype == torch.float32:
+    if dtype == torch.float32 or view not in ("channel-first half", "every other one"):
         skip_if_interpreted(kernels)
     leaves, cu_seqlens = inputs([3, 0, size(kernels, 70, 24)], dtype=dtype)
     strided = VIEWS[view](leaves[0].detach()).requires_grad_()
@@ -217,6 +214,8 @@ def test_strided_inputs_are_read_in_place(view):
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 35])
 def test_what_lies_around_an_input_in_memory_is_never_seen(kernels, length):
     """Tails of tiles: no length is a multiple of all of them, and all that is around a tensor is NaN."""
+    if length not in (17, 35):
+        skip_if_interpreted(kernels)
 
     def surrounded(x):
         around = torch.full([size + 14 for size in x.shape], float("nan"), dtype=x.dtype)
@@ -306,8 +305,9 @@ def test_flops_are_counted_forward_and_backward():
     assert counter.get_total_flops() == (1 + 3) * 2 * 30 * D * W
 
 
-def test_a_compiled_step_serves_every_length_and_document_count():
-    @torch.compile(fullgraph=True)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_serves_every_length_and_document_count(backend):
+    @torch.compile(fullgraph=True, backend=backend)
     def step(x, weight, bias, cu_seqlens, initial_state):
         return run_states((2 * x, weight, bias, initial_state), cu_seqlens, "silu")
 

@@ -1,10 +1,9 @@
-"""Attention is packed where its mask is of a known form, and runs padded where it hides padding in another way."""
-
-import sys
+"""Attention that packs is stock's on each document, with all its options; which masks do: test_attention_masks.py."""
 
 import pytest
 import torch
-from harness import BOTH, HOLE, LEFT, RIGHT, RecordingBackend, masks
+from harness import HOLE, LEFT, RIGHT, masks
+from masked_attention import ATTENTION, CONV, STRICT, TAPS, B, D, H, L, attend, causal, heads, reason_of, step
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,102 +16,8 @@ from packc.passes.rules.attention import _HEADS_FIRST, varlen_attention
 from packc.passes.rules.registry import Op
 from packc.passes.visible import Band
 
-B, L, H, D = 3, 8, 2, 4
-TAPS = torch.randn(H * D, 3, generator=torch.Generator().manual_seed(1))
-WEIGHT = torch.randn(H * D, H * D, generator=torch.Generator().manual_seed(3))
-STRICT = {"packc.inner": "aot_eager", "packc.strict": True}
-CONV, ATTENTION = "packc.causal_conv1d.default", "aten.scaled_dot_product_attention.default"
-CAUSAL = torch.ones(L, L, dtype=torch.bool).tril()  # to the graph, an input that may hold anything
-
-
-def heads(x):
-    return x.unflatten(-1, (H, D)).transpose(1, 2)
-
-
-def attend(x, attention_mask, mask=None, **options):
-    """A mixer of packc's, attention over what it gives, and what is done token by token afterwards."""
-    x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS, activation="silu")
-    mixed = F.scaled_dot_product_attention(heads(x), heads(x.cos()), heads(x.sin()), attn_mask=mask, **options)
-    return F.layer_norm(x + mixed.transpose(1, 2).flatten(2), (H * D,))
-
-
-def causal(m):
-    places = torch.arange(m.shape[1])
-    return (places <= places[:, None]) & (m[:, None, None] != 0)
-
-
-def additive(m):
-    return torch.zeros(m.shape[0], 1, m.shape[1], m.shape[1]).masked_fill(~causal(m), torch.finfo(torch.float32).min)
-
-
-def also_seen_by_padding(m):
-    return causal(m) | (m[:, None, :, None] == 0)  # as where no row may be hidden from everything
-
-
-def window(m, size):
-    places = torch.arange(m.shape[1])
-    return causal(m) & (places > places[:, None] - size)
-
-
-PACKED = {
-    "causal": causal,
-    "additive": additive,
-    "of keys": lambda m: m[:, None, None] != 0,
-    "of keys, additive": lambda m: (1.0 - m[:, None, None].float()) * -1e9,
-    "a window": lambda m: window(m, 3),
-    "a window by a triangle": lambda m: causal(m) & ~causal(m).tril(-3),
-    "a window beyond the batch": lambda m: window(m, 100),
-    "a window on both sides": lambda m: (window(m, 3) | window(m, 3).mT) & (m[:, None, None] != 0),
-    "of one document": lambda m: causal(m) & (m[:, None, None] == m[:, None, :, None]),
-    "open to padding's own queries": also_seen_by_padding,
-}
-HIDING = {
-    **PACKED,
-    "causal by an input": lambda m: CAUSAL & (m[:, None, None] != 0),
-    "biased": lambda m: additive(m) + TAPS[0, 0],
-    "chunked": lambda m: causal(m) & (torch.arange(m.shape[1]) // 4 == (torch.arange(m.shape[1]) // 4)[:, None]),
-    "all but itself": lambda m: (m[:, None, None] != 0) & ~torch.eye(m.shape[1], dtype=torch.bool),
-    "a head's own": lambda m: torch.cat([window(m, 2), window(m, 3)], 1),
-}
-SHOWING = {
-    "padding in the past": lambda m: CAUSAL.expand(B, 1, L, L),
-    "everything": lambda m: torch.ones(B, 1, L, L, dtype=torch.bool),
-    "padding alone": lambda m: m[:, None, None] == 0,
-    "shifted": lambda m: F.pad(m, (1, 0))[:, None, None, :-1] != 0,
-    "another row's": lambda m: m.flip(0)[:, None, None] != 0,
-    "a little": lambda m: torch.where(m[:, None, None] != 0, 0.0, -10.0),
-}
-
-
-def step(function, x, *args):
-    leaf = x.clone().requires_grad_()
-    out = function(leaf, *args)
-    real = args[0].bool()
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    (grad,) = torch.autograd.grad((out * weight)[real].sum(), leaf)
-    return out[real], grad
-
-
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", HIDING)
-def test_a_mask_that_hides_padding_lets_the_graph_pack(name, dynamic):
-    torch._dynamo.reset()
-
-    def model(x, attention_mask):
-        return attend(x, attention_mask, HIDING[name](attention_mask))
-
-    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=dynamic)
-    x = torch.randn(B, L, H * D)
-    for rows in (RIGHT, LEFT, BOTH):
-        torch.testing.assert_close(step(compiled, x, masks(rows)), step(model, x, masks(rows)), rtol=1e-4, atol=1e-5)
-    report = packc.explain(model)(x, masks(RIGHT))
-    assert report.tokens == 15
-    assert [mixer.op for mixer in report.mixers if mixer.packed] == [CONV, ATTENTION][: 1 + (name in PACKED)]
-    assert [boundary.node for boundary in report.boundaries] == [ATTENTION][name in PACKED :]
-
 
 def test_rows_that_stay_whole_attend_as_stock_does():
-    torch._dynamo.reset()
 
     def model(x, attention_mask):
         return attend(x, attention_mask, causal(attention_mask))
@@ -124,77 +29,7 @@ def test_rows_that_stay_whole_attend_as_stock_does():
     torch.testing.assert_close(actual, step(model, x, masks(HOLE)), rtol=1e-4, atol=1e-5)
 
 
-def reason_of(model, *inputs):
-    torch._dynamo.reset()
-    backend = RecordingBackend()
-    actual = torch.compile(model, backend=backend)(*inputs)
-    torch.testing.assert_close(actual, model(*inputs))
-    (reason,) = backend.reasons
-    return reason
-
-
-@pytest.mark.parametrize("name", SHOWING)
-def test_one_that_shows_padding_does_not(name):
-    def model(x, attention_mask):
-        return attend(x, attention_mask, SHOWING[name](attention_mask))
-
-    assert "is not seen to hide padding" in reason_of(model, torch.randn(B, L, H * D), masks(BOTH))
-
-
-def test_one_made_of_another_mask_does_not():
-    def model(x, attention_mask, ref_mask):
-        return attend(x, attention_mask, causal(ref_mask))
-
-    assert "is not seen to hide padding" in reason_of(model, torch.randn(B, L, H * D), masks(RIGHT), masks(LEFT))
-
-
-def biased(x, m, weight, bias):
-    """Relative positions by what the model computes of tokens, as a bias: hidden where the mask hides."""
-    x = packc.ops.causal_conv1d(x * m[..., None], TAPS, activation="silu")
-    places = torch.arange(x.shape[1])
-    distances = (places[:, None] - places).clamp(0, D - 1).expand(x.shape[0], H, -1, -1)
-    mask = torch.where(causal(m), bias(heads(F.linear(x, weight)), distances), torch.finfo(x.dtype).min)
-    mixed = F.scaled_dot_product_attention(heads(x), heads(x.cos()), heads(x.sin()), attn_mask=mask)
-    return F.layer_norm(x + mixed.transpose(1, 2).flatten(2), (H * D,))
-
-
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_bias_of_each_query_leaves_the_rest_packed(dynamic):
-    torch._dynamo.reset()
-
-    def model(x, attention_mask, weight):
-        return biased(x, attention_mask, weight, lambda h, distances: (h / 2).gather(3, distances))
-
-    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=dynamic)
-    x, weight = torch.randn(B, L, H * D), torch.nn.Parameter(WEIGHT)
-    for rows in (RIGHT, LEFT, BOTH):
-        given = masks(rows), weight
-        torch.testing.assert_close(step(compiled, x, *given), step(model, x, *given), rtol=1e-4, atol=1e-5)
-    report = packc.explain(model)(x, *given)
-    assert [mixer.op for mixer in report.mixers if mixer.packed] == [CONV]
-    assert ATTENTION in [boundary.node for boundary in report.boundaries]
-
-
-@pytest.mark.parametrize(
-    "bias",
-    [
-        lambda h, distances: h.gather(3, distances).mT,
-        lambda h, distances: h.cumsum(2).gather(3, distances),
-        lambda h, distances: h.gather(3, distances) - h.gather(3, distances).amax(2, keepdim=True),
-        lambda h, distances: h.gather(3, distances).flip(2),
-    ],
-    ids=["each key", "queries before", "all queries", "another query"],
-)
-def test_a_bias_of_other_tokens_does_not(bias):
-    def model(x, attention_mask, weight):
-        return biased(x, attention_mask, weight, bias)
-
-    given = torch.randn(B, L, H * D), masks(RIGHT), torch.nn.Parameter(WEIGHT)
-    assert "is not zero at padding" in reason_of(model, *given)
-
-
 def test_causal_attention_without_a_mask_keeps_left_padding():
-    torch._dynamo.reset()
 
     def model(x, attention_mask):
         return attend(x, attention_mask, is_causal=True)
@@ -237,68 +72,6 @@ def test_what_attention_gives_at_padding_is_read_by_nobody():
     assert "mean" in reason_of(model, torch.randn(B, L, H * D), masks(RIGHT))
 
 
-def test_a_label_before_a_rows_first_token_keeps_the_row_whole():
-    torch._dynamo.reset()
-
-    def model(x, attention_mask, labels):
-        logits = attend(x, attention_mask, also_seen_by_padding(attention_mask))
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    x, mask = torch.randn(B, L, H * D), masks(LEFT)
-    labels = torch.randint(0, H * D, (B, L)).masked_fill(mask == 0, -100)
-    compiled = torch.compile(model, backend="packc", options={**STRICT, "packc.strict": False})
-    with pytest.warns(UserWarning, match="2 of 3 rows padded: the position before a row"):
-        actual = compiled(x, mask, labels)
-    torch.testing.assert_close(actual, model(x, mask, labels))
-
-
-def test_a_window_that_the_graph_is_given_is_heeded_when_it_changes():
-    torch._dynamo.reset()
-
-    def model(x, attention_mask, size):
-        return attend(x, attention_mask, window(attention_mask, size))
-
-    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=True)
-    for length, size in ((4, 7), (20, 7), (20, 3)):
-        given = masks(["1" * length, "1" * (length - 1) + "0", "11" + "0" * (length - 2)]), size
-        x = torch.randn(B, length, H * D)
-        torch.testing.assert_close(step(compiled, x, *given), step(model, x, *given), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [6, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_window_that_ends_beyond_the_first_batches_is_heeded_in_later_ones(size):
-    torch._dynamo.reset()
-
-    def model(x, attention_mask):
-        return attend(x, attention_mask, window(attention_mask, size))
-
-    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=True)
-    for length in (4, 20):
-        x, mask = (
-            torch.randn(B, length, H * D),
-            masks(["1" * length, "1" * (length - 1) + "0", "11" + "0" * (length - 2)]),
-        )
-        with torch._dynamo.config.patch(error_on_recompile=length > 4):
-            torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
-
-
-def test_a_mask_too_large_to_be_tried_is_looked_at_again_in_longer_batches(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(sys.modules["packc.passes.attention_masks"], "_LARGEST_BEYOND", 2 * 8**2)
-
-    def model(x, attention_mask):
-        return attend(x, attention_mask, window(attention_mask, 12))
-
-    compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=True)
-    for length in (4, 8, 20):
-        x, mask = (
-            torch.randn(B, length, H * D),
-            masks(["1" * length, "1" * (length - 1) + "0", "11" + "0" * (length - 2)]),
-        )
-        with torch._dynamo.config.patch(error_on_recompile=length == 8):
-            torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
-
-
 def test_without_the_pass_it_runs_padded():
     def model(x, attention_mask):
         return attend(x, attention_mask, causal(attention_mask))
@@ -310,7 +83,6 @@ def test_without_the_pass_it_runs_padded():
 
 @pytest.mark.parametrize("rows", [RIGHT, LEFT])
 def test_a_nan_stays_in_its_document(rows):
-    torch._dynamo.reset()
 
     def model(x, attention_mask):
         return attend(x, attention_mask, causal(attention_mask))
@@ -325,7 +97,6 @@ def test_a_nan_stays_in_its_document(rows):
 
 @pytest.mark.parametrize("options", [{"scale": 0.3}, {"dropout_p": 0.0, "enable_gqa": True}])
 def test_options_of_attention(options):
-    torch._dynamo.reset()
 
     def model(x, attention_mask):
         return attend(x, attention_mask, causal(attention_mask), **options)
@@ -337,10 +108,15 @@ def test_options_of_attention(options):
     torch.testing.assert_close(step(compiled, x, mask), step(model, x, mask), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [RIGHT, LEFT])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "checkpointed"),
+    [
+        (RIGHT, False),
+        (LEFT, True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((RIGHT, True), (LEFT, False))),
+    ],
+)
 def test_dropout_drops_what_a_seed_of_torchs_generator_says(rows, checkpointed):
-    torch._dynamo.reset()
     mask = masks(rows)
 
     def model(x, attention_mask):
@@ -383,7 +159,6 @@ def test_dropout_on_another_device_runs_padded():
 
 
 def test_grouped_heads_and_heads_of_two_widths():
-    torch._dynamo.reset()
 
     def model(x, attention_mask):
         x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS)
@@ -398,7 +173,6 @@ def test_grouped_heads_and_heads_of_two_widths():
 
 
 def test_autocast_casts_for_packed_attention_too():
-    torch._dynamo.reset()
 
     def model(x, attention_mask):
         with torch.autocast("cpu", torch.bfloat16):
@@ -413,7 +187,6 @@ def test_autocast_casts_for_packed_attention_too():
 
 def test_operands_that_autocast_leaves_in_two_dtypes_pack():
     """Queries and keys are turned in fp32, values come from a linear layer, and a new cache is joined on."""
-    torch._dynamo.reset()
     weight, turn = torch.randn(H * D, H * D) / 4, torch.randn(L, 1).cos()
 
     def model(x, attention_mask):

@@ -46,7 +46,6 @@ def test_no_declaration_is_untried():
 
 @pytest.mark.parametrize(("name", "masked"), ENTERING)
 def test_a_mixer_packs_that_reads_nothing_of_padding(name, masked):
-    torch._dynamo.reset()
     torch.manual_seed(0)
     function, inputs = model(ALL[name], masked), ALL[name].make(3, 8)
     compiled = torch.compile(function, backend="packc", options=STRICT)
@@ -95,7 +94,6 @@ def test_left_padding_that_is_zero_stays_out_of_a_mixer_after_a_mixer_without_bi
 
 @pytest.mark.parametrize("name", ALL)
 def test_left_padding_that_a_mixer_reads_stays_in(name):
-    torch._dynamo.reset()
     torch.manual_seed(0)
     function, inputs = model(ALL[name], None), ALL[name].make(3, 8)
 

@@ -278,7 +278,6 @@ def test_a_graph_without_collectives_stays(group):
 
 
 def test_packc_has_inductor_keep_the_order(group):
-    torch._dynamo.reset()
     inputs = torch.randn(256, 64), torch.randn(64, 64)
     compiled = torch.compile(exchanging(group), backend="packc")
     _, (code,) = run_and_get_code(compiled, *inputs)

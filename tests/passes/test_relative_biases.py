@@ -102,7 +102,6 @@ def assert_is_stock(model, call):
     "name", [each if each in ("on capped scores, with sinks", "in the mask") else slow(each) for each in PACKS]
 )
 def test_they_pack(name):
-    torch._dynamo.reset()
     model, backend = Model(PACKS[name]), RecordingBackend()
     assert_is_stock(model, torch.compile(model, backend=backend))
     assert not backend.reasons
@@ -112,7 +111,6 @@ def test_they_pack(name):
 
 
 def test_at_other_lengths_too():
-    torch._dynamo.reset()
     model = Model(PACKS["in the mask"])
     call = torch.compile(model, backend="packc", options=DEBUG, dynamic=True)
     for length in (8, 5, 13):
@@ -125,7 +123,6 @@ def test_at_other_lengths_too():
     "name", [each if each in ("the other way round", "in the mask, twice as much") else slow(each) for each in PADDED]
 )
 def test_others_run_padded(name):
-    torch._dynamo.reset()
     model, backend = Model(PADDED[name]), RecordingBackend()
     assert_is_stock(model, torch.compile(model, backend=backend))
     assert not backend.reasons
@@ -135,7 +132,6 @@ def test_others_run_padded(name):
 
 @pytest.mark.parametrize("name", ["on capped scores, with sinks", "in the mask"])
 def test_documents_of_a_row_are_kept_apart(name):
-    torch._dynamo.reset()
     model = Model(PACKS[name])
     call = torch.compile(model, backend="packc", options=DEBUG)
     x, mask = torch.randn(1, L, H * D), torch.ones(1, L, dtype=torch.int64)

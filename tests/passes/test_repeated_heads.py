@@ -34,7 +34,6 @@ STAYING = {"in turn": (in_turn, in_turn), "keys alone": (expanded, in_turn), "ot
 
 @pytest.mark.parametrize(("of_keys", "of_values"), [*LEFT_OUT.values(), *STAYING.values()], ids=[*LEFT_OUT, *STAYING])
 def test_heads_repeated_for_groups(of_keys, of_values):
-    torch._dynamo.reset()
     backend = RecordingBackend()
 
     def model(x, attention_mask):

@@ -316,7 +316,6 @@ def test_many_random_graphs_keep_every_real_position(seeds):
 
 def test_rows_of_ids_and_mask_may_have_two_symbols():
     """The model does not make them meet: a mask of keys is spread over the rows of the ids, by an index."""
-    torch._dynamo.reset()
 
     def model(ids, attention_mask):
         x = F.embedding(ids, torch.ones(8, 4))

@@ -59,7 +59,6 @@ class Model(nn.Module):
     "mix", [gated, in_parts_of_several_sizes, by_numbers, across_both, by_channels_weights, halves_of_positions]
 )
 def test_results_and_gradients_are_the_same(mix, rows):
-    torch._dynamo.reset()
     mask, model = masks(rows), Model(mix)
     x = torch.randn(*mask.shape, 3 * D)
     found = []
@@ -73,7 +72,6 @@ def test_results_and_gradients_are_the_same(mix, rows):
 
 @pytest.mark.parametrize("mix", [gated, in_parts_of_several_sizes, by_numbers])
 def test_nothing_is_transposed_any_more(mix):
-    torch._dynamo.reset()
     backend, mask = RecordingBackend(), masks(RIGHT)
     torch.compile(Model(mix), backend=backend)(torch.randn(*mask.shape, 3 * D), mask)
     assert backend.op_count(torch.ops.packc.causal_conv1d.default) == 1
