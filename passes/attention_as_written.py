@@ -20,7 +20,7 @@ from torch import fx
 from packc.passes.axes import is_tensor, same_size, value_of
 from packc.passes.graph import Graph, is_item
 from packc.passes.outlined import Outlined
-from packc.passes.written_out_attention import CASTS, SOFTMAX, is_scaled
+from packc.passes.written_out_attention import SOFTMAX, is_cast, is_scaled
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def _scores(node: Any) -> _Scores | None:
                 return None  # truths that are added to scores hide nothing
             mask = args[1]
         elif not (
-            node.target in CASTS
+            is_cast(node)
             or (mask is None and subtracts_largest(node))
             or (mask is not None and (node.target is aten.tanh.default or is_scaled(node) or _adds_biases(node)))
         ):
@@ -130,7 +130,7 @@ def _product(node: fx.Node, sinks: list[Any]) -> fx.Node | None:
             if not same_size(full - kept, value_of(sinks[0]).shape[3]):
                 return None
             with_sinks = False
-        elif user.target not in CASTS | DROPS:
+        elif user.target not in DROPS and not is_cast(user):
             return None
         node = user
 

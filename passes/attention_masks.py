@@ -18,15 +18,15 @@ from torch import Tensor, fx
 
 from packc.passes.asks import HidesKeys, HidesPadding
 from packc.passes.axes import BATCH, OTHER, SEQ, value_of
+from packc.passes.fills import fills
 from packc.passes.graph import Graph
-from packc.passes.mask_graphs import MaskGraph, Sizes, made_from, number, shape_of
+from packc.passes.mask_graphs import Fill, MaskGraph, Sizes, made_from, number, shape_of
 from packc.passes.varlen_form import added_biases
 from packc.passes.visible import Band, Biased, Other, Pairs, Seen, by_distance, visible
 
 log = logging.getLogger(__name__)
 
 _Found = TypeVar("_Found")
-_Fill = Callable[[list[int], torch.dtype], Tensor]
 
 _OF_QUERIES = (BATCH, OTHER, SEQ, OTHER), (BATCH, SEQ, OTHER, OTHER)
 _LARGEST = 2**28
@@ -85,7 +85,7 @@ def _keys_seen(graph: Graph, attention_mask: fx.Node) -> Seen | None:
         shown.append(_keys_seen_at(made, batch, length, {**longest, **sizes}))
         if shown[-1] is None:
             return None
-    return Band(causal=False) if all(shown) else Other.TOKENS
+    return Band(causal=False) if all(shown) and not made.others else Other.TOKENS
 
 
 def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> bool | None:
@@ -98,7 +98,7 @@ def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> boo
     for padding in _paddings(batch, length):
         has_tokens = padding.any(1, keepdim=True)
         hidden, tokens = (~padding & has_tokens)[:, None, None], (padding & has_tokens)[:, None, None]
-        for fill in _FILLS if made.others else _FILLS[:1]:
+        for fill in fills(made):
             mask = made.run(padding, positions, fill, sizes)
             shown = visible(mask)
             if bool((shown & hidden).any()):
@@ -110,7 +110,9 @@ def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> boo
 
 def _seen_through(graph: Graph, attention_mask: fx.Node) -> Seen | None:
     made = made_from(graph, attention_mask)
-    return None if made is None else _band(graph, made)
+    seen = None if made is None else _band(graph, made)
+    # What another input tells apart, as token ids may documents, need not be among what was tried.
+    return Other.TOKENS if made is not None and made.others and isinstance(seen, Band) else seen
 
 
 def _biased(graph: Graph, attention_mask: fx.Node) -> Biased | None:
@@ -146,10 +148,10 @@ def _band(graph: Graph, made: MaskGraph, biases: fx.Node | None = None) -> Seen 
     pairs = Pairs()
     places = graph.tokens.layout(biases) if biases is not None else None
 
-    def added(fill: _Fill, sizes: Sizes) -> Tensor | float:
+    def added(fill: Fill, sizes: Sizes) -> Tensor | float:
         if biases is None or places is None:
             return 0.0
-        values = fill(shape_of(value_of(biases), sizes), value_of(biases).dtype)
+        values = fill(shape_of(value_of(biases), sizes), value_of(biases).dtype, 0)
         return by_distance(values if places.index(SEQ) == 2 else values.transpose(1, 2))
 
     if not _try(made, batch, length, {}, pairs, added):
@@ -190,7 +192,7 @@ def _try(
     length: int | torch.SymInt,
     sizes: Sizes,
     pairs: Pairs,
-    added: Callable[[_Fill, Sizes], Tensor | float],
+    added: Callable[[Fill, Sizes], Tensor | float],
 ) -> bool:
     """Whether it hides padding at these sizes, whatever the padding is; what tokens see goes into ``pairs``."""
     batch, length = (int(number(size, sizes)) for size in (batch, length))
@@ -204,27 +206,8 @@ def _try(
         pairs.add(made.run(padding, positions, fill, sizes), padding, documents, added(fill, sizes))
         for padding in (_paddings(batch, length) if made.padding is not None else [everywhere])
         for positions, documents in itertools.islice(_documents(batch, length), None if made.positions else 1)
-        for fill in (_FILLS if made.others else _FILLS[:1])
+        for fill in fills(made)
     )
-
-
-def _random(shape: list[int], dtype: torch.dtype) -> Tensor:
-    values = torch.rand(shape, generator=torch.Generator().manual_seed(1))
-    if dtype == torch.bool:
-        return values > 0.5
-    # Numbers of either sign; positions within a row.
-    return (values * 8 - 4 if dtype.is_floating_point else values * max([1, *shape])).to(dtype)
-
-
-def _zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-def _ones(shape: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
-
-
-_FILLS: tuple[_Fill, ...] = (_zeros, _ones, _random)
 
 
 def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:

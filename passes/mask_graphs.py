@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from packc.passes.axes import covers_tokens, hint_of, is_tensor, value_of
 from packc.passes.graph import Graph
@@ -21,6 +22,8 @@ _LARGEST_CONSTANT = 2**31
 
 Sizes = dict[Any, int]
 """Symbol -> its value; empty for those of the example."""
+Fill = Callable[[list[int], torch.dtype, int], Tensor]
+"""``(shape, dtype, which of the inputs)`` -> values to try."""
 
 
 @dataclass
@@ -34,11 +37,9 @@ class MaskGraph:
     others: list[fx.Node]
     """Further inputs, and what the model computes of tokens: biases may be made of it."""
 
-    def run(
-        self, padding: Tensor, positions: Tensor, fill: Callable[[list[int], torch.dtype], Tensor], at: Sizes
-    ) -> Tensor:
+    def run(self, padding: Tensor, positions: Tensor, fill: Fill, at: Sizes) -> Tensor:
         """The attention mask of this padding mask and of these positions, both (B, L), every other input made by
-        ``fill(shape, dtype)``.
+        ``fill``.
 
         Raises:
             IndexError, RuntimeError, TypeError, ValueError: it cannot be computed here.
@@ -48,9 +49,9 @@ class MaskGraph:
             values[self.padding] = padding.to(value_of(self.padding).dtype)
         for each in self.positions:
             values[each] = positions[: shape_of(value_of(each), at)[0]].to(value_of(each).dtype)
-        for other in self.others:
+        for which, other in enumerate(self.others):
             value = value_of(other)
-            values[other] = fill(shape_of(value, at), value.dtype)
+            values[other] = fill(shape_of(value, at), value.dtype, which)
         for node in self.nodes:
             if node not in values:
                 values[node] = computed(node, values, at)
@@ -85,6 +86,16 @@ class MaskGraph:
                 value = _attribute(node)
                 if value.numel() == 1 and not value.is_floating_point():
                     note(int(value))
+        return found
+
+    def numbers(self) -> set[float]:
+        """Every number that values are computed with, and may be compared with."""
+        found: set[float] = set()
+        for node in self.nodes:
+            for each, given in zip(_schema(node), node.args):  # noqa: B905  the rest is named, or left out
+                number = value_of(given) if isinstance(given, fx.Node) else given
+                if isinstance(number, (int, float)) and str(each.type) in ("number", "Tensor"):
+                    found.add(number)
         return found
 
 
@@ -189,6 +200,10 @@ def computed(node: fx.Node, values: dict[fx.Node, Any], at: Sizes) -> Any:
         lambda x: values[x] if isinstance(x, fx.Node) else torch.device("cpu") if isinstance(x, torch.device) else x,
     )
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _schema(node: fx.Node) -> list[Any]:
+    return node.target._schema.arguments if isinstance(node.target, OpOverload) else []
 
 
 def _attribute(node: fx.Node) -> Tensor:

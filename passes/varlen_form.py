@@ -14,7 +14,7 @@ from torch import fx
 
 from packc.passes.attention_as_written import DROPS, AsWritten, subtracts_largest
 from packc.passes.axes import is_tensor, value_of
-from packc.passes.written_out_attention import CASTS, SOFTMAX, is_scaled
+from packc.passes.written_out_attention import SOFTMAX, is_cast, is_scaled
 
 aten = torch.ops.aten
 
@@ -81,18 +81,18 @@ def _before_softmax(node: Any, mask: fx.Node) -> tuple[Any, fx.Node | None]:
             assert node.args[1] is mask, "the mask is the last that is added to scores"
             return node.args[0], joined
         else:
-            assert node.target in CASTS or subtracts_largest(node), f"{node.target} between a mask and its softmax"
+            assert is_cast(node) or subtracts_largest(node), f"{node.target} between a mask and its softmax"
             node = node.args[0]
 
 
 def _products(node: Any) -> tuple[float, float | None, fx.Node | None, fx.Node] | None:
     """Scale and cap of scores, what is added to them, and the product that they are made of; None of others."""
     added = None
-    while node.target in CASTS:
+    while is_cast(node):
         node = node.args[0]
     if node.target is aten.add.Tensor:
-        node, added = node.args
-        if added.op != "placeholder":
+        multiple, (node, added) = node.kwargs, node.args
+        if added.op != "placeholder" or multiple:
             return None
     factors = [1.0]  # in front of tanh, if there is one, and behind it
     while node.target is not aten.matmul.default:
@@ -100,7 +100,7 @@ def _products(node: Any) -> tuple[float, float | None, fx.Node | None, fx.Node] 
             factors[0] *= 1 / node.args[1] if node.target in _DIVISIONS else node.args[1]
         elif node.target is aten.tanh.default and len(factors) == 1:
             factors.insert(0, 1.0)
-        elif node.target not in CASTS:
+        elif not is_cast(node):
             return None
         node = node.args[0]
     if len(factors) == 1:
@@ -111,5 +111,5 @@ def _products(node: Any) -> tuple[float, float | None, fx.Node | None, fx.Node] 
 
 def _of_heads(column: Any, heads: int) -> fx.Node | None:
     """What ``(B, heads, L, 1)`` was made of, if that is one number for each head."""
-    source = column.args[0] if column.target is aten.expand.default else None
+    source = column.args[0] if column.target is aten.expand.default and value_of(column).shape[3] == 1 else None
     return source if source is not None and tuple(value_of(source).shape) == (1, heads, 1, 1) else None

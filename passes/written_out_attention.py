@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-CASTS = {aten.to.dtype, aten.alias.default, aten.contiguous.default}
+_CASTS = {aten.to.dtype, aten.alias.default, aten.contiguous.default}
 
 
 class _Scores(NamedTuple):
@@ -84,10 +84,15 @@ def _scores(node: Any) -> _Scores | None:
             and not node.kwargs
         ):
             mask = args[1]
-        elif node.target not in CASTS:
+        elif not is_cast(node):
             return None
         node = args[0]
     return None
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node rounds at most as numbers that are computed with are rounded: not to integers."""
+    return node.target in _CASTS and value_of(node).is_floating_point()
 
 
 def is_scaled(node: fx.Node) -> bool:
@@ -110,7 +115,7 @@ def _product(node: fx.Node) -> tuple[fx.Node, float] | None:
             return user, dropout
         if user.target is aten.dropout.default and dropout == 0.0:
             dropout = user.args[1] if user.args[2] else 0.0  # type: ignore[assignment]
-        elif user.target not in CASTS:
+        elif not is_cast(user):
             return None
         node = user
     return None

@@ -73,7 +73,7 @@ AS_WRITTEN = {
     "capped, in fp64": lambda q, mask: (scores(q).tanh() + mask).softmax(3, dtype=torch.float64).to(q.dtype) @ q,
     "capped twice": lambda q, mask: (scores(q).tanh().tanh() + mask).softmax(-1) @ q,
     "capped the other way round": lambda q, mask: (scores(q).tanh() * -2 + mask).softmax(-1) @ q,
-    "with two sinks": (lambda q, mask: shares(q, mask, sinks(q).expand(-1, -1, -1, 2)).softmax(-1)[..., :-2] @ q),
+    "with two sinks": lambda q, mask: shares(q, mask, SINKS.expand(B, -1, L, 2)).softmax(-1)[..., :-2] @ q,
     "with sinks of each position": (
         lambda q, mask: shares(q, mask, (sinks(q) * torch.arange(L).view(L, 1))).softmax(-1)[..., :-1] @ q
     ),
@@ -86,6 +86,7 @@ AS_WRITTEN = {
     "with biases of positions": lambda q, mask: (scores(q) + distances(q).cos()[None, None] + mask).softmax(-1) @ q,
 }
 NOT = {
+    "capped and rounded": lambda q, mask: ((scores(q).tanh() * 9).int().float() + mask).softmax(-1) @ q,
     "a mask that is capped": lambda q, mask: (scores(q) + mask).tanh().softmax(-1) @ q,
     "scores less the largest, padding's too": lambda q, mask: (less_largest(scores(q)).tanh() + mask).softmax(-1) @ q,
     "the sinks instead": lambda q, mask: shares(q, mask, sinks(q)).softmax(-1)[..., 1:] @ q,
@@ -141,7 +142,13 @@ def test_what_varlen_attention_computes_packs(name):
     assert [(each.op, each.packed) for each in report.mixers if each.op == AsWritten.name] == [(AsWritten.name, True)]
 
 
-FEW = ("capped, in fp64", "with sinks of each position", "with sinks of each token", "with biases and sinks")
+FEW = (
+    "capped, in fp64",
+    "with two sinks",
+    "with sinks of each position",
+    "with sinks of each token",
+    "with biases and sinks",
+)
 
 
 @pytest.mark.parametrize("name", [each if each in FEW else slow(each) for each in AS_WRITTEN])

@@ -90,6 +90,50 @@ def test_one_that_shows_padding_does_not(name):
     assert "is not seen to hide padding" in reason_of(model, torch.randn(B, L, H * D), masks(BOTH))
 
 
+END = 50256
+
+
+def documents(ids):
+    return (ids == END).cumsum(1)
+
+
+OF_IDS = {
+    "documents behind an id": lambda m, ids: (
+        causal(m) & (documents(ids)[:, None, None] == documents(ids)[:, None, :, None])
+    ),
+    "tokens that nobody sees": lambda m, ids: causal(m) & (ids < END)[:, None, None],
+    "a prefix": lambda m, ids: causal(m) | ((m != 0) & (documents(ids) == 0))[:, None, None],
+    "numbers that are computed with": lambda m, ids: causal(m) & ((ids + 94).remainder(END + 94) != 0)[:, None, None],
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        each if "documents" in each or "computed" in each else pytest.param(each, marks=pytest.mark.slow)
+        for each in OF_IDS
+    ],
+)
+def test_one_that_token_ids_tell_apart_leaves_the_rest_packed(name):
+    def model(x, attention_mask, ids):
+        return attend(x, attention_mask, OF_IDS[name](attention_mask, ids))
+
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    x, ids = torch.randn(B, L, H * D), torch.full((B, L), 1000)
+    ids[0, 3] = ids[1, 1] = ids[1, 3] = ids[2, 0] = END
+    torch.testing.assert_close(step(compiled, x, masks(RIGHT), ids), step(model, x, masks(RIGHT), ids))
+    report = packc.explain(model)(x, masks(RIGHT), ids)
+    assert [boundary.node for boundary in report.boundaries] == [ATTENTION]
+
+
+def test_one_that_shows_padding_behind_an_id_does_not():
+    def model(x, attention_mask, ids):
+        shown = causal(attention_mask) | (documents(ids)[:, None, :, None] > 0)
+        return attend(x, attention_mask, shown)
+
+    assert "hide padding" in reason_of(model, torch.randn(B, L, H * D), masks(RIGHT), torch.zeros(B, L).long())
+
+
 def test_one_made_of_another_mask_does_not():
     def model(x, attention_mask, ref_mask):
         return attend(x, attention_mask, causal(ref_mask))

@@ -60,6 +60,8 @@ PACKS = {
 PADDED = {
     "of fewer keys than there are": lambda q, r, mask: (scores(q) + by_distance(r, R - 1) + mask).softmax(-1) @ q,
     "the other way round": lambda q, r, mask: (scores(q) + backwards(r) + mask).softmax(-1) @ q,
+    "several times": lambda q, r, mask: (torch.add(scores(q), by_distance(r), alpha=3) + mask).softmax(-1) @ q,
+    "in a mask, of which large ones are cut": lambda q, r, mask: fused(q, by_distance(r).clamp(max=9) + mask),
     "twice": lambda q, r, mask: (scores(q) + by_distance(r) + by_distance(r) + mask).softmax(-1) @ q,
     "that are capped": lambda q, r, mask: ((scores(q) + by_distance(r)).tanh() + mask).softmax(-1) @ q,
     "in the mask, twice as much": lambda q, r, mask: fused(q, 2 * by_distance(r) + mask),

@@ -26,6 +26,7 @@ WRITTEN = {
 }
 NOT = {
     "a mask that is scaled": lambda q, mask: ((q @ q.mT + mask) * 2).softmax(-1) @ q,
+    "rounded": lambda q, mask: ((q @ q.mT).int().float() + mask).softmax(-1) @ q,
     "a mask that is taken back": lambda q, mask: (scores(q, -mask) + mask).softmax(-1) @ q,
     "over queries": lambda q, mask: scores(q, mask).softmax(-2) @ q,
     "read by others": lambda q, mask: (lambda p: p @ q + p.amax(-1, True))(scores(q, mask).softmax(-1)),
