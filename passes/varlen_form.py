@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from packc.passes.attention_as_written import DROPS, AsWritten, subtracts_largest
-from packc.passes.axes import is_tensor, value_of
+from packc.passes.axes import is_tensor, same_size, value_of
 from packc.passes.written_out_attention import SOFTMAX, is_cast, is_scaled
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ class VarlenForm(NamedTuple):
     scale: float
     softcap: float | None
     sinks: fx.Node | None
-    """Of each head one, ``(1, heads, 1, 1)``."""
+    """Of each head one, ``(1, heads, 1, 1)``, or of each query too, ``(B, heads, queries, 1)``."""
     biases: fx.Node | None
     """What is added to scores beside the mask, ``(B or 1, heads or 1, queries or 1, keys)``."""
     dropout_p: float
@@ -47,7 +47,7 @@ def varlen_form(node: fx.Node) -> VarlenForm | None:
         return None
     scores, joined = _before_softmax(softmax.args[0], mask)
     product = _products(scores)
-    sinks = None if joined is None else _of_heads(given[joined], value_of(node.args[0]).shape[1])
+    sinks = None if joined is None else _sinks(given[joined], value_of(node.args[0]).shape[1])
     if product is None or (joined is not None and sinks is None):
         return None
     scale, softcap, added, at = product
@@ -109,7 +109,10 @@ def _products(node: Any) -> tuple[float, float | None, fx.Node | None, fx.Node] 
     return (inner * cap, cap, added, node) if cap > 0 else None
 
 
-def _of_heads(column: Any, heads: int) -> fx.Node | None:
-    """What ``(B, heads, L, 1)`` was made of, if that is one number for each head."""
-    source = column.args[0] if column.target is aten.expand.default and value_of(column).shape[3] == 1 else None
-    return source if source is not None and tuple(value_of(source).shape) == (1, heads, 1, 1) else None
+def _sinks(column: Any, heads: int) -> fx.Node | None:
+    """``(B, heads, L, 1)``, or what it was made of, if that is one number for each head; None of other shapes."""
+    _, of_heads, _, columns = value_of(column).shape
+    if not (same_size(of_heads, heads) and same_size(columns, 1)):
+        return None
+    source = column.args[0] if column.target is aten.expand.default else None
+    return source if source is not None and tuple(value_of(source).shape) == (1, heads, 1, 1) else column

@@ -31,18 +31,18 @@ Attention problem(
       k.size(2),
       static_cast<float>(softcap.value_or(0)),
       bias ? std::optional(Heads(*bias)) : std::nullopt,
-      sinks ? sinks->const_data_ptr<float>() : nullptr};
+      PerHead(sinks ? sinks->expand({1, q.size(1), q.size(2)}) : Tensor())};
 }
 
-// (H, T) -> (H,), one token after the other.
+// (1, T, H) -> (H,), one token after the other.
 Tensor sum_over_tokens(const Tensor& of_tokens) {
-  const int64_t H = of_tokens.size(0), T = of_tokens.size(1);
+  const int64_t T = of_tokens.size(1), H = of_tokens.size(2);
   Tensor sums = at::empty({H}, of_tokens.options());
   const float* from = of_tokens.const_data_ptr<float>();
   for (int64_t h = 0; h < H; ++h) {
     double sum = 0;
     for (int64_t t = 0; t < T; ++t)
-      sum += from[h * T + t];
+      sum += from[t * H + h];
     sums.mutable_data_ptr<float>()[h] = static_cast<float>(sum);
   }
   return sums;
@@ -83,6 +83,7 @@ Gradients backward(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
+    const MaybeTensor& sinks,
     const MaybeTensor& bias,
     const Tensor& out,
     const Tensor& logsumexp,
@@ -104,7 +105,7 @@ Gradients backward(
   };
   Tensor dq = memory(spans.all_queries, q.sizes(), q.options()), dk = like(k), dv = like(v);
   Tensor dbias = bias ? at::zeros(bias->sizes(), bias->options()) : at::empty({0}, q.options());
-  Tensor dsinks = p.sinks ? memory(spans.all_queries, logsumexp.sizes(), logsumexp.options()) : Tensor();
+  Tensor dsinks = sinks ? memory(spans.all_queries, {1, q.size(1), p.heads}, sinks->options()) : Tensor();
   const Tensor logsumexps = logsumexp.contiguous();
   const AttentionBackward::Tensors tensors{
       Heads(dout),
@@ -114,7 +115,7 @@ Gradients backward(
       Heads(dk),
       Heads(dv),
       bias ? std::optional(Heads(dbias)) : std::nullopt,
-      p.sinks ? dsinks.mutable_data_ptr<float>() : nullptr,
+      PerHead(dsinks),
       q.size(1)};
   const auto scratch = [&] { return AttentionBackward(p, dropout, spans, tensors, longest); };
   const int64_t threads = threads_for_pairs(p, spans);
@@ -126,7 +127,11 @@ Gradients backward(
     dk = sum_of_heads(dk, p.groups, k.scalar_type());
     dv = sum_of_heads(dv, p.groups, v.scalar_type());
   }
-  return {dq, dk, dv, p.sinks ? sum_over_tokens(dsinks) : at::empty({0}, q.options()), dbias};
+  if (!sinks)
+    dsinks = at::empty({0}, q.options());
+  else if (sinks->dim() == 1)
+    dsinks = sum_over_tokens(dsinks);
+  return {dq, dk, dv, dsinks, dbias};
 }
 
 std::tuple<Tensor, Tensor> varlen_attention(
@@ -164,7 +169,7 @@ Gradients varlen_attention_bwd(
     std::optional<double> softcap) {
   const Spans spans{Documents(cu_seqlens, 1, q.size(1))};
   const Attention p = problem(q, k, v, sinks, bias, causal, scale, window, softcap);
-  return backward(dout, q, k, v, bias, out, logsumexp, p, spans, Dropout(dropout_p, seed));
+  return backward(dout, q, k, v, sinks, bias, out, logsumexp, p, spans, Dropout(dropout_p, seed));
 }
 
 std::tuple<Tensor, Tensor> attention_spans(
@@ -202,7 +207,7 @@ Gradients attention_spans_bwd(
     std::optional<double> softcap) {
   const Spans given(spans, q.size(1), k.size(1));
   const Attention p = problem(q, k, v, sinks, bias, causal, scale, window, softcap);
-  return backward(dout, q, k, v, bias, out, logsumexp, p, given, Dropout(dropout_p, seed));
+  return backward(dout, q, k, v, sinks, bias, out, logsumexp, p, given, Dropout(dropout_p, seed));
 }
 
 } // namespace

@@ -21,6 +21,8 @@ namespace packc {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+using at::Tensor;
+
 struct Attention {
   Heads q; // (1, T_q, H, K)
   Heads k, v; // (1, T_k, G, K) and (1, T_k, G, V)
@@ -29,7 +31,7 @@ struct Attention {
   int64_t heads, groups;
   float cap = 0; // of scores; 0 for none
   std::optional<Heads> bias; // (1, T_q, H, R)
-  const float* sinks = nullptr; // (H,)
+  PerHead sinks{Tensor()}; // (1, T_q, H), of each head alone with a stride of 0
 
   // Whether scores are more than products with a scale.
   bool made() const {

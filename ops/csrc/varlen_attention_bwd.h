@@ -19,8 +19,6 @@
 
 namespace packc {
 
-using at::Tensor;
-
 class AttentionBackward {
  public:
   struct Tensors {
@@ -29,7 +27,7 @@ class AttentionBackward {
     Heads dq;
     Heads dk, dv; // (1, T, G, .) or (1, T, H, .)
     std::optional<Heads> dbias; // (1, T, H, R)
-    float* dsinks; // (H, T): of each query; or nullptr
+    PerHead dsinks; // (1, T, H): of each query
     int64_t tokens;
   };
 
@@ -106,8 +104,8 @@ class AttentionBackward {
       logsumexp_[i] = t_.logsumexp[h * t_.tokens + queries.begin + i] * kLog2e;
       inner_[i] = dot_row(do_ + i * wide_V_, out_ + i * wide_V_, wide_V_);
       if (t_.dsinks) {
-        const int64_t at = h * t_.tokens + queries.begin + i;
-        t_.dsinks[at] = -std::exp(p_.sinks[h] - t_.logsumexp[at]) * inner_[i];
+        const float logsumexp = t_.logsumexp[h * t_.tokens + queries.begin + i];
+        t_.dsinks.at(queries, h, i) = -std::exp(p_.sinks.at(queries, h, i) - logsumexp) * inner_[i];
       }
     }
     std::fill_n(dq_, queries.length * wide_K_, 0.f);

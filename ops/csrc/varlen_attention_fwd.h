@@ -50,7 +50,8 @@ class AttentionForward {
       p_.q.load_transposed(queries, group * heads_ + h, head.qt, kChunk);
       std::fill_n(head.out, queries.length * wide_V_, 0.f);
       // A sink is what has been seen before any key.
-      std::fill_n(head.largest, kChunk, p_.sinks ? p_.sinks[group * heads_ + h] * kLog2e : -kInfinity);
+      for (int64_t i = 0; i < kChunk; ++i)
+        head.largest[i] = sink(queries, group * heads_ + h, i) * kLog2e;
       std::fill_n(head.sum, kChunk, p_.sinks ? 1.f : 0.f);
     }
     const Range seen = spans_.chunks_of_keys(p_.seen, c);
@@ -80,6 +81,11 @@ class AttentionForward {
     float *out; // (64, V): sum_j 2^(s_ij - largest_i) v_j, s to base 2
     float *largest, *sum; // (64,): of s_ij, and of the powers
   };
+
+  // Of query i of a chunk.
+  float sink(const Chunk& queries, int64_t h, int64_t i) const {
+    return p_.sinks && i < queries.length ? p_.sinks.at(queries, h, i) : -kInfinity;
+  }
 
   // Scores become powers of 2, with what was summed so far brought to the same largest score.
   void weigh(const Pair& pair, const OfHead& head, bool first) {
@@ -127,7 +133,7 @@ class AttentionForward {
     for (int64_t i = 0; i < queries.length; ++i) {
       if (!spans_.sees_any(p_.seen, queries, i)) {
         std::fill_n(head.out + i * wide_V_, wide_V_, 0.f);
-        logsumexp_[h * tokens_ + queries.begin + i] = p_.sinks ? p_.sinks[h] : -kInfinity;
+        logsumexp_[h * tokens_ + queries.begin + i] = sink(queries, h, i);
         continue;
       }
       // All scores were -inf: the softmax of that is NaN.

@@ -65,8 +65,9 @@ def varlen_attention(
             gradients are. Not with ``plan`` or ``mask_mod``. On CUDA flash attention runs it in bf16 and fp16, and
             plain torch the rest.
         softcap: above 0. A score ``s`` becomes ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118).
-        sinks: ``(H,)``, floating. Of each head the score of one more key, which every token sees and which has no
-            value: it takes its share of the softmax, and nothing is added for it (gpt-oss, arXiv 2508.10925).
+        sinks: ``(H,)``, or ``(1, T, H)`` if tokens differ in it; floating. Of each head the score of one more key,
+            which every token sees and which has no value: it takes its share of the softmax, and nothing is added for
+            it (gpt-oss, arXiv 2508.10925).
         relative_bias: ``(1, T, H, R)``, floating. ``relative_bias[0, t, h, d]`` is added to the score of t with the key
             d tokens before it, after the cap; nothing is for keys farther back, or behind. On CUDA, and for fp64, it
             runs in plain torch.

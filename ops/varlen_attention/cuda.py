@@ -82,7 +82,8 @@ def varlen_attention_bwd(
         )
     else:
         found = flash_bwd(dout, q, k, v, out, logsumexp, _of_documents(cu_seqlens, T), causal, scale, window)
-    return *found, None if sink is None else sinks.gradient(dout, out, logsumexp, sink), None
+    of_sink = None if sink is None else sinks.gradient(sinks.by_token(dout, out, logsumexp, sink), sink)
+    return *found, of_sink, None
 
 
 class Lengths(NamedTuple):

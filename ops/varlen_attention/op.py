@@ -62,8 +62,12 @@ def check_tensors(op: str, tensors: Mapping[str, Any], cu_seqlens: Tensor, cu_se
             raise refused(tensors[name], f"{name} must be of q's dtype {q.dtype}", TypeError)
         if tensors[name].device != q.device:
             raise ValueError(f"{op}: {name} is on {tensors[name].device}, q on {q.device}")
-    if sinks is not None and (sinks.ndim != 1 or documents.differ(sinks.shape[0], H) or not sinks.is_floating_point()):
-        raise refused(sinks, f"sinks must be (H,) = ({H},) and floating")
+    if sinks is not None and (
+        sinks.ndim not in (1, 3)
+        or any(documents.differ(a, b) for a, b in zip(reversed(sinks.shape), (H, T, 1)))  # noqa: B905  of one axis, or all
+        or not sinks.is_floating_point()
+    ):
+        raise refused(sinks, f"sinks must be (H,) = ({H},) or (1, T, H) = (1, {T}, {H}), and floating")
     if bias is not None and (
         bias.ndim != 4
         or any(documents.differ(bias.shape[i], q.shape[i]) for i in (0, 1, 2))
@@ -117,7 +121,7 @@ MIXER = declare(
             "q": "B L H K",
             "k": "B L G K",
             "v": "B L G V",
-            "sinks?": "H",
+            "sinks?": "H | B L H",
             "relative_bias?": "B L H R",
         },
         like="q",

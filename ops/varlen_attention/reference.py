@@ -15,6 +15,7 @@ from packc.ops.mixer import state_dtype
 from packc.ops.varlen_attention import dropout
 from packc.ops.varlen_attention.document_mask import MaskMod
 from packc.ops.varlen_attention.scores import Scores, gradient_of_bias, scores, softmax
+from packc.ops.varlen_attention.sinks import gradient, of_queries
 
 
 def varlen_attention(
@@ -36,7 +37,7 @@ def varlen_attention(
     for document, span in _spans(cu_seqlens, q):
         given = _Document(span, H, wide, q, k, v, relative_bias)
         found = given.scores(given.visible(causal, window), scale, softcap).values
-        shares = softmax(found, _wide(sinks, wide))
+        shares = softmax(found, _wide(of_queries(sinks, span), wide))
         p = shares.of_keys * _factors(seed, document, found, dropout_p)
         outs.append(rearrange(p @ given.v, "h t v -> t h v").to(q.dtype))
         logsumexps.append(shares.logsumexp)
@@ -62,20 +63,20 @@ def varlen_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     H, H_kv, wide = q.shape[2], k.shape[2], state_dtype(q, sinks, relative_bias)
     dqs, dks, dvs = ([tensor[0, :0]] for tensor in (q, k, v))
-    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
+    dsinks = [q.new_empty(H, 0, dtype=wide)]
     dbiases = [] if relative_bias is None else [relative_bias[0, :0]]
     for document, span in _spans(cu_seqlens, q):
         given = _Document(span, H, wide, q, k, v, relative_bias)
         wide_dout = _heads(dout, span, H, wide)
         found = given.scores(given.visible(causal, window), scale, softcap)
         # From neither ``logsumexp`` nor ``out``: a derivative would take them for constants, and ``out`` is rounded.
-        shares = softmax(found.values, _wide(sinks, wide))
+        shares = softmax(found.values, _wide(of_queries(sinks, span), wide))
         p, factors = shares.of_keys, _factors(seed, document, found.values, dropout_p)
         dp = wide_dout @ given.v.mT * factors
         inner = (p * dp).sum(-1, keepdim=True)
         dscores = p * (dp - inner)
-        if dsinks is not None and shares.of_sink is not None:
-            dsinks = dsinks - (shares.of_sink * inner[..., 0]).sum(-1)
+        if shares.of_sink is not None:
+            dsinks.append(-shares.of_sink * inner[..., 0])
         if given.bias is not None:
             of_bias = gradient_of_bias(dscores, given.bias, given.back)
             dbiases.append(rearrange(of_bias, "h t r -> t h r").to(dbiases[0].dtype))
@@ -84,7 +85,8 @@ def varlen_attention_bwd(
         for grads, of_heads in ((dks, dproducts.mT @ given.q), (dvs, (p * factors).mT @ wide_dout)):
             grads.append(reduce(of_heads, "(g h) t d -> t g d", "sum", g=H_kv).to(q.dtype))
     dq, dk, dv = (torch.cat(grads)[None] for grads in (dqs, dks, dvs))
-    return dq, dk, dv, dsinks, torch.cat(dbiases)[None] if dbiases else None
+    of_sinks = None if sinks is None else gradient(torch.cat(dsinks, 1), sinks)
+    return dq, dk, dv, of_sinks, torch.cat(dbiases)[None] if dbiases else None
 
 
 class _Document:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from packc.ops.varlen_attention.sinks import by_head
+
 
 class Scores(NamedTuple):
     values: Tensor
@@ -56,8 +58,9 @@ class Shares(NamedTuple):
 
 
 def softmax(values: Tensor, sinks: Tensor | None) -> Shares:
+    """``sinks``: those that these queries see."""
     if sinks is None:
         return Shares(values.softmax(-1), None, values.logsumexp(-1))
-    joined = torch.cat([values, sinks[:, None, None].expand(-1, values.shape[1], 1)], -1)
+    joined = torch.cat([values, by_head(sinks).expand(values.shape[:2])[..., None]], -1)
     shares = joined.softmax(-1)
     return Shares(shares[..., :-1], shares[..., -1], joined.logsumexp(-1))

@@ -29,7 +29,9 @@ _implementations: dict[str, Any] = {"reference": spans_reference, "cpu": cpu, "t
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, relative_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """``q (1, T, H, K)``, ``k (1, T_k, G, K)``, ``v (1, T_k, G, V)``, ``sinks (H,)``, ``relative_bias (1, T, H, R)``.
+    """``q (1, T, H, K)``, ``k (1, T_k, G, K)``, ``v (1, T_k, G, V)``, ``relative_bias (1, T, H, R)``.
+
+    ``sinks (H,)`` or ``(1, T, H)``.
 
     ``spans (S, 5)``, integers: queries from, to, keys from, to, and at which key query 0 is. Stretches rise; empty ones
     may be anywhere. The result, ``(1, T, H, V)``, is zero at queries that are in no span or see no key, and so are

@@ -48,7 +48,8 @@ def attention_spans(
     out, logsumexp = q.new_zeros(1, T, H, v.shape[3]), q.new_zeros(H, T, dtype=torch.float32)
     for queries, keys, lengths in runs:
         found = cuda.flash(q[:, queries], k[:, keys], v[:, keys], lengths, causal, scale, window)
-        found = found if sink is None else sinks.with_sinks(*found, sink)
+        own = sinks.of_queries(sink, queries)
+        found = found if own is None else sinks.with_sinks(*found, own)
         out[:, queries], logsumexp[:, queries] = found
     return out, logsumexp
 
@@ -76,15 +77,16 @@ def attention_spans_bwd(
         kept = out, logsumexp, spans, causal, scale, window, dropout_p, seed, softcap
         return spans_reference.attention_spans_bwd(dout, q, k, v, sink, relative_bias, *kept)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    dsinks = None if sink is None else torch.zeros_like(sink)
+    dsinks = torch.zeros_like(logsumexp)
     for queries, keys, lengths in runs:
         given = (dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries])
         of_run = logsumexp[:, queries].contiguous()
         found = cuda.flash_bwd(*given, of_run, lengths, causal, scale, window)
         dq[:, queries], dk[:, keys], dv[:, keys] = found
-        if sink is not None and dsinks is not None:
-            dsinks += sinks.gradient(dout[:, queries], out[:, queries], of_run, sink)
-    return dq, dk, dv, dsinks, None
+        own = sinks.of_queries(sink, queries)
+        if own is not None:
+            dsinks[:, queries] = sinks.by_token(dout[:, queries], out[:, queries], of_run, own)
+    return dq, dk, dv, None if sink is None else sinks.gradient(dsinks, sink), None
 
 
 def _runs_of_flash(q: Tensor, v: Tensor, spans: Tensor, causal: bool, window: int | None) -> list[Run] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from packc.ops.mixer import state_dtype
 from packc.ops.varlen_attention import dropout
 from packc.ops.varlen_attention.scores import Scores, Shares, gradient_of_bias, scores, softmax
+from packc.ops.varlen_attention.sinks import gradient, of_queries
 
 _BLOCK = 256
 
@@ -64,7 +65,7 @@ def attention_spans_bwd(
     heads, groups, wide = q.shape[2], k.shape[2], state_dtype(q, sinks, relative_bias)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
-    dsinks = None if sinks is None else sinks.new_zeros(sinks.shape, dtype=wide)
+    dsinks = q.new_zeros((heads, q.shape[1]), dtype=wide)
     dbias = None if relative_bias is None else relative_bias.new_zeros(relative_bias.shape)
     for block in _blocks(spans, q.shape[1], k.shape[1], causal, window):
         wide_q, wide_dout = (_heads(x, block.queries, heads, wide) for x in (q, dout))
@@ -76,8 +77,8 @@ def attention_spans_bwd(
         dp = wide_dout @ wide_v.mT * factors
         inner = (p * dp).sum(-1, keepdim=True)
         dscores = p * (dp - inner)
-        if dsinks is not None and shares.of_sink is not None:
-            dsinks = dsinks - (shares.of_sink * inner[..., 0]).sum(-1)
+        if shares.of_sink is not None:
+            dsinks[:, block.queries] = -shares.of_sink * inner[..., 0]
         if dbias is not None and relative_bias is not None:
             bias = _heads(relative_bias, block.queries, heads, wide)
             of_bias = gradient_of_bias(dscores, bias, block.back)
@@ -86,7 +87,7 @@ def attention_spans_bwd(
         dq[0, block.queries] = rearrange(dproducts @ wide_k, "h t k -> t h k").to(q.dtype)
         dk[0, block.keys] += reduce(dproducts.mT @ wide_q, "(g h) t d -> t g d", "sum", g=groups)
         dv[0, block.keys] += reduce((p * factors).mT @ wide_dout, "(g h) t d -> t g d", "sum", g=groups)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias
+    return dq, dk.to(k.dtype), dv.to(v.dtype), None if sinks is None else gradient(dsinks, sinks), dbias
 
 
 class _Block:
@@ -150,7 +151,7 @@ def _softmax(found: Scores, sinks: Tensor | None, block: _Block) -> Shares:
     """0 of a query that sees no key: a softmax over nothing is NaN, and so would be its second derivative."""
     values = found.values
     if sinks is not None:
-        return softmax(values, sinks.to(values.dtype))
+        return softmax(values, of_queries(sinks.to(values.dtype), block.queries))
     sees = block.visible.any(-1, keepdim=True)
     shares = softmax(values.masked_fill(~sees, 0), None)
     return shares._replace(of_keys=shares.of_keys.where(sees, 0), logsumexp=values.logsumexp(-1))

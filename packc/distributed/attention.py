@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
         returned = _collectives.wait_tensor.default(returning)
         mine = found[left : left + tokens].index_add(0, sent, returned)
         dk_cut, dv_cut = _parted(mine.unsqueeze(0), k, v)
-        # Of sinks this rank's share, as of any weight.
+        # Of sinks of heads this rank's share, as of any weight; of a token's, one of the two is zero.
         return (
             torch.where(is_cut, dq_cut, dq),
             dk + dk_cut,

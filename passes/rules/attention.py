@@ -141,9 +141,7 @@ def _relative_bias(op: Op, biases: fx.Node | None, operands: dict[fx.Node, Layou
 def packed_as_written(op: Op, seen: Seen, padded: Reading, biased: Mapping[fx.Node, Biased]) -> Reading:
     """The same of :class:`packc.passes.attention_as_written.AsWritten`, with what is known of biases."""
     form = varlen_form(op.node)
-    if form is None or (form.sinks is not None and op.layout(form.sinks) is not None):
-        raise NotTokenwise(_MORE)
-    if form.biases is not None and form.biases not in biased:
+    if form is None or (form.biases is not None and form.biases not in biased):
         raise NotTokenwise(_MORE)
     if not isinstance(seen, Band):
         raise NotTokenwise(_OTHER_MASK)
@@ -160,13 +158,24 @@ def packed_as_written(op: Op, seen: Seen, padded: Reading, biased: Mapping[fx.No
     result = value_of(op.node).dtype
     dtype = torch.promote_types(form.dtype, result)
     keys = Call(aten.transpose.int, (k, -2, -1), {}) if k is transposed else k
-    sinks = None if form.sinks is None else Call(aten.reshape.default, (form.sinks, [-1]), {})
+    sinks = None if form.sinks is None else _sinks(op, form.sinks, layouts)
     seed = _seed(op, form.dropout_p)
     options = (seen.causal, form.scale, seen.window, form.dropout_p, seed, form.softcap)
     bias = None if form.biases is None else _relative_bias(op, biased[form.biases].biases, layouts)
     out = _attended((*_operands(dtype, q, keys, v), sinks, bias, None, *options))
     out = out if dtype == result else Call(aten.to.dtype, (out, result), {})
     return replace(padded, operands=layouts, call=out, padded=None, is_mixer=True)
+
+
+def _sinks(op: Op, sinks: fx.Node, operands: dict[fx.Node, Layout]) -> Call:
+    """The argument of ``varlen_attention``: of each head, or of each token and head, which is one more operand."""
+    layout = op.layout(sinks)
+    if layout == _HEADS_FIRST:
+        operands[sinks] = layout
+        return Call(aten.squeeze.dim, (Call(aten.transpose.int, (sinks, 1, 2), {}), 3), {})
+    if layout is not None or any(not same_size(value_of(sinks).shape[axis], 1) for axis in (0, 2, 3)):
+        raise NotTokenwise(_MORE)
+    return Call(aten.reshape.default, (sinks, [-1]), {})
 
 
 def _attended(arguments: tuple[object, ...]) -> Call:

@@ -16,11 +16,12 @@ from packc.ops.varlen_attention import cuda, reference
 LENGTHS = [0, 1, 2, 40, 1, 140, 0]
 FORMS = {
     "softcap": {"softcap": 1.5},
-    "sinks": {"sinks": True},
+    "sinks": {"sinks": "H"},
+    "sinks of each token": {"sinks": "T H"},
     "biases of a window": {"relative_bias": 7, "window": 7},
     "biases of far keys": {"relative_bias": 150},
     "biases of the past": {"relative_bias": 70, "causal": False},
-    "all": {"softcap": 2.0, "sinks": True, "relative_bias": 70, "scale": 0.4},
+    "all": {"softcap": 2.0, "sinks": "T H", "relative_bias": 70, "scale": 0.4},
 }
 
 
@@ -35,8 +36,9 @@ def made(form, lengths, dtype=torch.float32):
     leaves, cu_seqlens = inputs(lengths, dtype=dtype)
     options = dict(form)
     tensors = dict(zip("qkv", leaves, strict=True))
-    if options.pop("sinks", None):
-        tensors["sinks"] = torch.randn(4, dtype=torch.float64).to(dtype).requires_grad_()
+    if form := options.pop("sinks", None):
+        shape = (4,) if form == "H" else (1, sum(lengths), 4)
+        tensors["sinks"] = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
     if R := options.pop("relative_bias", None):
         tensors["relative_bias"] = torch.randn(1, sum(lengths), 4, R, dtype=torch.float64).to(dtype).requires_grad_()
     return tensors, cu_seqlens, options
@@ -70,7 +72,8 @@ def written_out(
         hidden = (back.abs() >= (window or end)) | (back < 0 if causal else torch.zeros_like(back, dtype=torch.bool))
         scores = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:
-            scores = torch.cat([scores, sinks[:, None, None].expand(-1, end - begin, 1)], -1)
+            of_queries = sinks[0, begin:end].mT if sinks.ndim == 3 else sinks[:, None].expand(-1, end - begin)
+            scores = torch.cat([scores, of_queries[..., None]], -1)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         p = scores.softmax(-1, dtype=exact).to(q.dtype)
         outs.append(torch.einsum("hij,jhd->ihd", p[..., : end - begin], wide_v))
@@ -161,17 +164,17 @@ def test_a_document_has_the_same_bits_whoever_the_neighbours_are(lengths, form):
     dout = torch.randn(out.shape, dtype=torch.float64).float()
     of_sinks = torch.zeros(4)
     for begin, end in pairwise(cu_seqlens.tolist()):
-        alone = {n: x.detach()[:, begin:end] if n != "sinks" else x.detach() for n, x in tensors.items()}
+        alone = {n: x.detach()[:, begin:end] if x.ndim > 1 else x.detach() for n, x in tensors.items()}
         alone = {name: x.clone().requires_grad_() for name, x in alone.items()}
         one = varlen_attention(**alone, cu_seqlens=offsets([end - begin]), **options)
         assert torch.equal(one, out[:, begin:end])
         of_one = torch.autograd.grad(one, list(alone.values()), dout[:, begin:end])
         for name, whole, part in zip(tensors, grads, of_one, strict=True):
-            if name == "sinks":
+            if part.ndim == 1:
                 of_sinks += part
             else:
                 assert torch.equal(whole[:, begin:end], part), name
-    if "sinks" in tensors:
+    if form == "sinks":
         torch.testing.assert_close(grads[3], of_sinks)
 
 
@@ -180,22 +183,22 @@ def test_nan_in_one_document_changes_no_bit_of_another(kernels, poison):
     tensors, cu_seqlens, options = made(FORMS["all"], [3, 70, 30])
     clean = run(tensors, cu_seqlens, **options)
     with torch.no_grad():
-        for name in ("q", "k", "v", "relative_bias"):
+        for name in tensors:
             tensors[name][:, 3:73] = poison
     dirty = run(tensors, cu_seqlens, **options)
     others = [0, 1, 2, *range(73, 103)]
     for name, a, b in zip(["out", *tensors], clean, dirty, strict=True):
-        if name != "sinks":
-            assert torch.equal(a[:, others], b[:, others]), name
+        assert torch.equal(a[:, others], b[:, others]), name
     assert not dirty[0][:, 3:73].isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["softcap", "sinks", "biases of a window", "all"])
+@pytest.mark.parametrize("form", ["softcap", "sinks", "sinks of each token", "biases of a window", "all"])
 def test_keys_of_another_row_are_seen_from_the_last_one_back(kernels, form):
     """Documents whose queries are the last of their keys: what the same documents give where all are queries."""
     tensors, cu_seqlens, options = made(FORMS[form], [70, 9, 140])
     last = torch.cat([torch.arange(60, 70), torch.arange(70, 79), torch.arange(150, 219)])
-    few = {name: x.detach()[:, last] if name in ("q", "relative_bias") else x.detach() for name, x in tensors.items()}
+    of_queries = {name for name, x in tensors.items() if name not in "kv" and x.ndim > 1}
+    few = {name: x.detach()[:, last] if name in of_queries else x.detach() for name, x in tensors.items()}
     few = {name: x.clone().requires_grad_() for name, x in few.items()}
     out = varlen_attention(**few, cu_seqlens=offsets([10, 9, 69]), cu_seqlens_k=cu_seqlens, **options)
     whole = varlen_attention(**tensors, cu_seqlens=cu_seqlens, **options)[:, last]
@@ -205,8 +208,17 @@ def test_keys_of_another_row_are_seen_from_the_last_one_back(kernels, form):
         torch.autograd.grad(y, list(each.values()), weight) for y, each in ((out, few), (whole, tensors))
     )
     for name, mine, theirs in zip(tensors, found, expected, strict=True):
-        theirs = theirs[:, last] if name in ("q", "relative_bias") else theirs
+        theirs = theirs[:, last] if name in of_queries else theirs
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["sinks", "sinks of each token"])
+def test_sinks_are_read_where_they_lie(kernels, form):
+    tensors, cu_seqlens, _ = made(FORMS[form], [3, 70])
+    sinks = tensors["sinks"].detach()
+    apart = torch.stack([sinks, torch.full_like(sinks, torch.nan)], -1)[..., 0].requires_grad_()
+    for a, b in zip(run(tensors, cu_seqlens), run({**tensors, "sinks": apart}, cu_seqlens), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sinks_in_fp64_beside_fp32_are_computed_in_fp64():
@@ -222,7 +234,8 @@ def test_sinks_in_fp64_beside_fp32_are_computed_in_fp64():
     )
 
 
-def test_flash_attention_of_cuda_leaves_a_sink_its_share(monkeypatch):
+@pytest.mark.parametrize("form", ["sinks", "sinks of each token"])
+def test_flash_attention_of_cuda_leaves_a_sink_its_share(monkeypatch, form):
     """Which knows none: by what it gives without, of the keys alone."""
 
     def flash(q, k, v, starts, keys, *_, dropout_p, return_debug_mask, scale, is_causal):
@@ -245,7 +258,7 @@ def test_flash_attention_of_cuda_leaves_a_sink_its_share(monkeypatch):
     monkeypatch.setattr(cuda, "_flash", flash)
     monkeypatch.setattr(cuda, "_flash_bwd", flash_bwd)
     monkeypatch.setattr(cuda, "takes_flash", lambda q, v: True)
-    tensors, cu_seqlens, _ = made(FORMS["sinks"], [40], torch.bfloat16)
+    tensors, cu_seqlens, _ = made(FORMS[form], [40], torch.bfloat16)
     q, k, v, sinks = (x.detach() for x in tensors.values())
     options = cu_seqlens, True, None, None, 0.0, None, None
     found = cuda.varlen_attention(q, k, v, sinks.float(), None, *options)

@@ -184,8 +184,10 @@ def test_opcheck(kernels, causal, window):
     lengths = [(2, 3), (4, 4)]
     leaves, options = inputs(lengths, gap=1), (spans_of(lengths, gap=1), causal, 0.3, window, 0.0, None, 2.0)
     torch.library.opcheck(spans_op, (*leaves, None, None, *options))
-    more = torch.randn(4).requires_grad_(), torch.randn(1, 9, 4, 3).requires_grad_()
-    torch.library.opcheck(spans_op, (*leaves, *more, *options))
+    bias = torch.randn(1, 9, 4, 3).requires_grad_()
+    for sinks in (torch.randn(4), torch.randn(1, 9, 4)):
+        more = sinks.requires_grad_(), bias
+        torch.library.opcheck(spans_op, (*leaves, *more, *options))
     q, k, v = (x.detach() for x in leaves)
     more = [x.detach() for x in more]
     out, logsumexp = spans_op(q, k, v, *more, *options)
@@ -349,6 +351,25 @@ def test_flash_attention_gets_runs_of_spans(flash, causal, window):
     torch.testing.assert_close(
         spans_cuda.attention_spans_bwd(dout, q, k, v, *options[:2], *found, *options[2:]),
         spans_reference.attention_spans_bwd(dout, q, k, v, *options[:2], *expected, *options[2:]),
+    )
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 9, 4)], ids=str)
+def test_runs_of_flash_attention_leave_sinks_their_share(flash, monkeypatch, shape):
+    lengths = [(3, 5), (0, 2), (1, 7)]
+    spans = spans_of(lengths)
+    spans[2:, 0:2], spans[2:, 4] = spans[2:, 0:2] + 1, spans[2:, 4] - 1  # a query in no span
+    q, k, v = (x.detach() for x in inputs([*lengths, (5, 0)]))
+    options = spans, True, 0.3, None, 0.0, None, None
+    given = q, k, v, torch.randn(shape), None
+    found, expected = (each.attention_spans(*given, *options) for each in (spans_cuda, spans_reference))
+    torch.testing.assert_close(found[0], expected[0])
+    assert flash == [3, 1]
+    dout = torch.randn_like(found[0])
+    monkeypatch.setattr(cuda, "flash_bwd", lambda dout, *qkv_and_more: map(torch.zeros_like, qkv_and_more[:3]))
+    torch.testing.assert_close(
+        spans_cuda.attention_spans_bwd(dout, *given, *found, *options)[3],
+        spans_reference.attention_spans_bwd(dout, *given, *expected, *options)[3],
     )
 
 

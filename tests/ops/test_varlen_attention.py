@@ -233,10 +233,10 @@ def test_what_is_kept_for_the_backward_is_linear_in_the_length(kernels):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("more", [(), (4,), (1, 11, 4)], ids=["", "sinks", "sinks of each token"])
 def test_opcheck(kernels, options, dtype, more):
     (q, k, v), cu_seqlens = inputs([2, 0, 9], K=3, V=5, dtype=dtype)
-    sinks, bias = (torch.randn(4), torch.randn(1, 11, 4, 3).to(dtype)) if more else (None, None)
+    sinks, bias = (torch.randn(more), torch.randn(1, 11, 4, 3).to(dtype)) if more else (None, None)
     arguments = q.transpose(1, 2).contiguous().transpose(1, 2), k, v, sinks, bias, cu_seqlens, *options
     torch.library.opcheck(torch.ops.packc.varlen_attention.default, arguments)
     out, logsumexp = torch.ops.packc.varlen_attention(*arguments)
@@ -311,7 +311,9 @@ def test_a_length_that_only_a_run_can_tell_compiles():
         ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, ValueError, "cu_seqlens must rise from 0 to L = 5"),
         ({"window": 0}, ValueError, "window must be at least 1; got 0"),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0; got 0.0"),
-        ({"sinks": torch.empty(2)}, ValueError, r"sinks must be \(H,\) = \(4,\) and floating; got \(2,\)"),
+        ({"sinks": torch.empty(2)}, ValueError, r"\(H,\) = \(4,\) or \(1, T, H\) = \(1, 5, 4\), .*; got \(2,\)"),
+        ({"sinks": torch.empty(1, 4, 4)}, ValueError, r"sinks must be .* = \(1, 5, 4\), and floating; got \(1, 4, 4\)"),
+        ({"sinks": torch.empty(5, 4)}, ValueError, r"sinks must be .* = \(1, 5, 4\), and floating; got \(5, 4\)"),
         ({"sinks": torch.ones(4, dtype=torch.long)}, ValueError, "sinks must be .* floating; got .* torch.int64"),
         ({"relative_bias": torch.empty(1, 5, 2, 3)}, ValueError, r"\(1, 5, 4, R\) and floating; got \(1, 5, 2, 3\)"),
         ({"relative_bias": torch.empty(1, 5, 4, 0)}, ValueError, r"relative_bias must be .*; got \(1, 5, 4, 0\)"),

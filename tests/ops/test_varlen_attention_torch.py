@@ -15,7 +15,7 @@ from varlen_attention_data import assert_as_exact_as_plain_torch, inputs, offset
 from packc import config
 from packc.ops import autograd, varlen_attention
 from packc.ops.varlen_attention import cpu, cuda, document_mask, flex, op, reference
-from packc.ops.varlen_attention.sinks import gradient
+from packc.ops.varlen_attention.sinks import by_token, gradient
 from packc.ops.varlen_attention.with_mask_mod import differentiated_again
 
 SEEN = [(True, None), (False, None), (True, 1), (True, 100), (True, 300), (False, 1), (False, 100)]
@@ -127,7 +127,9 @@ def test_layers_of_a_batch_share_what_is_made_forward_and_backward(monkeypatch, 
 
 
 # Sinks, and the cap of scores.
-MORE = [(None, None), (torch.linspace(-1, 2, 4), None), (torch.linspace(-1, 2, 4), 1.5)]
+SINKS = torch.linspace(-1, 2, 4)
+OF_TOKENS = torch.linspace(-1, 2, 4 * sum(LENGTHS)).view(1, -1, 4)
+MORE = [(None, None), (SINKS, None), (OF_TOKENS, None), (SINKS, 1.5)]
 
 
 @pytest.mark.parametrize("seen", SEEN, ids=str)
@@ -167,7 +169,8 @@ def test_the_gradients_of_flex_are_those_of_the_specification(eager_flex, monkey
         *expected, of_sinks, _ = reference.varlen_attention_bwd(dout, q, k, v, sinks, None, *options)
         torch.testing.assert_close(results, tuple(expected), rtol=1e-4, atol=1e-5)
         if sinks is not None:
-            torch.testing.assert_close(gradient(dout, out, logsumexp, sinks), of_sinks, rtol=1e-4, atol=1e-5)
+            found = gradient(by_token(dout, out, logsumexp, sinks), sinks)
+            torch.testing.assert_close(found, of_sinks, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives_of_flex_are_those_of_the_specification(eager_flex, monkeypatch):

@@ -65,6 +65,9 @@ PACKS = {
         lambda q, mask: less_largest(shares(q, mask, sinks(q))).softmax(-1)[..., :-1] @ q
     ),
     "both": lambda q, mask: torch.cat([scores(q).tanh() + mask, sinks(q)], -1).softmax(-1)[..., : q.shape[2]] @ q,
+    "both, of each token": (
+        lambda q, mask: torch.cat([scores(q).tanh() + mask, q[..., 1:2].sin()], -1).softmax(-1)[..., :-1] @ q
+    ),
     "both, over a window": (
         lambda q, mask: torch.cat([scores(q).tanh() + near(q, mask), sinks(q)], -1).softmax(-1)[..., :-1] @ q
     ),
@@ -78,7 +81,7 @@ AS_WRITTEN = {
         lambda q, mask: shares(q, mask, (sinks(q) * torch.arange(L).view(L, 1))).softmax(-1)[..., :-1] @ q
     ),
     "capped, by a mask of its own": lambda q, mask: (scores(q).tanh() + strange(q, mask)).softmax(-1) @ q,
-    "with sinks of each token": lambda q, mask: shares(q, mask, q[..., :2]).softmax(-1)[..., :-2] @ q,
+    "with two sinks of each token": lambda q, mask: shares(q, mask, q[..., :2]).softmax(-1)[..., :-2] @ q,
     "with biases": lambda q, mask: (scores(q) + biases(q) + mask).softmax(-1) @ q,
     "with biases and sinks": (
         lambda q, mask: torch.cat([scores(q) + biases(q) + mask, q[..., :1]], -1).softmax(-1)[..., :-1] @ q
@@ -132,8 +135,9 @@ def compared_with_stock(model, atol):
     "name",
     [
         "capped",
+        "both, of each token",
         "both, over a window",
-        *(slow(name) for name in PACKS if name not in ("capped", "both, over a window")),
+        *(slow(name) for name in PACKS if name not in ("capped", "both, of each token", "both, over a window")),
     ],
 )
 def test_what_varlen_attention_computes_packs(name):
@@ -146,7 +150,7 @@ FEW = (
     "capped, in fp64",
     "with two sinks",
     "with sinks of each position",
-    "with sinks of each token",
+    "with two sinks of each token",
     "with biases and sinks",
 )
 
@@ -182,9 +186,10 @@ def test_what_only_looks_like_it_is_left_alone(name):
     assert backend.reasons
 
 
-def test_several_documents_in_a_row_are_kept_apart_where_it_packs():
+@pytest.mark.parametrize("name", ["both", "both, of each token"])
+def test_several_documents_in_a_row_are_kept_apart_where_it_packs(name):
     torch._dynamo.reset()
-    model = model_of(PACKS["both"])
+    model = model_of(PACKS[name])
     call = torch.compile(model, backend="packc", options=STRICT)
     x, mask = torch.randn(1, L, H * D), torch.ones(1, L, dtype=torch.int64)
     mask[0, 7:] = 0
