@@ -17,7 +17,7 @@ from packc.passes.graph import Graph, call_like
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default}
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _CASTS = {aten.to.dtype, aten.alias.default, aten.contiguous.default}
 

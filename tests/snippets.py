@@ -134,6 +134,11 @@ WRITES = {
     "filled by parts": lambda x, m: filled_by_parts(x),
     "written to a part": lambda x, m: written_to_a_part(x),
     "filled like another": lambda x, m: torch.select_scatter(x.new_zeros(H, H, H), x[..., 0], 2, 1) + x,
+    "marked by an index": lambda x, m: (
+        torch.zeros_like(x).scatter(-1, x.topk(2).indices, 1.0) * x
+        + x.scatter(2, x.argsort(-1)[..., :1], x.cos())
+        + x.view(-1, H).scatter_add(-1, x.view(-1, H).argsort(-1), x.view(-1, H)).view(H, H, H)
+    ),
     "parts put in": lambda x, m: torch.slice_scatter(x, torch.select_scatter(x, x[..., 0], 2, 1)[..., :2], 2, 1, 3),
 }
 PRODUCTS = {

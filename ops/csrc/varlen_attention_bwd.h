@@ -4,7 +4,7 @@
 //     dv_j = sum_i p_ij do_i,   dk_j = sum_i ds_ij q_i,   dq_i = sum_j ds_ij k_j
 //
 // Dropout's factors go into dp_ij, and into p_ij in dv_j: D_i stays what it is. A sink's share gives dsink = - sum_i
-// exp(sink - lse_i) D_i.
+// exp(sink - lse_i) D_i; there D_i is sum_j p_ij dp_ij, for o_i is rounded to its dtype, and nothing averages that out.
 //
 // A span and the heads of one group are a task: what the queries of a head, in order, give to a key is summed, then
 // that of the heads. So it is where every head is a task of its own, for want of others: no bit depends on which it was.
@@ -40,7 +40,7 @@ class AttentionBackward {
         wide_K_(padded(p.K())),
         wide_V_(padded(p.V())),
         tiles_(
-            kChunk * (2 * wide_K_ + 2 * wide_V_ + p.K() + p.V() + 4 * kChunk + 2) +
+            kChunk * (2 * wide_K_ + 2 * wide_V_ + p.K() + p.V() + 4 * kChunk + 3) +
             3 * longest * (wide_K_ + wide_V_) + 512) {
     for (float** tile : {&q_, &dq_})
       *tile = tiles_.take(kChunk * wide_K_);
@@ -48,7 +48,7 @@ class AttentionBackward {
       *tile = tiles_.take(kChunk * wide_V_);
     for (float** tile : {&weights_, &dscores_, &dropped_, &slopes_})
       *tile = tiles_.take(kChunk * kChunk);
-    for (float** row : {&logsumexp_, &inner_})
+    for (float** row : {&logsumexp_, &inner_, &of_weights_})
       *row = tiles_.take(kChunk);
     qt_ = tiles_.take(p.K() * kChunk);
     dot_ = tiles_.take(p.V() * kChunk);
@@ -103,11 +103,8 @@ class AttentionBackward {
     for (int64_t i = 0; i < queries.length; ++i) {
       logsumexp_[i] = t_.logsumexp[h * t_.tokens + queries.begin + i] * kLog2e;
       inner_[i] = dot_row(do_ + i * wide_V_, out_ + i * wide_V_, wide_V_);
-      if (t_.dsinks) {
-        const float logsumexp = t_.logsumexp[h * t_.tokens + queries.begin + i];
-        t_.dsinks.at(queries, h, i) = -std::exp(p_.sinks.at(queries, h, i) - logsumexp) * inner_[i];
-      }
     }
+    std::fill_n(of_weights_, kChunk, 0.f);
     std::fill_n(dq_, queries.length * wide_K_, 0.f);
     const Range seen = spans_.chunks_of_keys(p_.seen, c);
     for (int64_t of_keys = seen.begin; of_keys < seen.end; ++of_keys) {
@@ -130,6 +127,11 @@ class AttentionBackward {
       add_over_keys(pair, dscores_, k, wide_K_, dq_);
     }
     t_.dq.store(queries, h, dq_, wide_K_);
+    if (t_.dsinks)
+      for (int64_t i = 0; i < queries.length; ++i) {
+        const float logsumexp = t_.logsumexp[h * t_.tokens + queries.begin + i];
+        t_.dsinks.at(queries, h, i) = -std::exp(p_.sinks.at(queries, h, i) - logsumexp) * of_weights_[i];
+      }
   }
 
   // Scores become weights, and the gradients of weights those of scores; 0 where nobody sees a key.
@@ -142,14 +144,18 @@ class AttentionBackward {
         for (int64_t i = seeing.begin; i < seeing.end; i += kVec) {
           const int64_t at = j * kChunk + i;
           Vec weight = exp2(at::vec::fmsub(Vec::loadu(weights_ + at), factor, Vec::loadu(logsumexp_ + i)));
-          const Vec dropped = dropout_ ? Vec::loadu(dropped_ + at) : Vec(1.f);
-          Vec dscore = weight * scale * at::vec::fmsub(Vec::loadu(dscores_ + at), dropped, Vec::loadu(inner_ + i));
+          const Vec dropped = dropout_ ? Vec::loadu(dropped_ + at) : Vec(1.f), dweight = Vec::loadu(dscores_ + at);
+          Vec dscore = weight * scale * at::vec::fmsub(dweight, dropped, Vec::loadu(inner_ + i));
           weight = weight * dropped;
+          Vec product = weight * dweight;
           if (!all) {
             const Vec hidden = pair.hidden(j, i);
             weight = Vec::blendv(weight, zero, hidden);
             dscore = Vec::blendv(dscore, zero, hidden);
+            product = Vec::blendv(product, zero, hidden);
           }
+          if (t_.dsinks)
+            (Vec::loadu(of_weights_ + i) + product).store(of_weights_ + i);
           weight.store(weights_ + at);
           dscore.store(dscores_ + at);
         }
@@ -188,7 +194,7 @@ class AttentionBackward {
   float *q_, *dq_, *do_, *out_; // (64, K) and (64, V)
   float *qt_, *dot_; // (K, 64) and (V, 64)
   float *weights_, *dscores_, *dropped_, *slopes_; // (64, 64)
-  float *logsumexp_, *inner_; // (64,)
+  float *logsumexp_, *inner_, *of_weights_; // (64,)
   float *k_, *v_, *dk_, *dv_, *dk_sum_, *dv_sum_; // of all keys of a span
 };
 

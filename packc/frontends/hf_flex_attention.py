@@ -27,8 +27,7 @@ def flex_attention_mask(
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import masking_utils
 
-    capped = getattr(kwargs.get("config"), "attn_logit_softcapping", None) is not None  # which attends by the original
-    if args or mask_function is None or kwargs.get("use_vmap") or capped:
+    if args or mask_function is None or kwargs.get("use_vmap"):
         return NotImplemented
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -70,7 +69,7 @@ def flex_attention_forward(
     """q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) -> (B, L, H, V), by the mask that the ``BlockMask`` is made of."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    others = (softcap, s_aux, position_bias, kwargs.get("kernel_options"), kwargs.get("output_attentions") or None)
+    others = (position_bias, kwargs.get("kernel_options"), kwargs.get("output_attentions") or None)
     if args or kwargs.get("dropout", 0.0) > 0 or any(each is not None for each in others):
         return NotImplemented
     # Another's function may want to be asked about one query and key at a time.
@@ -80,10 +79,38 @@ def flex_attention_forward(
     b, h, q, k = (torch.arange(size, device=query.device) for size in (batch, 1, queries, keys))
     seen = attention_mask.mask_mod(b[:, None, None, None], h[:, None, None], q[:, None], k)
     mask = seen.expand(batch, 1, queries, keys)
-    out = scaled_dot_product_attention(
-        query, key, value, mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    if softcap is None and s_aux is None:
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
+    else:
+        out = _written_out(query, key, value, mask, scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """What fused attention does not: capped scores, and ``sinks (H,)``. 0 of a query that sees no key, as of Flex."""
+    from transformers.integrations.flex_attention import repeat_kv
+
+    heads = query.shape[1]
+    key, value = (repeat_kv(each, heads // each.shape[1]) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + torch.where(seen, 0.0, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.ops.aten._safe_softmax.default(scores, -1)
+    return weights[..., : key.shape[2]].to(value.dtype) @ value
 
 
 KEPT_WHOLE: KeptWhole = {

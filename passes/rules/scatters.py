@@ -1,4 +1,5 @@
-"""Values with a part put in their place: what writes through views become (:mod:`packc.passes.functional`)."""
+"""Values with a part put in their place: what writes through views become (:mod:`packc.passes.functional`), or by an
+index, as routers of experts mark what they chose."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 import torch
 
-from packc.passes.axes import OTHER, Axis, covers_tokens, show, value_of
+from packc.passes.axes import OTHER, Axis, covers_tokens, is_tensor, show, value_of
 from packc.passes.reading import Call, NotTokenwise, Reading
 from packc.passes.rules.registry import Op, both_are_zero, register_rule
 
@@ -42,3 +43,16 @@ def scatter(op: Op) -> Reading:
         made = Call(_MADE[whole.target], (part, sizes), like)
         return Reading(layout, needs, Call(op.target, (made, *op.args[1:]), {}))
     return Reading(layout, needs | {whole: layout})
+
+
+@register_rule(aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
+def scatter_by_index(op: Op) -> Reading:
+    """x.scatter(dim, index, src) along features, all with the same tokens; or one number in the place of src."""
+    x, dim, index, src = op.args
+    operands = [each for each in (x, index, src) if is_tensor(each)]
+    layout = op.layout(x)
+    if not covers_tokens(layout) or layout is None or any(op.layout(each) != layout for each in operands):
+        given = " and ".join(show(op.layout(each)) for each in operands[1:])
+        raise NotTokenwise(f"scatters {given} into {show(layout)}")
+    op.refuse_token_axes([op.dim(dim, len(layout))], layout)
+    return Reading(layout, dict.fromkeys(operands, layout))

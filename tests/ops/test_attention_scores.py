@@ -213,6 +213,21 @@ def test_keys_of_another_row_are_seen_from_the_last_one_back(kernels, form):
 
 
 @pytest.mark.parametrize("form", ["sinks", "sinks of each token"])
+def test_gradients_of_fp32_sinks_are_fp32s_beside_bf16(kernels, form):
+    """Not those of a result that was rounded: a thousand times as far off."""
+    tensors, cu_seqlens, _ = made(FORMS[form], [3, 140], torch.bfloat16)
+    tensors["sinks"] = tensors["sinks"].detach().float().requires_grad_()
+    wide = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    outs = [varlen_attention(**each, cu_seqlens=cu_seqlens, window=70) for each in (tensors, wide)]
+    dout = torch.randn(outs[0].shape).bfloat16()
+    found, expected = (
+        torch.autograd.grad(out, each["sinks"], dout.to(out.dtype))[0]
+        for out, each in zip(outs, (tensors, wide), strict=True)
+    )
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("form", ["sinks", "sinks of each token"])
 def test_sinks_are_read_where_they_lie(kernels, form):
     tensors, cu_seqlens, _ = made(FORMS[form], [3, 70])
     sinks = tensors["sinks"].detach()
