@@ -142,7 +142,7 @@ def _compiled(compiling: _Compiling) -> tuple[Callable[..., Any], GraphReport]:
     if packed.no_mask is not None and sequence is None:
         never = packed.requirements.one_document_of_positions
         if never is not None or not compiling.with_documents:
-            return compiling.unpacked(packed.no_mask, for_documents=never or packed)
+            return compiling.unpacked(packed.no_mask, for_documents=never or packed, packed=packed)
     return compiling.packed(packed)
 
 
@@ -225,11 +225,16 @@ class _Compiling:
         return split_head(gm, lazily=config.lazy_logits and not wanted and keeps_weights())
 
     def unpacked(
-        self, reason: str, boundaries: Sequence[Boundary] = (), *, for_documents: Graph | str | None = None
+        self,
+        reason: str,
+        boundaries: Sequence[Boundary] = (),
+        *,
+        for_documents: Graph | str | None = None,
+        packed: Graph | None = None,
     ) -> tuple[Callable[..., Any], GraphReport]:
         """The graph as it was; its mixers are packc's ops all the same.
 
-        ``for_documents``: it packed without a mask, or why it could not be.
+        ``for_documents``: it packed without a mask, or why it could not be. ``packed``: as far as it could be.
         """
         if goes_on_from_a_cache(self.gm):
             reason = f"goes on from a cache, a static one or one used before, as no packed prompt does: {reason}"
@@ -237,7 +242,7 @@ class _Compiling:
         if config.strict:
             raise NotPacked(f"packc cannot pack this graph: {wanted}")
         log.info("not packed: %s", reason)
-        return self._left(reason, boundaries, for_documents)
+        return self._left(reason, boundaries, for_documents, packed)
 
     def step(self) -> tuple[Callable[..., Any], GraphReport]:
         """A graph of one token a row as it was, under strict as well: nothing is lost."""
@@ -245,9 +250,15 @@ class _Compiling:
         return self._left("one token a row: there is nothing to pack")
 
     def _left(
-        self, reason: str, boundaries: Sequence[Boundary] = (), for_documents: Graph | str | None = None
+        self,
+        reason: str,
+        boundaries: Sequence[Boundary] = (),
+        for_documents: Graph | str | None = None,
+        packed: Graph | None = None,
     ) -> tuple[Callable[..., Any], GraphReport]:
         told = told_of_documents(self.gm)
+        # A convolution of the model's own is one of packc's only where the graph is packed.
+        found = not told and packed is not None and any(op.startswith("packc.") for op, _ in packed.requirements.mixers)
         call = UnpackedCall(
             self.compile(without_marks(self.gm), self.inputs),
             self._packed_call(for_documents, lambda gm, _: self.compile_when_called(gm))
@@ -257,7 +268,7 @@ class _Compiling:
             reason=for_documents if isinstance(for_documents, str) else reason,
             mask=self.mask,
             has_tokens=has_rows(self.gm),
-            has_mixers=not all(told),
+            has_mixers=found or not all(told),
         )
         totals.count_graph(reason)
         return call, GraphReport.unpacked(self.gm, reason, boundaries)

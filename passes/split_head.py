@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 
 import packc.ops.linear_cross_entropy  # noqa: F401  (the op)
 from packc.passes.arguments import argument, arguments_of
-from packc.passes.axes import value_of
+from packc.passes.axes import is_tensor, value_of
 from packc.passes.graph import switches_mode
 
 aten = torch.ops.aten
@@ -54,12 +54,12 @@ class Tail:
 
     output: int
     """Where in what the graph returns: packed hidden states ``(1, T, D)`` are there, or ``(1, T_r, D)`` of a rank's own
-    tokens, where outputs stay on their ranks."""
+    tokens, where outputs stay on their ranks; or those of rows, ``(B, D)``."""
     weight: int
     """Which input of the graph is the head's weight ``(V, D)``."""
     bias: int | None
     index: int | None
-    """Which one is the index of the pack; None for logits that stay ``(1, T_r, V)``."""
+    """Which one is the index of the pack; None for logits that stay as they are: ``(1, T_r, V)``, or one a row."""
     sizes: tuple[int | tuple[int, int], ...]
     """B and L: numbers, or which axis of which input; none without an index."""
     steps: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any]], ...]
@@ -69,9 +69,9 @@ class Tail:
     """Under which the linear layer runs; None: under the one around the graph."""
 
     def rows(self, hidden: Tensor, inputs: Sequence[Any]) -> tuple[int, ...]:
-        """The first two sizes of a batch's logits."""
+        """The sizes of a batch's logits but the last."""
         if self.index is None:
-            return tuple(hidden.shape[:2])
+            return tuple(hidden.shape[:-1])
         return tuple(size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self.sizes)
 
     def logits(
@@ -164,6 +164,8 @@ def _head(loss: fx.Node, modes: dict[fx.Node, tuple[fx.Node, ...]]) -> _Head | N
         node = node.args[0] if node.args else None
     if not isinstance(node, fx.Node) or node.target is not aten.linear.default or argument(loss, "weight") is not None:
         return None
+    if _may_be_shares(loss.args[1]):
+        return None
     weight = node.args[1]
     if not _is_input(weight) or not all(_is_input(bias) for bias in node.args[2:] if bias is not None):
         return None
@@ -195,6 +197,21 @@ def _head(loss: fx.Node, modes: dict[fx.Node, tuple[fx.Node, ...]]) -> _Head | N
         return None
     scale, cap = (factors[0], 0.0) if len(factors) == 1 else (factors[0] * factors[1], factors[1])
     return _Head(node, autocast, scale, cap, torch.float32 if wide else dtype)
+
+
+def _may_be_shares(labels: Any) -> bool:
+    """Whether labels may be shares of classes: made of floating numbers, as a packed graph knows its inputs' dtypes."""
+    seen, queue = set[fx.Node](), [labels]
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            dtypes = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, torch.dtype)]
+            dtypes += [value_of(node).dtype] if _is_input(node) and is_tensor(node) else []
+            if any(each.is_floating_point for each in dtypes):
+                return True
+            queue.extend(node.all_input_nodes)
+    return False
 
 
 def _flattens_tokens(view: fx.Node, V: int) -> bool:

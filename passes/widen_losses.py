@@ -32,7 +32,7 @@ def widen_losses(graph: Graph) -> Graph:
     """Rewrite every loss whose logits ``(B, L, C)`` were sliced along L on the way; no-op elsewhere."""
     gm, changed = graph.gm, False
     for node in list(gm.graph.nodes):
-        if node.target not in _LOSSES:
+        if node.target not in _LOSSES or value_of(node.args[1]).is_floating_point():  # shares of classes are no labels
             continue
         chain = _chain_to_slice(node.args[0])
         if chain is None:

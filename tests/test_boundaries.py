@@ -230,6 +230,36 @@ def test_blocks_that_get_no_boundaries_keep_the_documents_of_their_model_apart(n
     torch.testing.assert_close(fast(ids, **{name: given[name]}).logits, want, rtol=1e-4, atol=1e-4)
 
 
+def convolved(x, mask=None):
+    """By no op of packc's; with a mask, what attention sees through it too."""
+    y = torch.nn.functional.conv1d(x.mT, torch.ones(2, 1, 3), padding=2, groups=2)[..., : x.shape[1]].mT
+    return y if mask is None else torch.nn.functional.scaled_dot_product_attention(*[y[:, None]] * 3, mask)[:, 0]
+
+
+class Around(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = torch.compile(convolved, backend=packc.backend, options=DEBUG)
+
+    def forward(self, x, seq_idx=None, mask=None):
+        return self.block(x, mask)
+
+
+def test_blocks_with_a_convolution_of_their_own_keep_them_apart_too():
+    x, seq_idx = torch.randn(1, 4, 2), torch.tensor([[0, 0, 1, 1]])
+    model = Around()
+    torch.testing.assert_close(model(x), convolved(x))
+    torch.testing.assert_close(model(x, seq_idx), alone(convolved, x, [[2, 2]]))
+
+
+def test_blocks_with_a_convolution_of_their_own_that_cannot_raise():
+    x, seq_idx, mask = torch.randn(1, 4, 2), torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 1, 4, 4).bool()
+    model = Around()
+    torch.testing.assert_close(model(x, mask=mask), convolved(x, mask))
+    with pytest.raises(packc.NotPacked, match="seq_idx"):
+        model(x, seq_idx, mask)
+
+
 @pytest.mark.parametrize(("rows", "length"), [(1, 2), (2, 2), (2, 5)])
 def test_a_module_around_a_block_is_looked_at_whatever_it_calls_itself(rows, length):
     block = torch.compile(lambda x: scan(x), backend=packc.backend, options=DEBUG)

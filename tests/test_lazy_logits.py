@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packc.lazy_logits import LazyLogits, PackedLogits
-from packc.ops import linear_cross_entropy
+from packc.ops import causal_conv1d, linear_cross_entropy
 from packc.passes import Tail
 
 V = 64
@@ -350,6 +350,24 @@ def test_fake_tensors_come_through():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _, logits = compiled(*(mode.from_tensor(each) for each in inputs))
     assert logits.shape == (3, 8, V)
+
+
+@pytest.mark.parametrize("kinds", [torch.tensor([1, 0, 2]), torch.eye(3, V)], ids=["labels", "shares of classes"])
+def test_those_of_rows_have_an_axis_less(kinds):
+    weight = torch.nn.Parameter(torch.randn(V, 4))
+
+    def model(x, attention_mask, kinds):
+        mixed = causal_conv1d(x * attention_mask[..., None], torch.ones(4, 3))
+        pooled = (mixed * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        logits = F.linear(pooled, weight)
+        return F.cross_entropy(logits.view(-1, V), kinds * 1), logits
+
+    _, mask, _ = inputs_of()
+    given = torch.randn(*mask.shape, 4), mask, kinds
+    loss, logits = torch.compile(model, backend="packc", options=DEBUG)(*given)
+    assert is_untouched(logits) is not kinds.is_floating_point()
+    assert logits.shape == (len(mask), V)
+    torch.testing.assert_close((loss, logits + 0), model(*given))
 
 
 def test_where_somebody_else_than_ddp_may_free_weights_they_are_computed_at_once(tmp_path):

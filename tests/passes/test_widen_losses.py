@@ -18,6 +18,7 @@ LOSSES = {
 NOT = {
     "normalised over positions": lambda x, y: F.nll_loss(x[:, :-1].log_softmax(1).flatten(0, 1), y[:, 1:].flatten()),
     "normalised over tokens": lambda x, y: F.nll_loss(x[:, :-1].flatten(0, 1).log_softmax(0), y[:, 1:].flatten()),
+    "shares of classes": lambda x, y: F.cross_entropy(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1).softmax(-1)),
     "positions are classes": lambda x, y: F.cross_entropy(x[:, :-1], y[:, :C].clamp(min=0)),
 }
 
