@@ -23,7 +23,7 @@ loop. They are plain torch on every device, and have its derivatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,8 +62,12 @@ def _define(mixer: Mixer, what: str, summary: Summary, through: Through, to_righ
         arguments = dict(zip(weights, given, strict=True))
         segments = range(states.shape[0])
         order = (segments if to_right else segments[::-1])[:-1]
+
+        def passed(s: int, entering: Tensor) -> Tensor:
+            return through(transitions[s : s + 1], entering, arguments) + states[s : s + 1]
+
         walk = _walk_on_host if summaries.on_host(ends) else _walk
-        entering = walk(lambda t, state: through(t, state, arguments), transitions, states, order, upstream, ends)
+        entering = walk(passed, states, order, upstream, ends)
         return (entering, transitions.clone(memory_format=torch.contiguous_format)) if to_right else entering
 
     def fake(transitions: Tensor, states: Tensor, *_: Tensor) -> Any:
@@ -80,37 +84,25 @@ def _define(mixer: Mixer, what: str, summary: Summary, through: Through, to_righ
     derivatives.register_gradients(name, kernel)
 
 
-def _walk(
-    through: Callable[[Tensor, Tensor], Tensor],
-    transitions: Tensor,
-    states: Tensor,
-    order: Iterable[int],
-    upstream: Tensor,
-    ends: Tensor,
-) -> Tensor:
+# What segment s hands on of what enters it.
+_Passed = Callable[[int, Tensor], Tensor]
+
+
+def _walk(passed: _Passed, states: Tensor, order: range, upstream: Tensor, ends: Tensor) -> Tensor:
     entering = torch.zeros_like(states[:1])
     for s in order:
-        state = states[s : s + 1]
-        passed = through(transitions[s : s + 1], entering) + state
-        entering = torch.where(upstream[s], torch.where(ends[s], state, passed), entering)
+        handed_on = torch.where(ends[s], states[s : s + 1], passed(s, entering))
+        entering = torch.where(upstream[s], handed_on, entering)
     return entering
 
 
-def _walk_on_host(
-    through: Callable[[Tensor, Tensor], Tensor],
-    transitions: Tensor,
-    states: Tensor,
-    order: Iterable[int],
-    upstream: Tensor,
-    ends: Tensor,
-) -> Tensor:
+def _walk_on_host(passed: _Passed, states: Tensor, order: range, upstream: Tensor, ends: Tensor) -> Tensor:
     """The same of no more segments than there are upstream: of two ranks, none passes anything on."""
     entering, marks = None, list(zip(upstream.tolist(), ends.tolist(), strict=True))
     for s in order:
         is_upstream, anew = marks[s]
         if is_upstream:
-            state = states[s : s + 1]
-            entering = state if entering is None or anew else through(transitions[s : s + 1], entering) + state
+            entering = states[s : s + 1] if entering is None or anew else passed(s, entering)
     return torch.zeros_like(states[:1]) if entering is None else entering.clone()
 
 

@@ -6,13 +6,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from packc.boundaries import Given
-from packc.facts import Facts, Labelled, Rows, facts_of
+from packc.facts import Facts, Rows, facts_of
 from packc.fake_tensors import fake_mode_of
 
 _HOLE = "padding between tokens of a row"
@@ -51,11 +50,6 @@ class Packing:
     """``cu_seqlens`` on the host, where it was made."""
     empty: frozenset[int] = frozenset()
     """Rows without a token."""
-
-
-def pack_batch(mask: Tensor, labels: Sequence[Labelled] = (), **asked: Any) -> Packing:
-    """:func:`pack_batches` of one sequence: what is asked by the names in :class:`Rows`."""
-    return pack_batches([Rows(mask, labels, **asked)])[0]
 
 
 def pack_batches(sequences: Sequence[Rows]) -> list[Packing]:

@@ -13,7 +13,10 @@ SIZES = ["--batch-size=3", "--max-length=48", "--hidden-size=16", "--layers=1"]
 SMALL = ["--steps=10", *SIZES]
 
 
-@pytest.mark.parametrize(("name", "says"), [("train_loop.py", "step  10"), ("hf_trainer.py", "train_loss")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [pytest.param("train_loop.py", "step  10", marks=pytest.mark.slow), ("hf_trainer.py", "train_loss")],
+)
 def test_example(name, says):
     environment = {**os.environ, "PACKC_INNER": "aot_eager"}
     ran = subprocess.run([sys.executable, EXAMPLES / name, *SMALL], env=environment, capture_output=True, text=True)

@@ -12,7 +12,7 @@ import packc
 
 
 def on_fakes(*, inner: str, dynamic: bool | None, train: bool, symbolic: bool) -> None:
-    model, batch = PlainLM(), batch_of(RIGHT)
+    model, batch = PlainLM(layers=1), batch_of(RIGHT)
     compiled = torch.compile(
         model, backend=packc.backend, dynamic=dynamic, options={"packc.inner": inner, "packc.strict": True}
     )

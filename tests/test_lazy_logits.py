@@ -42,7 +42,7 @@ def inputs_of(rows=RIGHT, vocab=V):
 def pair():
     """A model, compiled, and itself in fp64."""
     torch.manual_seed(0)
-    model = PlainLM(V)
+    model = PlainLM(V, layers=1)
     return compiled_with(model, **{"packc.strict": True}), copy.deepcopy(model).double()
 
 
@@ -130,7 +130,7 @@ def test_a_step_that_uses_the_loss_alone_holds_nothing_as_large_as_logits(monkey
     monkeypatch.setattr(linear_cross_entropy, "_TOKENS", 4)
     monkeypatch.setattr(linear_cross_entropy, "_LOGITS", 1)
     vocab = 4096
-    compiled, inputs = compiled_with(PlainLM(vocab)), inputs_of(vocab=vocab)
+    compiled, inputs = compiled_with(PlainLM(vocab, layers=1)), inputs_of(vocab=vocab)
     compiled(*inputs)[0].backward()
     with torch.profiler.profile(profile_memory=True) as record:
         loss, logits = compiled(*inputs)
@@ -287,7 +287,7 @@ def freed(weight):
 
 
 def test_logits_of_weights_that_have_changed_raise(subtests):
-    model, inputs = PlainLM(V), inputs_of()
+    model, inputs = PlainLM(V, layers=1), inputs_of()
     compiled = compiled_with(model)
     for write in (in_place_of, behind_autograds_back, freed):
         with subtests.test(write.__name__):
@@ -299,7 +299,7 @@ def test_logits_of_weights_that_have_changed_raise(subtests):
 
 
 def test_what_was_read_before_the_weights_change_stays(pair):
-    model = PlainLM(V)
+    model = PlainLM(V, layers=1)
     loss, logits = compiled_with(model)(*inputs_of())
     before = logits.detach().clone()
     loss.backward()
@@ -311,14 +311,14 @@ def test_what_was_read_before_the_weights_change_stays(pair):
 
 
 def test_without_gradients_or_by_the_option_they_are_computed_at_once():
-    model, inputs = PlainLM(V), inputs_of()
+    model, inputs = PlainLM(V, layers=1), inputs_of()
     with torch.no_grad():
         assert type(compiled_with(model)(*inputs)[1]) is torch.Tensor
     assert type(compiled_with(model, **{"packc.lazy_logits": False})(*inputs)[1]) is torch.Tensor
 
 
 def test_before_a_graph_break_they_are_computed_at_once():
-    model, seen = PlainLM(V), []
+    model, seen = PlainLM(V, layers=1), []
 
     def step(*inputs):
         loss, logits = model(*inputs)
@@ -331,7 +331,7 @@ def test_before_a_graph_break_they_are_computed_at_once():
 
 
 def test_under_autocast_they_are_what_they_would_have_been():
-    model, inputs = PlainLM(V), inputs_of()
+    model, inputs = PlainLM(V, layers=1), inputs_of()
     compiled, at_once = compiled_with(model), compiled_with(model, **{"packc.lazy_logits": False})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (loss, logits), (same, expected) = compiled(*inputs), at_once(*inputs)
@@ -345,7 +345,7 @@ def test_under_autocast_they_are_what_they_would_have_been():
 def test_fake_tensors_come_through():
     from torch._subclasses import FakeTensorMode
 
-    compiled, inputs = compiled_with(PlainLM(V)), inputs_of()
+    compiled, inputs = compiled_with(PlainLM(V, layers=1)), inputs_of()
     compiled(*inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _, logits = compiled(*(mode.from_tensor(each) for each in inputs))
@@ -374,8 +374,8 @@ def test_where_somebody_else_than_ddp_may_free_weights_they_are_computed_at_once
     inputs = inputs_of()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert type(compiled_with(PlainLM(V))(*inputs)[1]) is torch.Tensor
+        assert type(compiled_with(PlainLM(V, layers=1))(*inputs)[1]) is torch.Tensor
         torch._dynamo.reset()
-        assert is_untouched(compiled_with(torch.nn.parallel.DistributedDataParallel(PlainLM(V)))(*inputs)[1])
+        assert is_untouched(compiled_with(torch.nn.parallel.DistributedDataParallel(PlainLM(V, layers=1)))(*inputs)[1])
     finally:
         torch.distributed.destroy_process_group()

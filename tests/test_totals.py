@@ -10,7 +10,7 @@ from harness import HOLE, RIGHT, masks
 
 import packc
 from packc import totals
-from packc.batches import pack_batch
+from packc.batches import Rows, pack_batches
 
 OPTIONS = {"packc.inner": "eager"}
 TAPS = torch.ones(4, 2)
@@ -62,7 +62,7 @@ def test_what_explain_runs_is_not_counted(added):
 
 
 def test_what_a_backward_computes_again_is_not_counted(added):
-    packing = pack_batch(masks(RIGHT))
+    (packing,) = pack_batches([Rows(masks(RIGHT))])
     x = torch.ones(1, requires_grad=True)
     x.register_hook(lambda _: totals.count_step([packing]))
     (2 * x).backward()
@@ -71,7 +71,7 @@ def test_what_a_backward_computes_again_is_not_counted(added):
 
 
 def test_a_call_of_several_sequences_is_one_step_with_the_tokens_of_all(added):
-    totals.count_step([pack_batch(masks(RIGHT)), pack_batch(masks(HOLE))])
+    totals.count_step(pack_batches([Rows(masks(RIGHT)), Rows(masks(HOLE))]))
     assert added() == {
         "steps": 1,
         "tokens": 15 + 8 + 8 + 3,
@@ -91,7 +91,7 @@ class SlowlyRead(Counter):
 
 def test_threads_lose_no_step(monkeypatch):
     monkeypatch.setattr(totals, "_sums", SlowlyRead())
-    packing = pack_batch(masks(RIGHT))
+    (packing,) = pack_batches([Rows(masks(RIGHT))])
 
     def steps():
         for _ in range(50):

@@ -23,8 +23,15 @@ OF_MIXERS = {
         "test_nothing_in_one_document_changes_another_by_one_bit",
         "test_no_tokens_at_all",
     ),
-    "selective_scan": ("test_strided_inputs_equal_contiguous_ones", "test_no_tokens_at_all"),
+    "selective_scan": ("test_no_tokens_at_all",),
     "causal_conv1d": ("test_no_tokens_at_all",),
+    # Its kernels are those of linear attention, with steps and a skip.
+    "ssd": (
+        "test_documents_agree_with_the_fp64_reference",
+        "test_rows_agree_with_the_fp64_reference",
+        "test_low_precision_inputs_lose_no_more_than_a_plain_implementation",
+        "test_no_tokens_at_all",
+    ),
 }
 
 
@@ -37,8 +44,10 @@ def runs_by_default(module: str, test: str, mixer: str | None) -> bool:
 
 def skip_if_interpreted(kernels: str) -> None:
     """In a test of which only a part is too slow for interpreted kernels."""
-    if kernels == "triton" and not thorough:
-        pytest.skip(SLOW)
+    skip_if(kernels == "triton")
 
 
-SLOW = "slow to interpret: only with --thorough"
+def skip_if(slow: bool) -> None:
+    """In a test of which some cases repeat others."""
+    if slow and not thorough:
+        pytest.skip("slow: only with --thorough")

@@ -1,9 +1,9 @@
-"""Compiles the Triton kernels that an op launches for GPUs that are not there: ``python gpu_targets.py <op> [--all]``.
+"""Compiles the Triton kernels that ops launch for GPUs that are not there: ``python gpu_targets.py <op> ... [--all]``.
 
-A process of its own, since kernels defined under TRITON_INTERPRET=1 cannot be compiled together with the functions they
-call. The op runs on meta tensors of a realistic size, its launches are recorded instead of made, and every kernel is
-compiled for the types and specialisations its arguments would have: of an op's first call, which needs most, for the
-chip that has least, and of its last call for another; configurations take turns. ``--all``: all for all.
+A process of their own, since kernels defined under TRITON_INTERPRET=1 cannot be compiled together with the functions
+they call. An op runs on meta tensors of a realistic size, its launches are recorded instead of made, and every kernel
+is compiled for the types and specialisations its arguments would have: of an op's first call, which needs most, for the
+chip that has least, and of some ops' last call for another; configurations take turns. ``--all``: all for all.
 Prints one JSON object a kernel. Checked on triton 3.6 and 3.9.
 """
 
@@ -144,10 +144,13 @@ def _amd(result: Any) -> Resources:
     return Resources(spilled, registers, result.metadata.shared, None, False)
 
 
+OTHERS = {"causal_conv1d": "gfx942", "linear_attention": "sm_90", "linear_scan": "sm_100"}
+
+
 def few(op: str) -> list[tuple[str, str]]:
-    """Two pairs of a call and a chip: ops take turns with the second one's."""
-    calls, (least, *others) = list(CALLS[op]), CHIPS
-    return [(calls[0], least), (calls[-1], others[list(CALLS).index(op) % len(others)])]
+    """The first call for the chip that has least; of some ops, the last call for another."""
+    calls, least = list(CALLS[op]), next(iter(CHIPS))
+    return [(calls[0], least), *((calls[-1], chip) for name, chip in OTHERS.items() if name == op)]
 
 
 def main(op: str, everything: bool) -> None:
@@ -189,4 +192,6 @@ def main(op: str, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--all" in sys.argv[2:])
+    for op in sys.argv[1:]:
+        if op != "--all":
+            main(op, "--all" in sys.argv)

@@ -9,20 +9,30 @@ from pathlib import Path
 import pytest
 import triton
 from gpu_launches import CALLS
-from gpu_targets import CHIPS, few
+from gpu_targets import CHIPS
 from packaging.version import Version
 
 
+def test_kernels_compile_without_spills():
+    assert_sound(compiled(*CALLS), set(CHIPS))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CALLS)
-def test_kernels_compile_without_spills(op, pytestconfig):
+def test_all_calls_in_all_configurations_do_for_all_chips(op):
+    assert_sound(compiled(op, "--all"), set(CHIPS))
+
+
+def compiled(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("gpu_targets.py"), op]
-    if everything := pytestconfig.getoption("--thorough"):
-        command.append("--all")
+    command = [sys.executable, Path(__file__).with_name("gpu_targets.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {kernel["chip"] for kernel in kernels} == (set(CHIPS) if everything else {chip for _, chip in few(op)})
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_sound(kernels, chips):
+    assert {kernel["chip"] for kernel in kernels} == chips
     spilled = [kernel for kernel in kernels if kernel["spilled"] > kernel["may_spill"]]
     too_large = [kernel for kernel in kernels if kernel["shared_memory"] > kernel["limit"]]
     narrow = [kernel for kernel in kernels if kernel["wide_loads"] == 0 and reads_neighbours(kernel)]
@@ -35,7 +45,3 @@ def reads_neighbours(kernel):
     apart = ("channel-first", "one channel", "token ids")
     one_a_thread = ("_document_of_token", "_tabulate", "_invert", "_pass_states", "final_states", "initial_state_grads")
     return not any(name in kernel["call"] for name in apart) and kernel["kernel"] not in one_a_thread
-
-
-def test_no_chip_is_left_out():
-    assert {chip for op in CALLS for _, chip in few(op)} == set(CHIPS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from budget import skip_if
 from mixers import MIXERS
 from selective_scan_data import relative_error
 from summaries import RECURRENCES, Recurrence, in_dtype, poison
@@ -95,12 +96,10 @@ LENGTHS = [
 
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_late_is_as_good_as_in_time(recurrence, lengths, on_host, kernels, monkeypatch, request):
+def test_late_is_as_good_as_in_time(recurrence, lengths, on_host, kernels, monkeypatch):
     # Of the variants some hardly decay, so that states come as far as the next block.
     long = sum(lengths) > BLOCK
-    slow = kernels == "triton" or (long if kernels == "reference" else recurrence.variant and not long)
-    if slow and not request.config.getoption("--thorough"):
-        pytest.skip("slow: only with --thorough")
+    skip_if(kernels == "triton" or (long if kernels == "reference" else recurrence.variant and not long))
     monkeypatch.setattr("packc.ops.summary.on_host", lambda _: on_host)
     case = Case(recurrence, lengths, torch.float32)
     results, late = case.forward(case.states), case.forward(case.without(case.states, 0))

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from budget import skip_if, skip_if_interpreted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from implementations import opcheck
@@ -18,11 +19,6 @@ few = settings(
 )
 lengths_of_documents = st.lists(st.sampled_from([0, 1, 2, 5, 17, 66]), min_size=1, max_size=3)
 places = st.lists(st.integers(0, 200), max_size=5)
-
-
-def thorough_only(request, slow):
-    if slow and not request.config.getoption("--thorough"):
-        pytest.skip("slow: only with --thorough")
 
 
 def parts(cuts, L):
@@ -141,9 +137,9 @@ PLACES = [(68, 3), (150, 0), (150, 128), (150, 130), (150, 149), (66, 66), (0, 0
 @pytest.mark.parametrize(
     ("dtype", "L", "place"), [(torch.bfloat16, 150, 70), *((torch.float32, *place) for place in PLACES)]
 )
-def test_kernels_agree_with_fp64_and_read_no_other_token(recurrence, kernels, dtype, L, place, request):
+def test_kernels_agree_with_fp64_and_read_no_other_token(recurrence, kernels, dtype, L, place):
     if kernels == "triton":
-        thorough_only(request, (L, dtype) != (68, torch.float32) or recurrence.variant)
+        skip_if((L, dtype) != (68, torch.float32) or recurrence.variant)
     agree_with_fp64(recurrence, make(recurrence, L, dtype), place)
 
 
@@ -162,8 +158,8 @@ def test_runs_are_bitwise_reproducible_for_any_number_of_threads(recurrence, ker
         torch.set_num_threads(threads)
 
 
-def test_strided_inputs_equal_contiguous_ones(recurrence, kernels, request):
-    thorough_only(request, kernels == "triton")
+def test_strided_inputs_equal_contiguous_ones(recurrence, kernels):
+    skip_if_interpreted(kernels)
     tensors = make(recurrence, 70, torch.float32)
     dout = torch.randn_like(tensors[recurrence.mixer.like])
     views = [lambda x: x.repeat_interleave(2, -1)[..., ::2], lambda x: x.transpose(1, -1).contiguous().transpose(1, -1)]
@@ -187,8 +183,8 @@ def differentiable(given):
 
 
 @pytest.mark.parametrize("what", ["summary", "adjoint"])
-def test_opcheck(recurrence, kernels, what, request):
-    thorough_only(request, kernels != "cpu")
+def test_opcheck(recurrence, kernels, what):
+    skip_if(kernels != "cpu")
     op = getattr(torch.ops.packc, f"{recurrence.name}_{what}").default
     given = arguments(recurrence, make(recurrence, 7, torch.float32), what, 3)
     opcheck(kernels, op, given)
@@ -216,8 +212,8 @@ def test_a_compiler_knows_that_they_compute(recurrence, what):
     assert flops(128) == 2 * flops(64) > 0
 
 
-def test_one_graph_serves_every_segment(recurrence, request):
-    thorough_only(request, recurrence.variant)
+def test_one_graph_serves_every_segment(recurrence):
+    skip_if(recurrence.variant)
 
     def both(tensors, dout, begin, end):
         given = {**tensors, **recurrence.options}

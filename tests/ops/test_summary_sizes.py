@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from budget import skip_if_interpreted
 from mixers import MIXERS
 from selective_scan_data import make_inputs
 from summaries import Recurrence, agree_with_fp64
@@ -10,9 +11,8 @@ HEADS = [(2, 1, 16, 16), (4, 2, 20, 37), (3, 3, 1, 70), (1, 1, 65, 1)]
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_thoroughly(kernels, request):
-    if kernels == "triton" and not request.config.getoption("--thorough"):
-        pytest.skip("slow to interpret: only with --thorough")
+def _interpreted_thoroughly(kernels):
+    skip_if_interpreted(kernels)
 
 
 @pytest.mark.parametrize(("H", "G", "K", "V"), HEADS)

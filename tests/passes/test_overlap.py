@@ -24,7 +24,7 @@ from packc.passes.overlap.policies import coarse, filled, fine
 from packc.passes.overlap.tasks import collectives, is_valid, longest_ways, total
 from packc.passes.overlap.timeline import peak
 
-many = settings(max_examples=200, deadline=None, derandomize=True)
+many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 @st.composite
