@@ -31,7 +31,7 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def run(self, work: Callable[..., Any], size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, work: Callable[..., Any], size: int, *args: Any, timeout: float = 400) -> list[Any]:
         """What ``work(group, *args)`` returned on each of ``size`` ranks; a function at the top of its module."""
         for inbox in self.work[:size]:
             inbox.put((work, size, args))

@@ -27,7 +27,7 @@ BATCHES = [
 RIGHT_PADDED = [["11111111111", "11111110000", "11000000000"], ["111111111111", "110000000000"]]
 TABLE = (Path(__file__).parents[2] / "docs" / "families.md").read_text().splitlines()
 FAMILIES = [row.split("|")[1].strip() for row in TABLE if row.split("|")[-2:-1] and "yes" in row.split("|")[-2]]
-QUICK = [("mixers", 3)]
+QUICK = [("mixers", 2)]
 ALL = [(name, size) for name in ("plain", "mixers", "mamba", "checkpointed", "mamba2") for size in (2, 3)]
 
 
@@ -35,7 +35,7 @@ ALL = [(name, size) for name in ("plain", "mixers", "mamba", "checkpointed", "ma
     ("name", "size"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)]
 )
 def test_loss_logits_and_gradients_are_those_of_one_process(ranks, name, size):
-    found = ranks.run(worst_errors, size, name, BATCHES, timeout=400)
+    found = ranks.run(worst_errors, size, name, BATCHES)
     for errors, graphs, _ in found:
         for each in errors:
             assert max(each.values()) < 1e-4, each
@@ -49,7 +49,7 @@ def test_loss_logits_and_gradients_are_those_of_one_process(ranks, name, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_attention_sees_what_it_sees_on_one_process(ranks, size):
-    for errors, *_ in ranks.run(worst_errors, size, "attends", RIGHT_PADDED[: 4 - size], timeout=400):
+    for errors, *_ in ranks.run(worst_errors, size, "attends", RIGHT_PADDED[: 4 - size]):
         for each in errors:
             assert max(each.values()) < 1e-4, each
 
@@ -67,26 +67,26 @@ def test_families_that_the_table_says_can_be_cut(ranks, family, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pools", "checkpoints", "auxiliary"])
 def test_heads_of_one_token_a_row_checkpoints_and_losses_of_experts(ranks, name):
-    for errors, *_ in ranks.run(worst_errors, 3, name, [["1111111111", "1111111000", "1100000000"]], timeout=400):
+    for errors, *_ in ranks.run(worst_errors, 3, name, [["1111111111", "1111111000", "1100000000"]]):
         assert max(errors[0].values()) < 1e-4, errors
 
 
 @pytest.mark.slow
 def test_evaluation_hidden_states_and_accumulated_gradients(ranks):
-    for errors in ranks.run(uses, 2, timeout=400):
+    for errors in ranks.run(uses, 2):
         assert max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True])
 def test_data_and_sequence_parallel_with_fsdp(ranks, blocks):
-    for worst in ranks.run(on_two_axes, 4, blocks, timeout=400):
+    for worst in ranks.run(on_two_axes, 4, blocks):
         assert worst < 1e-4
 
 
 @pytest.mark.slow
 def test_data_shards_and_sequence_on_three_axes(ranks):
-    for worst in ranks.run(on_three_axes, 4, timeout=400):
+    for worst in ranks.run(on_three_axes, 4):
         assert worst < 1e-4
 
 
