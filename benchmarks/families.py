@@ -340,6 +340,21 @@ FAMILIES = {
         "MixtralForCausalLM", lambda h, n: {**headed(h, n), "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", lambda h, n: {**headed(h, n), **experts(h, n)}),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        lambda h, n: {
+            **heads(h, n),
+            **latent(h, n),
+            "q_lora_rank": h // 2,
+            "layer_types": None,
+            "mlp_layer_types": ["sparse"] * n,
+            "first_k_dense_replace": 0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
     "gemma2": Family("Gemma2ForCausalLM", lambda h, n: {**headed(h, n), "sliding_window": 64, **written_out}),
     "gpt_oss": Family(
         "GptOssForCausalLM",

@@ -4,6 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+
+import packc
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -18,6 +22,48 @@ QUICK = ("mamba2", "granitemoehybrid", "modernbert")
 )
 def test_the_table_says_what_becomes_of_a_family(family):
     assert families.row(family) in TABLE.splitlines()
+
+
+PACK_WHOLE = TABLE[TABLE.index("Beside those of the table") : TABLE.index("(`tests/test_families.py`)")].split("`")[
+    1::2
+]
+SIZES = dict.fromkeys(("hidden_size", "intermediate_size", "embedding_size"), 32) | {
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "use_cache": False,
+    "sliding_window": 5,
+    "type_vocab_size": 1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACK_WHOLE)
+def test_a_model_that_is_said_to_pack_whole_does(name):
+    torch._dynamo.reset()
+    config = transformers.CONFIG_MAPPING[name](**SIZES)
+    kinds = transformers.models.auto.modeling_auto
+    causal = name not in ("electra", "roberta", "xlm-roberta")
+    names = kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if causal else kinds.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    model = getattr(transformers, names[name])(config).train()
+    mask = (torch.arange(12) < torch.tensor([12, 7, 4])[:, None]).long()
+    ids = torch.randint(1, 64, mask.shape) * mask
+    report = packc.explain(model)(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    assert (report.fallback, report.tokens, report.boundaries) == (None, 23, [])
+    assert [mixer.packed for mixer in report.mixers] == [True, True]
 
 
 def test_every_row_is_of_a_family():
