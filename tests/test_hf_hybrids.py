@@ -1,5 +1,6 @@
 """Stock models with attention pack whole, and the numbers are eager's."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -36,9 +37,21 @@ def error(actual, exact, real):
 
 
 def assert_as_exact_as_eager(actual, model, batch):
-    """Within 1e-5 of fp64, or twice what eager is off: zamba2 divides by small sums."""
-    exact, real = exact_step(model, batch), batch["attention_mask"].bool()
-    assert error(actual, exact, real) <= max(1e-5, 2 * error(train_step(model, batch), exact, real))
+    """Within 1e-5 of fp64, or twice what eager is off, at these weights or, as what large terms leave that cancel is
+    close at some by luck, at weights that are off by their last bit (zamba2 divides by small sums)."""
+    real = batch["attention_mask"].bool()
+    off = error(actual, exact_step(model, batch), real)
+    if off > 1e-5:
+        weights = [model, *(_off_by_a_bit(model) for _ in range(4))]
+        assert off <= 2 * max(error(train_step(each, batch), exact_step(each, batch), real) for each in weights)
+
+
+def _off_by_a_bit(model):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.randint(-1, 2, weight.shape))
+    return changed
 
 
 @one_family_now_the_others_slow

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -6,6 +7,7 @@ from packc.passes.unknown_sizes import unknown_size
 
 
 def test_torch_need_not_guess_what_a_size_may_be_where_it_compares_costs(monkeypatch):
+    pytest.importorskip("torch.fx.experimental._size_hinting", reason="torch 2.13 or newer guesses there")
     size = unknown_size(ShapeEnv(), 2)
     asked = []
     monkeypatch.setattr("torch.fx.experimental._size_hinting._sub_unbacked_exprs", lambda *x: asked.append(x))
