@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import PlainLM, batch_of, masks
-from rank_work import LMOfBlocks
-from sequence_models import (
+from models_to_cut import (
     Attends,
     AttendsToEvery,
     Breaks,
@@ -28,6 +27,7 @@ from sequence_models import (
     model_named,
     of_family,
 )
+from rank_work import LMOfBlocks
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

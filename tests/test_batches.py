@@ -4,14 +4,15 @@ import pytest
 import torch
 from harness import masks
 
-from packc.batches import pack_batch
-from packc.facts import Labelled
+from packc.batches import pack_batches
+from packc.facts import Labelled, Rows
 
 
 def spans(rows, labels=None, **keep):
     """Which positions of each row are packed, as pictures, and the reasons for whole rows."""
     mask = masks(rows)
-    packing = pack_batch(mask, [] if labels is None else [Labelled(masks(labels), 0)], **keep)
+    labelled = [] if labels is None else [Labelled(masks(labels), 0)]
+    (packing,) = pack_batches([Rows(mask, labelled, **keep)])
     kept = torch.zeros_like(mask).flatten()
     kept[packing.index] = 1
     assert packing.cu_seqlens.tolist() == [0, *kept.view_as(mask).sum(1).cumsum(0).tolist()]
@@ -52,14 +53,14 @@ def test_a_label_in_an_empty_row_keeps_it_whole():
 
 
 def test_mask_values_other_than_zero_and_one_keep_the_row_whole():
-    packing = pack_batch(torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]]))
+    (packing,) = pack_batches([Rows(torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]]))])
     assert packing.cu_seqlens.tolist() == [0, 3, 4]
     assert packing.reasons == {"mask values other than 0 and 1": 1}
 
 
 def test_a_row_of_zeros_beside_other_values_stays_whole():
     """Of a mask that is added, zeros are tokens."""
-    packing = pack_batch(torch.tensor([[0.0, 0.0, 0.0], [0.0, -1e9, -1e9]]))
+    (packing,) = pack_batches([Rows(torch.tensor([[0.0, 0.0, 0.0], [0.0, -1e9, -1e9]]))])
     assert packing.cu_seqlens.tolist() == [0, 3, 6]
 
 
@@ -90,13 +91,13 @@ def test_padding_that_must_stay_stays_with_the_reason():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.bfloat16])
 def test_masks_of_any_dtype(dtype):
-    packing = pack_batch(masks(["0110", "1000"]).to(dtype))
+    (packing,) = pack_batches([Rows(masks(["0110", "1000"]).to(dtype))])
     assert packing.index.tolist() == [1, 2, 4]
     assert (packing.index.dtype, packing.cu_seqlens.dtype) == (torch.int64, torch.int32)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_a_batch_of_nothing(shape):
-    packing = pack_batch(torch.ones(shape))
+    (packing,) = pack_batches([Rows(torch.ones(shape))])
     assert packing.index.tolist() == []
     assert packing.cu_seqlens.tolist() == [0] * (shape[0] + 1)
