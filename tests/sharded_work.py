@@ -359,7 +359,7 @@ def opcheck(group: Any, name: str) -> None:
 
     def note(self: Any, declared: Any, arguments: Any, initial_state: Any, output_final_state: bool) -> Any:
         routing = plan.cu_seqlens, plan.places, plan.documents, plan.ranks
-        last = initial_state, output_final_state, plan.size, plan.group, plan.exchange, plan.near
+        last = initial_state, output_final_state, plan.size, plan.group, plan.exchange, plan.near, True, True
         calls.append((getattr(torch.ops.packc, f"{declared.name}_sharded").default, (*arguments, *routing, *last)))
         return torch.zeros(0), torch.zeros(plan.documents.shape[1], 0)
 
