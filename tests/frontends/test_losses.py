@@ -1,10 +1,11 @@
 """A model's loss is in the graph of the model."""
 
 import torch
+from harness import RIGHT, batch_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 CONFIG = GPT2Config(
-    vocab_size=23,
+    vocab_size=32,
     n_embd=16,
     n_layer=1,
     n_head=2,
@@ -22,18 +23,12 @@ def tiny_gpt2():
     return GPT2LMHeadModel(CONFIG)
 
 
-def padded():
-    ids, mask = torch.randint(23, (2, 8)), torch.ones(2, 8, dtype=torch.long)
-    mask[1, 3:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
 def loss_of(model, inputs, **how):
     return torch.compile(model, **how)(**inputs).loss
 
 
 def test_a_loss_that_the_class_does_not_name_packs_with_its_model(packc_backend):
-    model, inputs = tiny_gpt2(), padded()
+    model, inputs = tiny_gpt2(), batch_of(RIGHT)
     expected = model(**inputs).loss
     torch.testing.assert_close(loss_of(model, inputs, backend=packc_backend, fullgraph=True), expected)
     strict = {"packc.strict": True, "packc.inner": "eager"}
@@ -41,12 +36,12 @@ def test_a_loss_that_the_class_does_not_name_packs_with_its_model(packc_backend)
 
 
 def test_a_loss_of_the_users_own_stays_it(packc_backend):
-    model, inputs = tiny_gpt2(), padded()
+    model, inputs = tiny_gpt2(), batch_of(RIGHT)
     model.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
     expected = model(**inputs).loss
     torch.testing.assert_close(loss_of(model, inputs, backend=packc_backend, fullgraph=True), expected)
 
 
 def test_other_backends_break_their_graph_as_before(other_backend):
-    loss_of(tiny_gpt2(), padded(), backend=other_backend)
+    loss_of(tiny_gpt2(), batch_of(RIGHT), backend=other_backend)
     assert len(other_backend.graphs) == 2
