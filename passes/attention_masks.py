@@ -22,7 +22,7 @@ from packc.passes.fills import fills
 from packc.passes.graph import Graph
 from packc.passes.mask_graphs import Fill, MaskGraph, Sizes, made_from, number, shape_of
 from packc.passes.varlen_form import added_biases
-from packc.passes.visible import Band, Biased, Other, Pairs, Seen, by_distance, visible
+from packc.passes.visible import Band, Biased, Chunks, Other, Pairs, Seen, by_distance, visible
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _seen_through(graph: Graph, attention_mask: fx.Node) -> Seen | None:
     made = made_from(graph, attention_mask)
     seen = None if made is None else _band(graph, made)
     # What another input tells apart, as token ids may documents, need not be among what was tried.
-    return Other.TOKENS if made is not None and made.others and isinstance(seen, Band) else seen
+    return Other.TOKENS if made is not None and made.others and isinstance(seen, (Band, Chunks)) else seen
 
 
 def _biased(graph: Graph, attention_mask: fx.Node) -> Biased | None:
@@ -154,13 +154,16 @@ def _band(graph: Graph, made: MaskGraph, biases: fx.Node | None = None) -> Seen 
         values = fill(shape_of(value_of(biases), sizes), value_of(biases).dtype, 0)
         return by_distance(values if places.index(SEQ) == 2 else values.transpose(1, 2))
 
-    if not _try(made, batch, length, {}, pairs, added):
-        return None
-    if isinstance(length, torch.SymInt):
-        for sizes in _other_lengths(made, batch, length):
-            if not _try(made, batch, length, sizes, pairs, added):
-                return None
-    return pairs.band()
+    others = list(_other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
+    for sizes in ({}, *others):
+        if not _try(made, batch, length, sizes, pairs, added):
+            return None
+    seen = pairs.band()
+    if seen is not Other.TOKENS or biases is not None or made.positions:
+        return seen  # chunks are of rows, whatever documents positions say that there are
+    sizes_tried = [*others, {}]
+    chunks = (Chunks(size) for size in sorted(made.constants()) if size > 1)
+    return next((each for each in chunks if all(_cuts(made, batch, length, at, each) for at in sizes_tried)), seen)
 
 
 def _other_lengths(made: MaskGraph, batch: int | torch.SymInt, length: torch.SymInt) -> Iterator[Sizes]:
@@ -201,13 +204,31 @@ def _try(
         return False
     if _elements(made, sizes) > _LARGEST:
         return False
-    everywhere = torch.ones(batch, length, dtype=torch.bool)
     return all(
         pairs.add(made.run(padding, positions, fill, sizes), padding, documents, added(fill, sizes))
-        for padding in (_paddings(batch, length) if made.padding is not None else [everywhere])
+        for padding in _paddings_of(made, batch, length)
         for positions, documents in itertools.islice(_documents(batch, length), None if made.positions else 1)
         for fill in fills(made)
     )
+
+
+def _cuts(made: MaskGraph, batch: int | torch.SymInt, length: int | torch.SymInt, sizes: Sizes, chunks: Chunks) -> bool:
+    """Whether a mask that hides padding, and goes by no positions, shows chunks at these sizes."""
+    batch, length = (int(number(size, sizes)) for size in (batch, length))
+    positions = torch.arange(length).expand(batch, length)
+    for padding in _paddings_of(made, batch, length):
+        tokens = padding[:, None, :, None] & padding[:, None, None, :]
+        for fill in fills(made):
+            mask = made.run(padding, positions, fill, sizes)
+            wanted = chunks.show(padding)[:, None]
+            as_said = mask if mask.dtype == torch.bool else torch.where(visible(mask), mask == 0, False)
+            if not (as_said & tokens).equal((wanted & tokens).expand(*(as_said & tokens).shape)):
+                return False
+    return True
+
+
+def _paddings_of(made: MaskGraph, batch: int, length: int) -> Iterable[Tensor]:
+    return _paddings(batch, length) if made.padding is not None else [torch.ones(batch, length, dtype=torch.bool)]
 
 
 def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:

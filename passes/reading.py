@@ -45,6 +45,12 @@ class PaddedNumel(NamedTuple):
     value: fx.Node
 
 
+class InChunks(NamedTuple):
+    """Given to a mixer as ``cu_seqlens``: documents are cut into chunks of so many tokens, each a document to it."""
+
+    size: int
+
+
 class Mean(NamedTuple):
     """A mean over tokens, as two sums: those of a part of the tokens make a mean over all."""
 

@@ -32,7 +32,20 @@ class Other(enum.Enum):
     TOKENS = "some tokens and no padding"
 
 
-Seen = Band | Other
+class Chunks(NamedTuple):
+    """A token sees those before it in its chunk: each document is cut into chunks of so many tokens."""
+
+    size: int
+
+    def show(self, tokens: Tensor) -> Tensor:
+        """(B, L), true at tokens, of one document a row -> (B, L, L), true where a query sees a key."""
+        place = torch.arange(tokens.shape[1])
+        chunk = (place - tokens.long().argmax(1, keepdim=True)) // self.size
+        same = chunk[:, :, None] == chunk[:, None, :]
+        return same & (place[:, None] >= place) & tokens[:, :, None] & tokens[:, None, :]
+
+
+Seen = Band | Chunks | Other
 
 
 def visible(mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from harness import PlainLM, batch_of, masks
 from models_to_cut import (
     Attends,
+    AttendsInChunks,
     AttendsToEvery,
     Breaks,
     Doubles,
@@ -306,6 +307,7 @@ def refusals(group: Any) -> dict[str, str]:
         "shapes": said(lambda: sharded(PlainLM(), group)[0](*short)),
         "failure of one": said(lambda: sharded(PlainLM(), group, skip_passes=skipped)[0](*batch.values())),
         "attention": said(lambda: sharded(AttendsToEvery(), group)[0](*batch.values())),
+        "chunks": said(lambda: sharded(AttendsInChunks(), group)[0](*batch.values())),
         "dropout": said(lambda: sharded(Drops(), group)[0](*batch.values())),
         "states": said(lambda: sharded(ReturnsState(), group)[0](ids, mask)),
         "few tokens": said(lambda: plain(ids[:1, :5], mask[:1, :5], labels[:1, :5])),

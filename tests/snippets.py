@@ -52,7 +52,10 @@ POINTWISE = {
         torch.where(x > 0, 1.0, x) + torch.where(x > 0, x, 2.0) + torch.where(x > 0, 3, 4)
     ),
     "draws that change nothing": lambda x, m: (
-        x + 0 * (torch.rand_like(x) + torch.randn_like(x) + torch.bernoulli(x.sigmoid())) + torch.bernoulli(x, p=1.0)
+        x
+        + 0 * (torch.rand_like(x) + torch.randn_like(x) + torch.bernoulli(x.sigmoid()))
+        + 0 * (aten.uniform(x) + aten.exponential(x))
+        + torch.bernoulli(x, p=1.0)
     ),
     "functions that keep zero": lambda x, m: (
         x.sign() + x.round() + x.nan_to_num() + x.expm1() + x.abs().log1p() + x**2 + x**3
@@ -101,6 +104,16 @@ VIEWS = {
     "repeated": lambda x, m: x.repeat(1, 1, 2) + x.tile(2) + x.repeat(2, 1, 1, 2).sum(0) + x.repeat_interleave(2, -1),
     "repeat interleave by view": lambda x, m: x[..., None].expand(H, H, H, 2).reshape(H, H, 2 * H),
 }
+
+
+def turned(x):
+    """As rotary embeddings turn pairs of features, the pairs being complex numbers."""
+    pairs = torch.view_as_complex(x.reshape(H, H, 2, 2))
+    by = torch.polar(torch.ones(H, 2), torch.arange(H)[:, None] * torch.tensor([1.0, 0.3]))
+    return torch.view_as_real(pairs * by).flatten(2)
+
+
+VIEWS["pairs as complex numbers"] = lambda x, m: turned(x)
 
 
 def filled_by_parts(x):

@@ -50,13 +50,25 @@ SIZES = dict.fromkeys(("hidden_size", "intermediate_size", "embedding_size"), 32
 }
 
 
+OWN_SIZES = {
+    "codegen": {"rotary_dim": 4},
+    "deepseek_v2": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4, "n_routed_experts": 4}
+    | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    "gptj": {"rotary_dim": 4},
+    "llama4_text": {"attention_chunk_size": 5},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACK_WHOLE)
 def test_a_model_that_is_said_to_pack_whole_does(name):
     torch._dynamo.reset()
-    config = transformers.CONFIG_MAPPING[name](**SIZES)
+    sizes = {**SIZES, **OWN_SIZES.get(name, {})}
+    if name == "falcon":
+        del sizes["head_dim"]  # a property there
+    config = transformers.CONFIG_MAPPING[name](**sizes)
     kinds = transformers.models.auto.modeling_auto
-    causal = name not in ("electra", "roberta", "xlm-roberta")
+    causal = name not in ("electra", "eurobert", "roberta", "xlm-roberta")
     names = kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if causal else kinds.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     model = getattr(transformers, names[name])(config).train()
     mask = (torch.arange(12) < torch.tensor([12, 7, 4])[:, None]).long()

@@ -83,6 +83,19 @@ def test_routers_and_experts_are_no_boundaries(family, implementation):
     assert {boundary.node for boundary in report.boundaries} <= {ATTENTION}
 
 
+def test_experts_that_are_given_all_tokens_one_after_the_other_are_given_real_ones(subtests):
+    sizes = SIZES | {"intermediate_size_mlp": 16, "attention_chunk_size": 3, "pad_token_id": 0}
+    config = transformers.Llama4TextConfig(**sizes, num_hidden_layers=2, num_local_experts=3)
+    model = shaken(transformers.Llama4ForCausalLM(config))
+    reference, compiled = copy.deepcopy(model), torch.compile(model, backend="packc", options=DEBUG, fullgraph=True)
+    for rows in (RIGHT, LEFT, BOTH):
+        batch = {**batch_of(rows), "use_cache": False}
+        with subtests.test(rows=rows):
+            assert_as_exact_as_eager(train_step(compiled, batch), reference, batch)
+    report = packc.explain(model)(**batch_of(RIGHT), use_cache=False)
+    assert [report.tokens, report.fallback, report.boundaries] == [15, None, []]
+
+
 def test_experts_that_cannot_be_traced_loop_as_stock_does(monkeypatch):
     monkeypatch.delattr("transformers.integrations.moe._grouped_mm_fallback_backward_fake")  # as before 5.23
     model, reference = model_and_reference("mixtral", "eager")

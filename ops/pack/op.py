@@ -105,6 +105,22 @@ def _row_ends_fake(
     return index.new_empty((batch * size,)), index.new_empty((batch * size,), dtype=torch.bool)
 
 
+@untraced
+def _in_chunks(cu_seqlens: Tensor, tokens: int, size: int) -> Tensor:
+    """``cu_seqlens`` (N + 1,) of documents' chunks of ``size`` tokens, the last of each shorter; empty ones follow, so
+    that there are ``N + tokens // size``, whatever the documents."""
+    starts = cu_seqlens.long()
+    until = torch.cumsum((starts.diff() + size - 1) // size, 0)
+    chunk = torch.arange(cu_seqlens.shape[0] + tokens // size, device=cu_seqlens.device)
+    document = torch.searchsorted(until, chunk, right=True)
+    before = torch.cat([until.new_zeros(1), until])[document]
+    return torch.clamp(starts[document] + (chunk - before) * size, max=tokens).int()
+
+
+def _in_chunks_fake(cu_seqlens: Tensor, tokens: int | SymInt, size: int | SymInt) -> Tensor:
+    return cu_seqlens.new_empty((cu_seqlens.shape[0] + tokens // size,))
+
+
 define("pack(Tensor x, Tensor index) -> Tensor", _pack, _pack_fake)
 define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor", _unpack, _unpack_fake)
 define("counted_anew(Tensor index, Tensor cu_seqlens, SymInt length) -> Tensor", _counted_anew, _counted_anew_fake)
@@ -113,6 +129,7 @@ define(
     _row_ends,
     _row_ends_fake,
 )
+define("in_chunks(Tensor cu_seqlens, SymInt tokens, SymInt size) -> Tensor", _in_chunks, _in_chunks_fake)
 define("packing_index(Tensor mask) -> (Tensor index, Tensor cu_seqlens)", _packing_index, _packing_index_fake)
 
 

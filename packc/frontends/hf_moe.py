@@ -22,6 +22,17 @@ def experts_forward(
     return end_row_wise(original(self, *rows), hidden_states)
 
 
+def llama4_moe(
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor]], self: Any, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, L, D) -> (tokens, D) and the router's logits. The original gives every expert all tokens, one after
+    the other along one axis."""
+    flat = hidden_states.reshape(-1, self.hidden_dim)
+    (rows,) = begin_row_wise([flat])
+    out, _ = original(self, rows)
+    return end_row_wise(out, flat), self.router(flat)[1]
+
+
 def get_interface(self: Any, experts_implementation: str, default: Any) -> Any:
     """Experts that loop over those which are hit leave Dynamo with as many graphs; these compute the same in one."""
     return self["grouped_mm"] if experts_implementation == "eager" and _can_be_grouped() else NotImplemented
@@ -61,5 +72,6 @@ KEPT_WHOLE: KeptWhole = {
         "grouped_mm_experts_forward": Around(experts_forward),
         "ExpertsInterface": Method("get_interface", get_interface),
     },
+    "transformers.models.llama4.modeling_llama4": {"Llama4TextMoe": Method("forward", Around(llama4_moe))},
     MODELING: {"load_balancing_loss_func": load_balancing_loss_func},
 }

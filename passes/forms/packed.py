@@ -11,7 +11,7 @@ from torch import fx
 from packc.passes.axes import BATCH, FLAT, OTHER, SEQ, TOKENS, Axis, Layout, same_size
 from packc.passes.forms.form import Write
 from packc.passes.forms.padded import Padded
-from packc.passes.reading import Call
+from packc.passes.reading import Call, InChunks
 
 aten = torch.ops.aten
 
@@ -48,6 +48,7 @@ class Packed:
         self._by_position: fx.Node | None = None
         self._positions: dict[fx.Node, fx.Node] = {}
         self._ends: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self._in_chunks: dict[int, fx.Node] = {}
 
     def size(self, axis: Axis) -> Any:
         return 1 if axis is BATCH else self.tokens
@@ -56,7 +57,9 @@ class Packed:
         # What attends from one sequence to another is told of its keys first.
         of_keys = "cu_seqlens_k" in call.arguments and call.args[call.arguments.index("cu_seqlens_k")] is None
         place = call.arguments.index("cu_seqlens_k" if of_keys else "cu_seqlens")
-        return call._replace(args=(*call.args[:place], self.cu_seqlens, *call.args[place + 1 :]))
+        given = call.args[place]
+        cu_seqlens = self.in_chunks(given.size) if isinstance(given, InChunks) else self.cu_seqlens
+        return call._replace(args=(*call.args[:place], cu_seqlens, *call.args[place + 1 :]))
 
     def total(self, value: fx.Node) -> fx.Node:
         return value
@@ -131,6 +134,13 @@ class Packed:
             of = self.index, self.cu_seqlens, self.padded.length
             self._by_position = self.write(torch.ops.packc.counted_anew.default, *of)
         return self._by_position
+
+    def in_chunks(self, size: int) -> fx.Node:
+        """Where chunks of documents begin."""
+        if size not in self._in_chunks:
+            of = self.cu_seqlens, self.tokens, size
+            self._in_chunks[size] = self.write(torch.ops.packc.in_chunks.default, *of)
+        return self._in_chunks[size]
 
     def positions(self, index: fx.Node) -> fx.Node:
         """The position in its row of every place in an index."""

@@ -19,7 +19,7 @@ from packc.passes.forms.packed import Packed
 from packc.passes.graph import Graph, Ranks
 from packc.passes.module_names import module_path
 from packc.passes.outlined import is_random, ops_of
-from packc.passes.reading import Call
+from packc.passes.reading import Call, InChunks
 from packc.passes.reasons import NotPackable
 
 
@@ -93,6 +93,8 @@ class Sharded(Packed):
             raise NotPackable(f"{name} has no form on a part of the tokens")
         if given.get("initial_state") is not None or given.get("output_final_state"):
             raise NotPackable(f"{name} takes or returns states of documents, of which ranks have parts")
+        if isinstance(given["cu_seqlens"], InChunks):
+            raise NotPackable(f"{name} in chunks of documents has no form on a part of the tokens")
         told = {"cu_seqlens": self.cu_seqlens, "exchange": "all_gather", "near": False, **self.group._asdict()}
         told |= {each: getattr(self.inputs, each) for each in ("places", "documents", "ranks")}
         told |= {"enters": True, "leaves": True}  # as far as a graph for all ranks knows

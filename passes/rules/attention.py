@@ -13,11 +13,11 @@ from packc.ops.varlen_attention.dropout import SEEDS
 from packc.passes.asks import Ask, HidesKeys, HidesPadding, KeepLeft, OneDocument
 from packc.passes.axes import BATCH, OTHER, SEQ, Layout, Whole, covers_tokens, same_size, show, value_of
 from packc.passes.graph import Graph
-from packc.passes.reading import Call, NotTokenwise, Reading
+from packc.passes.reading import Call, InChunks, NotTokenwise, Reading
 from packc.passes.repeated_heads import before_repeats
 from packc.passes.rules.registry import Op, broadcast_layout, register_rule
 from packc.passes.varlen_form import varlen_form
-from packc.passes.visible import Band, Biased, Seen
+from packc.passes.visible import Band, Biased, Chunks, Seen
 
 aten = torch.ops.aten
 _HEADS_FIRST = (BATCH, OTHER, SEQ, OTHER)
@@ -112,8 +112,7 @@ def varlen_attention(op: Op, seen: Seen | Biased, padded: Reading) -> Reading:
     seen, biases = seen if isinstance(seen, Biased) else (seen, None)
     if padded.padded == _ACROSS:
         return _cross_attention(op, seen, padded)
-    if not isinstance(seen, Band):
-        raise NotTokenwise(_OTHER_MASK)
+    seen, cu_seqlens = _as_band(seen)
     _refuse_other_heads(op)
     q, k, v = op.args[:3]
     k, v = _as_they_were(op, k, v)
@@ -121,8 +120,17 @@ def varlen_attention(op: Op, seen: Seen | Biased, padded: Reading) -> Reading:
     options = (seen.causal, op.argument("scale"), seen.window, dropout_p, _seed(op, dropout_p), None)
     operands: dict[fx.Node, Layout] = dict.fromkeys((q, k, v), _HEADS_FIRST)
     bias = _relative_bias(op, biases, operands)
-    out = _attended((*_operands(value_of(op.node).dtype, q, k, v), None, bias, None, *options))
+    out = _attended((*_operands(value_of(op.node).dtype, q, k, v), None, bias, cu_seqlens, *options))
     return replace(padded, operands=operands, call=out, padded=None, is_mixer=True)
+
+
+def _as_band(seen: Seen) -> tuple[Band, InChunks | None]:
+    """What tokens see of a document, and what is one."""
+    if isinstance(seen, Chunks):
+        return Band(causal=True), InChunks(seen.size)
+    if not isinstance(seen, Band):
+        raise NotTokenwise(_OTHER_MASK)
+    return seen, None
 
 
 def _relative_bias(op: Op, biases: fx.Node | None, operands: dict[fx.Node, Layout]) -> object:
@@ -143,8 +151,7 @@ def packed_as_written(op: Op, seen: Seen, padded: Reading, biased: Mapping[fx.No
     form = varlen_form(op.node)
     if form is None or (form.biases is not None and form.biases not in biased):
         raise NotTokenwise(_MORE)
-    if not isinstance(seen, Band):
-        raise NotTokenwise(_OTHER_MASK)
+    seen, cu_seqlens = _as_band(seen)
     q, transposed, v = op.args[:3]
     heads = {value_of(each).shape[1] for each in (q, transposed, v)}
     if len(heads) > 1:
@@ -162,7 +169,7 @@ def packed_as_written(op: Op, seen: Seen, padded: Reading, biased: Mapping[fx.No
     seed = _seed(op, form.dropout_p)
     options = (seen.causal, form.scale, seen.window, form.dropout_p, seed, form.softcap)
     bias = None if form.biases is None else _relative_bias(op, biased[form.biases].biases, layouts)
-    out = _attended((*_operands(dtype, q, keys, v), sinks, bias, None, *options))
+    out = _attended((*_operands(dtype, q, keys, v), sinks, bias, cu_seqlens, *options))
     out = out if dtype == result else Call(aten.to.dtype, (out, result), {})
     return replace(padded, operands=layouts, call=out, padded=None, is_mixer=True)
 
@@ -237,7 +244,8 @@ def _seed(op: Op, dropout_p: float) -> Call | None:
 
 def _refuse_other_heads(op: Op) -> None:
     heads, of_keys, of_values = (value_of(each).shape[1] for each in op.args[:3])
-    if not same_size(of_keys, of_values) or not (same_size(heads, of_keys) or op.argument("enable_gqa")):
+    shared = same_size(of_keys, 1) or same_size(heads, of_keys) or op.argument("enable_gqa")
+    if not same_size(of_keys, of_values) or not shared:
         raise NotTokenwise(f"{heads} heads of queries meet {of_keys} of keys and {of_values} of values: runs padded")
 
 

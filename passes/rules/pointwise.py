@@ -72,6 +72,8 @@ register_zero(lambda args, is_zero: is_zero(args[0]) and not is_zero(args[1]), a
     aten.empty_like.default,
     aten.rand_like.default,
     aten.randn_like.default,
+    aten.uniform.default,
+    aten.exponential.default,
     aten.where.ScalarSelf,
     aten.where.ScalarOther,
     aten.where.Scalar,

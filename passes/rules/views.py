@@ -231,6 +231,20 @@ def unbind(op: Op) -> Reading:
     return Reading([layout[:dim] + layout[dim + 1 :]] * len(value_of(op.node)), {x: layout})
 
 
+@register_rule(aten.view_as_complex.default, zero=first_is_zero)
+def view_as_complex(op: Op) -> Reading:
+    """(..., 2) -> (...), as rotary embeddings do with pairs of features."""
+    x, layout, _ = _input(op)
+    op.refuse_token_axes([len(layout) - 1], layout)
+    return Reading(layout[:-1], {x: layout})
+
+
+@register_rule(aten.view_as_real.default, zero=first_is_zero)
+def view_as_real(op: Op) -> Reading:
+    x, layout, _ = _input(op)
+    return Reading((*layout, OTHER), {x: layout})
+
+
 def _parts_are_zero(args: tuple[Any, ...], is_zero: Callable[[Any], bool]) -> bool:
     return all(map(is_zero, args[0]))
 

@@ -171,6 +171,7 @@ SAID = {
     **dict.fromkeys(("model", "dropout on one", "shapes", "failure of one", "batches", "gradients", "masks"), DIFFER),
     "attention": f"{CANNOT}aten.scaled_dot_product_attention.default in the model: "
     "looks along the sequence, and shows neither all tokens, nor those before, nor a window: runs padded",
+    "chunks": f"{CANNOT}varlen_attention in chunks of documents has no form on a part of the tokens",
     "dropout": f"{CANNOT}aten.dropout.default in the model: draws random numbers",
     "states": f"{CANNOT}causal_conv1d takes or returns states of documents, of which ranks have parts",
     "few tokens": "NotPacked: 5 tokens over 3 ranks: at least 6 are needed",

@@ -121,6 +121,7 @@ def test_opcheck(kernels):
     torch.library.opcheck(torch.ops.packc.unpack.default, (pack(x, index).detach().requires_grad_(), index, 3, 4))
     torch.library.opcheck(torch.ops.packc.packing_index.default, (masks(MASK),))
     torch.library.opcheck(torch.ops.packc.row_ends.default, (torch.tensor([1, 2, 5, 8]), 3, 3, 2))
+    torch.library.opcheck(torch.ops.packc.in_chunks.default, (torch.tensor([0, 2, 2, 6], dtype=torch.int32), 6, 2))
     torch.library.opcheck(torch.ops.packc.counted_anew.default, (torch.arange(6), torch.tensor([0, 2, 2, 3, 6]), 3))
 
 
@@ -158,6 +159,16 @@ def test_every_document_is_counted_as_if_it_were_the_first_of_its_row():
     assert counted.tolist() == [2, 3, 0, 10, 10, 11, 12, 10]
     whole = torch.tensor([0, 3, 3, 8])
     assert torch.ops.packc.counted_anew(index, whole, 5).equal(index)
+
+
+@pytest.mark.parametrize("lengths", [[7, 0, 3, 1], [3, 6], [0, 0], [1] * 5])
+def test_chunks_of_documents_are_as_many_as_there_may_be(lengths):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    begins = [start + at for start, n in zip(cu_seqlens.tolist(), lengths, strict=False) for at in range(0, n, 3)]
+    tokens = sum(lengths)
+    chunks = torch.ops.packc.in_chunks(cu_seqlens, tokens, 3)
+    assert chunks.dtype == torch.int32
+    assert chunks.tolist() == begins + [tokens] * (len(lengths) + tokens // 3 + 1 - len(begins))
 
 
 def test_packing_by_hand_compiles_once_for_any_number_of_tokens():

@@ -158,12 +158,14 @@ def test_dropout_on_another_device_runs_padded():
         varlen_attention(Op(node, Tokens(), B, L), Band(causal=True), padded)
 
 
-def test_grouped_heads_and_heads_of_two_widths():
+@pytest.mark.parametrize("options", [{"enable_gqa": True}, {}])
+def test_grouped_heads_and_heads_of_two_widths(options):
+    """One head of keys is every query's, whether or not heads are said to be grouped."""
 
     def model(x, attention_mask):
         x = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS)
         q, k = heads(x), heads(x)[:, :1]
-        mixed = F.scaled_dot_product_attention(q, k, k[..., :3], causal(attention_mask), enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(q, k, k[..., :3], causal(attention_mask), **options)
         return mixed.transpose(1, 2).flatten(2)
 
     x, mask = torch.randn(B, L, H * D), masks(RIGHT)

@@ -27,6 +27,12 @@ def window(m, size):
     return causal(m) & (places > places[:, None] - size)
 
 
+def chunks(m, size):
+    """Of each row's tokens, counted from its first."""
+    chunk = (torch.arange(m.shape[1]) - (m.cumsum(1) == 0).sum(1, keepdim=True)) // size
+    return causal(m) & (chunk[:, None, None] == chunk[:, None, :, None])
+
+
 PACKED = {
     "causal": causal,
     "additive": additive,
@@ -36,6 +42,8 @@ PACKED = {
     "a window by a triangle": lambda m: causal(m) & ~causal(m).tril(-3),
     "a window beyond the batch": lambda m: window(m, 100),
     "a window on both sides": lambda m: (window(m, 3) | window(m, 3).mT) & (m[:, None, None] != 0),
+    "chunks": lambda m: chunks(m, 3),
+    "chunks, additive": lambda m: torch.where(chunks(m, 2), 0.0, -1e9),
     "of one document": lambda m: causal(m) & (m[:, None, None] == m[:, None, :, None]),
     "open to padding's own queries": also_seen_by_padding,
 }
@@ -43,7 +51,7 @@ HIDING = {
     **PACKED,
     "causal by an input": lambda m: CAUSAL & (m[:, None, None] != 0),
     "biased": lambda m: additive(m) + TAPS[0, 0],
-    "chunked": lambda m: causal(m) & (torch.arange(m.shape[1]) // 4 == (torch.arange(m.shape[1]) // 4)[:, None]),
+    "chunks of rows": lambda m: causal(m) & (torch.arange(m.shape[1]) // 4 == (torch.arange(m.shape[1]) // 4)[:, None]),
     "all but itself": lambda m: (m[:, None, None] != 0) & ~torch.eye(m.shape[1], dtype=torch.bool),
     "a head's own": lambda m: torch.cat([window(m, 2), window(m, 3)], 1),
 }
@@ -54,6 +62,7 @@ SLOW = {
     "of one document",
     "biased",
     "all but itself",
+    "chunks, additive",
 }
 SHOWING = {
     "padding in the past": lambda m: CAUSAL.expand(B, 1, L, L),
@@ -80,6 +89,19 @@ def test_a_mask_that_hides_padding_lets_the_graph_pack(name, dynamic):
     assert report.tokens == 15
     assert [mixer.op for mixer in report.mixers if mixer.packed] == [CONV, ATTENTION][: 1 + (name in PACKED)]
     assert [boundary.node for boundary in report.boundaries] == [ATTENTION][name in PACKED :]
+
+
+def test_chunks_are_cut_from_where_each_document_begins():
+    def model(x, attention_mask):
+        return attend(x, attention_mask, chunks(attention_mask, 3))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    x, ones = torch.randn(1, L, H * D), torch.ones(1, L, dtype=torch.int64)
+    with packc.documents(cu_seqlens=torch.tensor([0, 4, L])):
+        out = compiled(x, ones)
+    alone = [model(x[:, some], ones[:, some]) for some in (slice(4), slice(4, L))]
+    torch.testing.assert_close(out, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHOWING)

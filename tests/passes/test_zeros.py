@@ -12,9 +12,9 @@ from packc.passes.rules import zero_rule_for
 
 
 def floats(arg):
-    """Whether an argument is a tensor of floating-point numbers, or a list of them."""
+    """Whether an argument is a tensor of real or complex numbers, or a list of them."""
     several = arg if isinstance(arg, (list, tuple)) and arg else [arg]
-    return all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in several)
+    return all(isinstance(each, torch.Tensor) and each.dtype.to_real().is_floating_point for each in several)
 
 
 class Claims(fx.Interpreter):
