@@ -7,6 +7,7 @@ import torch
 
 from packc.frontends.hf import MODELING
 from packc.frontends.keep_whole import Around, KeptWhole, Method
+from packc.ops.grouped_mm import grouped_mm
 from packc.ops.row_wise import begin_row_wise, end_row_wise
 
 
@@ -20,6 +21,13 @@ def experts_forward(
     """Rows (tokens, D) and the experts (tokens, k) of each, with weights -> (tokens, D)."""
     rows = begin_row_wise([hidden_states, top_k_index, top_k_weights])
     return end_row_wise(original(self, *rows), hidden_states)
+
+
+def grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """Rows (S, K), sorted by expert up to ``offs`` (E,), by the weights (E, K, N) -> (S, N)."""
+    if input.device.type != "cpu" or weight.dtype == torch.bfloat16:  # of which torch has it
+        return NotImplemented
+    return grouped_mm(input.to(weight.dtype), weight, offs)
 
 
 def llama4_moe(
@@ -70,6 +78,7 @@ KEPT_WHOLE: KeptWhole = {
     "transformers.integrations.moe": {
         "batched_mm_experts_forward": Around(experts_forward),
         "grouped_mm_experts_forward": Around(experts_forward),
+        "_grouped_mm": grouped_product,
         "ExpertsInterface": Method("get_interface", get_interface),
     },
     "transformers.models.llama4.modeling_llama4": {"Llama4TextMoe": Method("forward", Around(llama4_moe))},
