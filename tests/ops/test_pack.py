@@ -121,6 +121,7 @@ def test_opcheck(kernels):
     torch.library.opcheck(torch.ops.packc.unpack.default, (pack(x, index).detach().requires_grad_(), index, 3, 4))
     torch.library.opcheck(torch.ops.packc.packing_index.default, (masks(MASK),))
     torch.library.opcheck(torch.ops.packc.row_ends.default, (torch.tensor([1, 2, 5, 8]), 3, 3, 2))
+    torch.library.opcheck(torch.ops.packc.positions.default, (torch.arange(6), 3))
     torch.library.opcheck(torch.ops.packc.counted_anew.default, (torch.arange(6), torch.tensor([0, 2, 2, 3, 6]), 3))
 
 
