@@ -16,7 +16,7 @@ from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed, Sharded
 from packc.passes.forms import packed as of_packed
 from packc.passes.forms import sharded as of_sharded
-from packc.passes.graph import Graph, is_item, switches_mode
+from packc.passes.graph import Graph, is_item, module_of, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.outlined import Outlined
 from packc.passes.positions import knows_only_positions
@@ -96,7 +96,7 @@ class _Writer:
             if node.target is aten.unsqueeze.default and not node.users:  # of what was gathered without its axis
                 self.graph.erase_node(node)
         self.graph.lint()
-        written = fx.GraphModule(self.source, self.graph)
+        written = module_of(self.source, self.graph)
         carry_over_from_dynamo(self.source, written)
         return written
 
