@@ -36,6 +36,7 @@ from packc.passes import (
     has_rows,
     index_fakes,
     is_step,
+    module_of,
     split_head,
     split_products,
     told_of_documents,
@@ -180,7 +181,7 @@ class _Compiling:
 
     def _packed_call(self, packed: Graph, compile_inner: Callable[..., Any]) -> PackedCall:
         def copied() -> fx.GraphModule:
-            return fx.GraphModule(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
+            return module_of(packed.gm, copy.deepcopy(packed.gm.graph))  # the inner backend may write to its own
 
         how: dict[str, Any] = {
             "strict": self.strict,

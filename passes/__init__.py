@@ -12,7 +12,7 @@ from packc.passes.cut_late import cut_late
 from packc.passes.forms.sharded import Inputs as ShardedInputs
 from packc.passes.forms.sharded import ReachInputs
 from packc.passes.functional import functional
-from packc.passes.graph import Graph, Ranks
+from packc.passes.graph import Graph, Ranks, module_of
 from packc.passes.labels import Labels
 from packc.passes.layout import layout
 from packc.passes.mask import NoMask, WrongMask, confirm_mask, find_masks, find_rows
@@ -74,6 +74,7 @@ __all__ = [
     "is_step",
     "layout",
     "mixers_of",
+    "module_of",
     "module_path",
     "normalize",
     "pack_attention",

@@ -14,6 +14,10 @@ from packc.passes.asks import Ask
 from packc.passes.axes import Kind, Layout, covers_tokens, value_of
 from packc.passes.reading import Reading
 from packc.passes.visible import Biased, Seen
+from packc.private_torch import private_torch
+
+with private_torch():
+    from torch.fx._lazy_graph_module import _make_graph_module
 
 if TYPE_CHECKING:
     from packc.passes.choose import Forms
@@ -122,6 +126,11 @@ class Graph:
             for ask in reading.asks:
                 if isinstance(ask, kind):
                     yield node, ask
+
+
+def module_of(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module whose code, in a compilation of Dynamo's, is written when somebody reads or runs it; few are."""
+    return _make_graph_module(root, graph)
 
 
 def call_like(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:

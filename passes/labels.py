@@ -12,7 +12,7 @@ from torch import fx
 from packc.passes.asks import IgnoredLabels
 from packc.passes.axes import same_size, value_of
 from packc.passes.crossings import moved
-from packc.passes.graph import Graph
+from packc.passes.graph import Graph, module_of
 from packc.passes.reasons import NotPackable
 from packc.passes.sources import is_parameter
 
@@ -112,7 +112,7 @@ def _graph_of(graph: Graph, labels: fx.Node, what: str) -> fx.GraphModule:
             of = _same_elements if node.target in _RESHAPES else (lambda each: each)
             copies[node] = result.node_copy(node, lambda each, of=of: copies[of(each)])  # type: ignore[misc]
     result.output(copies[labels])
-    return fx.GraphModule(graph.gm, result)
+    return module_of(graph.gm, result)
 
 
 def _same_elements(node: fx.Node) -> fx.Node:

@@ -9,7 +9,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 import packc.ops.row_wise  # noqa: F401  (the marks)
-from packc.passes.graph import Graph, is_item, switches_mode
+from packc.passes.graph import Graph, is_item, module_of, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.outlined import Outlined
 from packc.passes.reasons import NotPackable
@@ -58,7 +58,7 @@ def without_marks(gm: fx.GraphModule) -> fx.GraphModule:
             copies[node] = copies[node.args[0]][node.args[1]]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    unmarked = fx.GraphModule(gm, graph)
+    unmarked = module_of(gm, graph)
     carry_over_from_dynamo(gm, unmarked)
     return unmarked
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from packc.passes.arguments import argument
 from packc.passes.axes import BATCH, FLAT, SEQ, TOKENS, Axis, Layout, Whole, hint_of, is_tensor, value_of
 from packc.passes.choose import is_computed_packed, reads_as_is
 from packc.passes.forms import Packed, Sharded
 from packc.passes.forms import packed as of_packed
 from packc.passes.forms import sharded as of_sharded
-from packc.passes.graph import Graph, is_item, switches_mode
+from packc.passes.graph import Graph, is_item, module_of, switches_mode
 from packc.passes.normalize import carry_over_from_dynamo
 from packc.passes.outlined import Outlined
 from packc.passes.positions import knows_only_positions
@@ -91,8 +92,11 @@ class _Writer:
                     self._write_packed(node)
                     if node in self.forms.padded:
                         self._padded(node)
+        for node in reversed(self.graph.nodes):
+            if node.target is aten.unsqueeze.default and not node.users:  # of what was gathered without its axis
+                self.graph.erase_node(node)
         self.graph.lint()
-        written = fx.GraphModule(self.source, self.graph)
+        written = module_of(self.source, self.graph)
         carry_over_from_dynamo(self.source, written)
         return written
 
@@ -203,12 +207,26 @@ class _Writer:
             return self.in_packed[node]
         key = (node, wanted, self.region)
         if key not in self.gathered:
-            shape, by_position = value_of(node).shape, knows_only_positions(node)
-            gathered = self.packed.enter(self._padded(node), wanted, shape, by_position=by_position)
+            gathered = self._unsqueezed(node, wanted) or self._gathered(node, wanted)
             for name in _RECOMPUTE_META:
                 gathered.meta.pop(name, None)
             self.gathered[key] = gathered
         return self.gathered[key]
+
+    def _unsqueezed(self, node: fx.Node, wanted: Layout) -> fx.Node | None:
+        """Of a value of positions alone with an axis more, as each layer makes one of a rotary table: the axis is added
+        to what the other one, gathered once for all layers, has become."""
+        if node.target is not aten.unsqueeze.default or of_packed.spans(wanted, value_of(node).shape) != {SEQ}:
+            return None
+        source: Any = node.args[0]
+        at = argument(node, "dim") % len(wanted)
+        if wanted[at] is SEQ or is_computed_packed(source, self.tokens):
+            return None
+        return self._write(aten.unsqueeze.default, self._operand(source, wanted[:at] + wanted[at + 1 :]), at)
+
+    def _gathered(self, node: fx.Node, wanted: Layout) -> fx.Node:
+        shape, by_position = value_of(node).shape, knows_only_positions(node)
+        return self.packed.enter(self._padded(node), wanted, shape, by_position=by_position)
 
     def _as_output(self, node: fx.Node) -> fx.Node:
         """Size and dtype of the padded graph's output, and the order of its axes in memory."""

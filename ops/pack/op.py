@@ -91,6 +91,16 @@ def _counted_anew_fake(index: Tensor, cu_seqlens: Tensor, length: int | SymInt) 
 
 
 @untraced
+def _positions(index: Tensor, length: int) -> Tensor:
+    """Of every place in an index (T,), the position in its row."""
+    return index % length
+
+
+def _positions_fake(index: Tensor, length: int | SymInt) -> Tensor:
+    return torch.empty_like(index)
+
+
+@untraced
 def _row_ends(index: Tensor, batch: int, length: int, size: int) -> tuple[Tensor, Tensor]:
     """Of the last ``size`` positions of every row, row by row: where they are in the index (T,), and which are not."""
     ends = torch.arange(1, batch + 1, device=index.device) * length
@@ -124,6 +134,7 @@ def _in_chunks_fake(cu_seqlens: Tensor, tokens: int | SymInt, size: int | SymInt
 define("pack(Tensor x, Tensor index) -> Tensor", _pack, _pack_fake)
 define("unpack(Tensor x, Tensor index, SymInt batch, SymInt length) -> Tensor", _unpack, _unpack_fake)
 define("counted_anew(Tensor index, Tensor cu_seqlens, SymInt length) -> Tensor", _counted_anew, _counted_anew_fake)
+define("positions(Tensor index, SymInt length) -> Tensor", _positions, _positions_fake)
 define(
     "row_ends(Tensor index, SymInt batch, SymInt length, SymInt size) -> (Tensor at, Tensor absent)",
     _row_ends,

@@ -2,8 +2,8 @@
 
 Run by path (see contender.py), because importing it from packc would bring packc into the stock contenders. A job is
 a file from ``torch.save``: the model, its configuration and first weights, the batches, backend and learning rate.
-Requests come on stdin and replies go to stdout, a JSON object a line: ``{"batch": i}`` makes a training step,
-``{"restart": true}`` goes back to the first weights.
+Requests come on stdin and replies go to stdout, a JSON object a line: ``{"batch": i}`` makes a training step, of
+which the first begins with ``torch.compile``; ``{"restart": true}`` goes back to the first weights.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ class Training:
         config = getattr(transformers, named) if named is not None else kind.config_class
         self.model = kind(config(**job["config"])).train()
         self.forward: Callable[..., Any] = self.model
+        self.preparing = 0.0
         if job["backend"] != "eager":
+            start = perf_counter()
             self.forward = torch.compile(self.model, backend=job["backend"])
+            self.preparing = perf_counter() - start
         self.restart()
 
     def restart(self) -> None:
@@ -52,7 +55,8 @@ class Training:
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
-        seconds = perf_counter() - start
+        # Stock imports Inductor in `torch.compile`, packc imports itself there, and Inductor when it first compiles.
+        seconds, self.preparing = self.preparing + perf_counter() - start, 0.0
         self.model.zero_grad()
         if self.job["backend"] != "packc" and "packc" in sys.modules:
             raise RuntimeError("packc was imported into the process of a stock contender")

@@ -72,12 +72,12 @@ class Packed:
             split = self.write(aten.unflatten.int, padded, at, [self.padded.batch, self.padded.length, -1])
             entered = self.enter(split, apart, sizes, by_position=by_position)
             return self.write(aten.flatten.using_ints, entered, at, at + 2)
-        spans = {kind for kind, size in zip(layout, shape, strict=True) if not same_size(size, 1)} - {OTHER}
+        along = spans(layout, shape)
         if TOKENS in layout:
             return self.write(aten.index_select.default, padded, layout.index(TOKENS), index)
-        if spans == {SEQ}:
+        if along == {SEQ}:
             return self.write(aten.index_select.default, padded, layout.index(SEQ), self.positions(index))
-        if spans == {BATCH}:
+        if along == {BATCH}:
             rows = self.write(aten.index_select.default, padded, layout.index(BATCH), self.rows())
             return self.write(aten.transpose.int, rows, layout.index(BATCH), layout.index(SEQ))
         order = _front(layout)
@@ -145,7 +145,8 @@ class Packed:
     def positions(self, index: fx.Node) -> fx.Node:
         """The position in its row of every place in an index."""
         if index not in self._positions:
-            self._positions[index] = self.write(aten.remainder.Scalar, index, self.padded.length)
+            # Opaque, for Inductor would compute a remainder in every loop that takes something by it.
+            self._positions[index] = self.write(torch.ops.packc.positions.default, index, self.padded.length)
         return self._positions[index]
 
     def _unpacked(self, value: fx.Node) -> fx.Node:
@@ -153,6 +154,11 @@ class Packed:
 
     def _permuted(self, value: fx.Node, order: list[int] | None) -> fx.Node:
         return value if order is None else self.write(aten.permute.default, value, order)
+
+
+def spans(layout: Layout, shape: Any) -> set[Axis]:
+    """The axes of tokens along which a value has several entries."""
+    return {kind for kind, size in zip(layout, shape, strict=True) if not same_size(size, 1)} - {OTHER}
 
 
 def _features_apart(layout: Layout) -> tuple[Layout, int]:

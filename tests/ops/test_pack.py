@@ -122,6 +122,7 @@ def test_opcheck(kernels):
     torch.library.opcheck(torch.ops.packc.packing_index.default, (masks(MASK),))
     torch.library.opcheck(torch.ops.packc.row_ends.default, (torch.tensor([1, 2, 5, 8]), 3, 3, 2))
     torch.library.opcheck(torch.ops.packc.in_chunks.default, (torch.tensor([0, 2, 2, 6], dtype=torch.int32), 6, 2))
+    torch.library.opcheck(torch.ops.packc.positions.default, (torch.arange(6), 3))
     torch.library.opcheck(torch.ops.packc.counted_anew.default, (torch.arange(6), torch.tensor([0, 2, 2, 3, 6]), 3))
 
 

@@ -15,6 +15,13 @@ def test_torch_need_not_guess_what_a_size_may_be_where_it_compares_costs(monkeyp
     assert not asked
 
 
+def test_strides_are_products_of_sizes():
+    env = ShapeEnv()
+    size = unknown_size(env, 2)
+    assert torch.sym_max(size, 1).node.expr == size.node.expr
+    assert env.is_unbacked_symint(size.node.expr)
+
+
 def test_what_is_supposed_of_a_size_is_not_relied_on():
     env = ShapeEnv()
     size = unknown_size(env, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import BOTH, ONE_ROW, masks
+from harness import BOTH, ONE_ROW, RecordingBackend, masks
 from torch.nn import functional as F
 
 import packc
@@ -52,6 +52,23 @@ def test_an_output_that_stays_padded_keeps_its_strides_too():
     options = {**STRICT, "packc.strict": False}
     got, want = torch.compile(model, backend="packc", options=options)(*given), model(*given)
     assert [each.stride() for each in got] == [each.stride() for each in want]
+
+
+def test_a_table_of_positions_is_gathered_once_for_all_layers():
+    """To which each adds axes of its own, as for heads."""
+
+    def model(x, attention_mask):
+        angles = torch.arange(x.shape[1])[:, None] * torch.linspace(0, 1, 2)
+        for table in (angles.cos(), angles.sin(), angles.cos()):
+            heads = packc.ops.causal_conv1d(x * attention_mask[..., None], TAPS).unflatten(-1, (2, 2))
+            x = (heads * table.unsqueeze(0).unsqueeze(2) + table.unsqueeze(1)).flatten(2)
+        return x * attention_mask[..., None]
+
+    recorder = RecordingBackend()
+    mask = masks(BOTH)
+    x = torch.randn(*mask.shape, H)
+    torch.testing.assert_close(torch.compile(model, backend=recorder)(x, mask), model(x, mask))
+    assert recorder.op_count(torch.ops.aten.index_select.default) == 3
 
 
 WHOLES = {
