@@ -1,4 +1,8 @@
-"""A value shifted along the tokens of its documents, as a convolution of every channel with one tap."""
+"""A value shifted along the tokens of its documents, as a convolution of every channel with one tap.
+
+Unlike other mixers it is as cheap as a copy: where an op without a packed form reads what is made of it, it is computed
+padded, along whole rows, as any op is.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +32,11 @@ def shifted(graph: fx.Graph, like: fx.Node, x: fx.Node, by: int) -> fx.Node:
     taps = call(aten.constant_pad_nd.default, tap, [0, by])
     both = call(torch.ops.packc.causal_conv1d.default, x, taps, None, None, None, None, False)
     return call(operator.getitem, both, 0)
+
+
+def is_shift(node: fx.Node) -> bool:
+    """Whether a node is such a convolution."""
+    taps: Any = node.args[1] if node.target is torch.ops.packc.causal_conv1d.default else None
+    if not isinstance(taps, fx.Node) or taps.target is not aten.constant_pad_nd.default:
+        return False
+    return taps.args[0].target is aten.ones.default  # type: ignore[union-attr]

@@ -235,6 +235,32 @@ def test_nothing_passes_from_document_to_document(shift):
     assert dx[1].eq(0).all()
 
 
+def recurrent(x, attention_mask=None):
+    """As rwkv is: a shift, and a scan that no op has."""
+    x = x if attention_mask is None else x * attention_mask[..., None]
+    mixed, state, states = x + padded_by_less(None, x).sigmoid(), x.new_zeros(x.shape[0], D), []
+    for t in range(x.shape[1]):
+        state = state * mixed[:, t].sigmoid() + mixed[:, t]
+        states.append(state)
+    return F.silu(torch.stack(states, 1) * x)
+
+
+def test_what_runs_padded_behind_one_reads_it_padded():
+    compiled = torch.compile(recurrent, backend="packc", options={"packc.inner": "aot_eager"})
+    x = torch.randn(3, 8, D, dtype=torch.float64)
+    for rows in (RIGHT, LEFT):
+        mask = masks(rows)
+        torch.testing.assert_close(compiled(x, mask)[mask.bool()], recurrent(x, mask)[mask.bool()])
+    report = packc.explain(recurrent)(x, mask)
+    assert report.tokens == mask.sum()
+    assert [boundary.node for boundary in report.boundaries][:1] == ["aten.select.int"]
+    with (
+        packc.documents(cu_seqlens=torch.tensor([0, 3, 8, 16, 24], dtype=torch.int32)),
+        pytest.raises(packc.NotPacked, match="several documents in a row apart: .* shifts whole rows"),
+    ):
+        compiled(x, torch.ones_like(mask))
+
+
 def test_a_layer_of_zeros_without_its_bias_has_autocasts_dtype():
     model = Model(joined_with_its_own_bias).float()
     x, mask = torch.randn(3, 8, D), masks(RIGHT)
