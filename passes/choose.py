@@ -2,10 +2,10 @@
 
 Every value has its padded form: the graph as it was. One with a packed form is computed packed whenever that is what
 its users can read. Inputs are padded and are gathered where a packed op first meets them; an op without a rule reads
-padded operands. What depends on a mixer exists packed only (computing it padded as well would undo the whole point; not
-so where the mixer is a mere shift), so an op without a rule may read it only where that is exact: scattered back,
-because it is zero at padding anyway. An op that runs padded on purpose reads what is scattered back, and nothing but its
-packed form is read of it.
+padded operands. What depends on a mixer exists packed only (computing it padded as well would undo the whole point,
+unless the mixer is a mere shift), so an op without a rule may read it only where that is exact: scattered back, because
+it is zero at padding anyway. An op that runs padded on purpose reads what is scattered back, and nothing but its packed
+form is read of it.
 """
 
 from __future__ import annotations

@@ -213,6 +213,7 @@ SEVERAL = [
     "of width one, then of each channel",
     "of which the first has no bias",
 ]
+LONGEST = "in groups, then of each channel, then across all"
 
 
 def of_tokens(call, model, x, mask):
@@ -232,7 +233,9 @@ def test_across_channels_and_one_behind_the_other_it_packs(kind):
     assert not report.boundaries
 
 
-@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == LONGEST else pytest.param(kind, marks=pytest.mark.slow) for kind in SEVERAL]
+)
 def test_nothing_passes_from_document_to_document(kind):
     rows = [[3, 4, 1], [8]]
     model, x = several(kind), torch.randn(2, 8, D, dtype=torch.float64, requires_grad=True)
