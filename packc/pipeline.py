@@ -40,6 +40,7 @@ READ: tuple[Pass, ...] = (
     passes.find_masks,  # the inputs that may be the padding mask; for documents alone find_rows, of tokens
 )
 FIND: tuple[Pass, ...] = (  # by the likeliest mask; by the next, should that be none
+    passes.token_shifts,  # each token's value given to the next -> a convolution of packc's
     passes.layout,  # where batch and sequence are in every value, and how every op reads on tokens
     passes.zeros,  # what is zero at padding
     passes.confirm_mask,  # that the mask is used as one
@@ -55,6 +56,7 @@ PACK: tuple[Pass, ...] = (
 _MAY_BE_SKIPPED = (
     passes.functional,
     passes.token_major,
+    passes.token_shifts,
     passes.cut_late,
     passes.widen_losses,
     passes.written_out_attention,

@@ -28,6 +28,7 @@ from packc.passes.split_head import Autocast, Tail, split_head
 from packc.passes.split_products import split_products
 from packc.passes.streams import index_fakes, with_inputs_of_its_own
 from packc.passes.token_major import token_major
+from packc.passes.token_shifts import token_shifts
 from packc.passes.unpacked import (
     boundaries_of,
     goes_on_from_a_cache,
@@ -83,6 +84,7 @@ __all__ = [
     "split_head",
     "split_products",
     "token_major",
+    "token_shifts",
     "told_of_documents",
     "widen_losses",
     "with_inputs_of_its_own",

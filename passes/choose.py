@@ -2,9 +2,10 @@
 
 Every value has its padded form: the graph as it was. One with a packed form is computed packed whenever that is what
 its users can read. Inputs are padded and are gathered where a packed op first meets them; an op without a rule reads
-padded operands. What depends on a mixer exists packed only (computing it padded as well would undo the whole point), so
-an op without a rule may read it only where that is exact: scattered back, because it is zero at padding anyway. An op
-that runs padded on purpose reads what is scattered back, and nothing but its packed form is read of it.
+padded operands. What depends on a mixer exists packed only (computing it padded as well would undo the whole point,
+unless the mixer is a mere shift), so an op without a rule may read it only where that is exact: scattered back, because
+it is zero at padding anyway. An op that runs padded on purpose reads what is scattered back, and nothing but its packed
+form is read of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from packc.passes.reading import Reading
 from packc.passes.reasons import NotPackable
 from packc.passes.row_wise import writes_elsewhere
 from packc.passes.rules.row_ends import end_taken
+from packc.passes.shifted import is_shift
 
 _BY_STRIDES = {torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default}
 
@@ -81,7 +83,7 @@ def _find_packed_only(graph: Graph, forms: Forms) -> None:
     for node in graph.gm.graph.nodes:
         reading = graph.tokens.readings.get(node)
         sources = reading.operands if reading is not None else node.args[:1] if is_item(node) else ()
-        along_tokens = reading is not None and (reading.is_mixer or reading.padded is not None)
+        along_tokens = reading is not None and (reading.is_mixer or reading.padded is not None) and not is_shift(node)
         if along_tokens or any(source in forms.packed_only for source in sources):
             forms.packed_only.add(node)
 

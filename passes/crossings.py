@@ -23,6 +23,7 @@ from packc.passes.module_names import module_path
 from packc.passes.place_wise import is_entrywise, works_behind
 from packc.passes.positions import hangs_on_length, knows_only_positions
 from packc.passes.reading import Reading
+from packc.passes.shifted import is_shift
 from packc.passes.unpacked import is_mixer
 from packc.passes.visible import Band
 
@@ -47,6 +48,8 @@ def one_document(graph: Graph, *, of_positions: bool = False) -> str | None:
     for node in graph.gm.graph.nodes:  # those that never meet the rows are of other rows
         if is_mixer(node) and node in graph.tokens.refusals:
             return _describe(node, graph.tokens.refusals[node])
+        if is_shift(node) and node in graph.tokens.readings and node in graph.forms.padded:
+            return _describe(node, "shifts whole rows, for what runs padded")
     for node, ask in graph.asks(OneDocument):
         if node in graph.forms.packed:
             return _describe(node, ask.reason)

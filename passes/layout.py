@@ -24,12 +24,12 @@ def layout(graph: Graph) -> Graph:
     Raises:
         NotPackable: the mask's sequence meets another.
     """
-    inputs = _inputs_of_size(graph)
+    inputs = inputs_of_size(graph)
     members = sequence_of(graph, inputs, _follow(graph, inputs))
     return replace(graph, tokens=_follow(graph, members))
 
 
-def _inputs_of_size(graph: Graph) -> list[fx.Node]:
+def inputs_of_size(graph: Graph) -> list[fx.Node]:
     """The arguments whose first two axes have the mask's sizes.
 
     One that means something else by them is no danger: a layout only claims that the axes have these sizes, and a rule
@@ -46,15 +46,22 @@ def _inputs_of_size(graph: Graph) -> list[fx.Node]:
 
 def _follow(graph: Graph, inputs: Iterable[fx.Node]) -> Tokens:
     """Batch and sequence, from ``inputs`` through the graph."""
-    layouts = {node: (BATCH, SEQ) + (OTHER,) * (value_of(node).ndim - 2) for node in inputs}
-    tokens = Tokens(layouts, padding=graph.padding)
+    tokens = begin(graph, inputs)
     for node in graph.gm.graph.nodes:
-        if node.op == "call_function":
-            _label_call(node, tokens, *graph.sizes)
+        label(node, tokens, *graph.sizes)
     return tokens
 
 
-def _label_call(node: fx.Node, tokens: Tokens, batch: Any, length: Any) -> None:
+def begin(graph: Graph, inputs: Iterable[fx.Node]) -> Tokens:
+    """Of the inputs alone; :func:`label` goes on, node by node."""
+    layouts = {node: (BATCH, SEQ) + (OTHER,) * (value_of(node).ndim - 2) for node in inputs}
+    return Tokens(layouts, padding=graph.padding)
+
+
+def label(node: fx.Node, tokens: Tokens, batch: Any, length: Any) -> None:
+    """Add to ``tokens`` what a node makes of its operands."""
+    if node.op != "call_function":
+        return
     if is_item(node):
         source, item = node.args
         of_source = tokens.kinds.get(source)  # type: ignore[arg-type]

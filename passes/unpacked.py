@@ -13,6 +13,7 @@ from packc.passes.axes import covers_tokens
 from packc.passes.graph import CU_SEQLENS, Graph
 from packc.passes.module_names import module_path
 from packc.passes.reasons import Boundary
+from packc.passes.shifted import is_shift
 from packc.passes.sources import argument_path, is_argument, is_parameter
 
 _TOKENS = ("input_ids", "inputs_embeds")
@@ -91,7 +92,7 @@ def padded_mixers(graph: Graph, packed: set[fx.Node]) -> list[Boundary]:
     return [
         Boundary(f"{node.target}", module_path(node), graph.tokens.refusals.get(node, elsewhere))
         for node in graph.gm.graph.nodes
-        if is_mixer(node) and node not in packed and not is_of_another_stream(node)
+        if is_mixer(node) and node not in packed and not is_of_another_stream(node) and not is_shift(node)
     ]
 
 

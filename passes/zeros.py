@@ -6,8 +6,10 @@ Packing leaves padding out; wherever an op would have read it, these values are 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,7 +32,14 @@ _FALSE_AT_ZERO: dict[Any, Callable[[Any], bool]] = {
     aten.ge.Scalar: lambda bound: bound > 0,
 }
 _ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
-_FILLED = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
+_FILLED = {
+    aten.full.default: 1,
+    aten.full_like.default: 1,
+    aten.new_full.default: 2,
+    aten.scalar_tensor.default: 0,
+    aten.fill.Scalar: 1,
+    aten.fill.Tensor: 1,
+}
 _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 
 
@@ -85,9 +94,9 @@ def _is_hidden(node: fx.Node, tried: Opposites) -> bool:
     """Whether a value is made of the mask and zero at tokens, or filled with zeros there."""
     args = cast("tuple[Any, ...]", node.args)
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return args[1] in tried.true and _is_constant_zero(args[2])
+        return args[1] in tried.true and is_constant_zero(args[2])
     if node.target in (aten.where.self, aten.where.ScalarSelf):
-        return args[0] in tried.true and _is_constant_zero(args[1])
+        return args[0] in tried.true and is_constant_zero(args[1])
     return node in tried.zero
 
 
@@ -132,21 +141,26 @@ def _is_zero(node: fx.Node, zero: set[fx.Node], one: set[fx.Node]) -> bool:
     if target is aten.where.ScalarOther:
         return args[0] in zero and args[2] == 0
     if target is aten.where.self:
-        return args[0] in zero and (args[2] in zero or _is_constant_zero(args[2]))
+        return args[0] in zero and (args[2] in zero or is_constant_zero(args[2]))
     if target in _FALSE_AT_ZERO:
         return args[0] in zero and _FALSE_AT_ZERO[target](args[1])
     return False
 
 
-def _is_constant_zero(node: object) -> bool:
-    """Zero, or made as zeros and since then only rearranged."""
-    while isinstance(node, fx.Node) and keeps_zero(node):
-        node = node.args[0]
-    if not isinstance(node, fx.Node):
-        return bool(node == 0)
-    if node.target in _ZEROS:
-        return True
-    return node.target in _FILLED and bool(node.args[_FILLED[node.target]] == 0)
+def is_constant_zero(node: object) -> bool:
+    """Zero, or made of zeros by ops that make no other numbers of them."""
+    while isinstance(node, fx.Node):
+        args = cast("tuple[Any, ...]", node.args)
+        rule = zero_rule_for(node.target)
+        if node.target in _ZEROS:
+            return True
+        if node.target in _FILLED:
+            node = args[_FILLED[node.target]]
+        elif rule is not None and args and rule(args, partial(operator.is_, args[0])):
+            node = args[0]
+        else:
+            return False
+    return bool(node == 0)
 
 
 def is_masked(value: fx.Node) -> fx.Node | None:

@@ -27,6 +27,7 @@ FAMILIES_TRIED = (
     "qwen3_next",
     "llama",
     "lfm2",
+    "zaya",
     "nemotron_h",
     "gemma3",
     "gemma2",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import BOTH, LEFT, RIGHT, RecordingBackend, masks
+from rows import alone
 from torch import nn
 from torch.nn import functional as F
 
@@ -76,16 +77,26 @@ def padded_with_its_end(x, conv):
     return F.conv1d(F.pad(x, (W - 1, 0), mode="circular"), conv.weight, groups=D)
 
 
-def across_channels(x, conv):
-    return F.conv1d(F.pad(x, (W - 1, 0)), conv.weight.expand(-1, 2, -1), groups=D // 2)
-
-
 def windows_of_what_follows(x, conv):
     return (F.pad(x, (0, W - 1)).unfold(-1, W, 1) * conv.weight[:, 0, None]).sum(-1)
 
 
 def windows_further_apart(x, conv):
     return (F.pad(x, (W - 1, 0)).unfold(-1, W, 2) * conv.weight[:, 0, None]).sum(-1).repeat_interleave(2, -1)
+
+
+def across_channels_from_far(x, conv):
+    return F.conv1d(F.pad(x, (16, 0)), conv.weight.expand(-1, 2, -1)[..., :1].expand(-1, -1, 17), groups=D // 2)
+
+
+def a_chain_one_too_late(x, conv):
+    padded = F.pad(x, (2 * W - 1, 0))
+    return F.conv1d(F.conv1d(padded, conv.weight, groups=D), conv.weight, groups=D)[..., :-1]
+
+
+def a_chain_that_is_padded_too_far(x, conv):
+    padded = F.pad(x, (2 * W - 1, 0))
+    return F.conv1d(F.conv1d(padded, conv.weight, groups=D), conv.weight, groups=D)[..., 1:]
 
 
 OTHERS = [
@@ -98,7 +109,9 @@ OTHERS = [
     dilated_further_than_padded,
     padded_with_ones,
     padded_with_its_end,
-    across_channels,
+    across_channels_from_far,
+    a_chain_one_too_late,
+    a_chain_that_is_padded_too_far,
 ]
 
 
@@ -144,3 +157,114 @@ def test_under_autocast_it_has_the_dtype_that_the_convolution_had():
         actual, expected = torch.compile(run, backend="packc", options=STRICT)(x, mask), run(x, mask)
     assert actual.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0.02, atol=0.02)
+
+
+class Convs(nn.Module):
+    """Several, of which each gets what the one before it gives, behind one padding."""
+
+    def __init__(self, *convs, padded_by_itself=False):
+        super().__init__()
+        self.convs, self.padded_by_itself = nn.ModuleList(convs), padded_by_itself
+        self.double()
+
+    def forward(self, x, attention_mask=None):
+        x = x if attention_mask is None else x * attention_mask[..., None]
+        y, length = x.transpose(1, 2), x.shape[1]
+        if not self.padded_by_itself:
+            y = F.pad(y, (sum((conv.kernel_size[0] - 1) * conv.dilation[0] for conv in self.convs), 0))
+        for conv in self.convs:
+            y = conv(y)[..., :length] if self.padded_by_itself else conv(y)
+        return F.silu(y.transpose(1, 2))
+
+
+def several(kind):
+    torch.manual_seed(0)
+    of_each = nn.Conv1d(D, D, W, groups=D)
+    return {
+        "in groups": lambda: Convs(nn.Conv1d(D, 2 * D, W, groups=2)),
+        "across all channels": lambda: Convs(nn.Conv1d(D, 3, W)),
+        "across all channels, padded by itself": lambda: Convs(
+            nn.Conv1d(D, D, W, padding=W - 1), padded_by_itself=True
+        ),
+        "in groups, without a bias, dilated": lambda: Convs(nn.Conv1d(D, D, W, groups=2, bias=False, dilation=2)),
+        "of width one": lambda: Convs(nn.Conv1d(D, 3, 1)),
+        "several of each channel": lambda: Convs(nn.Conv1d(D, 3 * D, W, groups=D)),
+        "of each channel, then in groups": lambda: Convs(of_each, nn.Conv1d(D, D, 2, groups=2)),
+        "in groups, then of each channel, then across all": lambda: Convs(
+            nn.Conv1d(D, D, 2, groups=2), of_each, nn.Conv1d(D, 5, 2, bias=False)
+        ),
+        "of width one, then of each channel": lambda: Convs(nn.Conv1d(D, D, 1), of_each),
+        "of which the first has no bias": lambda: Convs(nn.Conv1d(D, D, W, groups=D, bias=False), of_each),
+        "each padded by itself": lambda: Convs(
+            nn.Conv1d(D, D, W, groups=2, padding=W - 1), nn.Conv1d(D, D, 2, padding=1), padded_by_itself=True
+        ),
+    }[kind]()
+
+
+SEVERAL = [
+    "in groups",
+    "across all channels",
+    "across all channels, padded by itself",
+    "in groups, without a bias, dilated",
+    "of width one",
+    "several of each channel",
+    "of each channel, then in groups",
+    "in groups, then of each channel, then across all",
+    "of width one, then of each channel",
+    "of which the first has no bias",
+]
+LONGEST = "in groups, then of each channel, then across all"
+
+
+def of_tokens(call, model, x, mask):
+    out = call(x, mask)[mask.bool()]
+    return out, *torch.autograd.grad(out.sin().sum(), [x, *model.parameters()])
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_across_channels_and_one_behind_the_other_it_packs(kind):
+    model = several(kind)
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    for rows in (RIGHT, LEFT, BOTH):
+        x, mask = torch.randn(3, 8, D, dtype=torch.float64, requires_grad=True), masks(rows)
+        torch.testing.assert_close(of_tokens(compiled, model, x, mask), of_tokens(model, model, x, mask))
+    report = packc.explain(model)(x, mask)
+    assert all(mixer.packed for mixer in report.mixers)
+    assert not report.boundaries
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == LONGEST else pytest.param(kind, marks=pytest.mark.slow) for kind in SEVERAL]
+)
+def test_nothing_passes_from_document_to_document(kind):
+    rows = [[3, 4, 1], [8]]
+    model, x = several(kind), torch.randn(2, 8, D, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(model, backend="packc", options=STRICT)
+    with packc.documents(cu_seqlens=torch.tensor([0, 3, 7, 8, 16], dtype=torch.int32)):
+        out = compiled(x)
+    torch.testing.assert_close(out, alone(model, x, rows))
+    (dx,) = torch.autograd.grad(out[0, 3:7].sum(), x)
+    assert dx[0, :3].eq(0).all()
+    assert dx[0, 7:].eq(0).all()
+    assert dx[1].eq(0).all()
+
+
+def test_each_with_its_own_padding_sees_zeros_there():
+    """And the bias of the one before it at left padding: such rows stay whole."""
+    model = several("each padded by itself")
+    compiled = torch.compile(model, backend="packc", options={"packc.inner": "aot_eager"})
+    for rows in (RIGHT, LEFT):
+        x, mask = torch.randn(3, 8, D, dtype=torch.float64, requires_grad=True), masks(rows)
+        torch.testing.assert_close(of_tokens(compiled, model, x, mask), of_tokens(model, model, x, mask))
+    assert packc.explain(model)(x, mask).tokens == mask.numel()
+
+
+def test_in_bf16_a_chain_is_as_exact_as_stocks():
+    model = several("of each channel, then in groups")
+    x, mask = torch.randn(3, 8, D, dtype=torch.float64), masks(RIGHT)
+    exact = model(x, mask)[mask.bool()]
+    model, x = model.bfloat16(), x.bfloat16()
+    stock, packed = model(x, mask), torch.compile(model, backend="packc", options=STRICT)(x, mask)
+    errors = [(each[mask.bool()] - exact).square().mean() for each in (stock, packed)]
+    assert packed.dtype == torch.bfloat16
+    assert errors[1] < 2 * errors[0]

@@ -25,7 +25,7 @@ ACROSS_TOKENS = {
     "mixing rows by a weight": (lambda x, m: torch.einsum("bld,bc->cld", x, W), "einsum"),
     "attention": (lambda x, m: (x @ x.transpose(1, 2)).softmax(-1) @ x, "matmul"),
     "sdpa": (lambda x, m: F.scaled_dot_product_attention(x, x, x, is_causal=True), "scaled_dot_product_attention"),
-    "convolution": (lambda x, m: F.conv1d(x.transpose(1, 2), W[:, :, None]), "conv1d"),
+    "convolution": (lambda x, m: F.conv1d(x.transpose(1, 2), torch.stack([W, W], 2)), "conv1d"),
     "normalisation over positions": (lambda x, m: F.layer_norm(x, (H, H)), "layer_norm"),
     "batch norm": (lambda x, m: F.batch_norm(x.transpose(1, 2), None, None, training=True), "batch_norm"),
     "sum that counts padding": (lambda x, m: x.sum(), "sum"),
