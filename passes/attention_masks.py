@@ -75,7 +75,7 @@ def _keys_seen(graph: Graph, attention_mask: fx.Node) -> Seen | None:
     batch, length = graph.sizes
     if made is None or made.padding is None:
         return None
-    lengths = list(_other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
+    lengths = list(other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
     queries = value_of(attention_mask).shape[-2:-1]
     # As many queries as keys, where their number is another symbol.
     of_queries = [size.node.expr for size in queries if isinstance(size, torch.SymInt)]
@@ -95,7 +95,7 @@ def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> boo
     if len(shape) != 4 or shape[3] != length or shape[0] not in (1, batch) or _elements(made, sizes) > _LARGEST:
         return None
     positions, every = torch.arange(length).expand(batch, length), True
-    for padding in _paddings(batch, length):
+    for padding in paddings(batch, length):
         has_tokens = padding.any(1, keepdim=True)
         hidden, tokens = (~padding & has_tokens)[:, None, None], (padding & has_tokens)[:, None, None]
         for fill in fills(made):
@@ -157,13 +157,14 @@ def _band(graph: Graph, made: MaskGraph, biases: fx.Node | None = None) -> Seen 
     if not _try(made, batch, length, {}, pairs, added):
         return None
     if isinstance(length, torch.SymInt):
-        for sizes in _other_lengths(made, batch, length):
+        for sizes in other_lengths(made, batch, length):
             if not _try(made, batch, length, sizes, pairs, added):
                 return None
     return pairs.band()
 
 
-def _other_lengths(made: MaskGraph, batch: int | torch.SymInt, length: torch.SymInt) -> Iterator[Sizes]:
+def other_lengths(made: MaskGraph, batch: int | torch.SymInt, length: torch.SymInt) -> Iterator[Sizes]:
+    """Sizes to try besides the example's, where the length is symbolic."""
     hint, last = int(number(length, {})), max(made.constants(), default=0)
     rows = {batch.node.expr: 2} if isinstance(batch, torch.SymInt) else {}
 
@@ -204,7 +205,7 @@ def _try(
     everywhere = torch.ones(batch, length, dtype=torch.bool)
     return all(
         pairs.add(made.run(padding, positions, fill, sizes), padding, documents, added(fill, sizes))
-        for padding in (_paddings(batch, length) if made.padding is not None else [everywhere])
+        for padding in (paddings(batch, length) if made.padding is not None else [everywhere])
         for positions, documents in itertools.islice(_documents(batch, length), None if made.positions else 1)
         for fill in fills(made)
     )
@@ -225,7 +226,7 @@ def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield place - start + later * (start == 0), start
 
 
-def _paddings(batch: int, length: int) -> Iterator[Tensor]:
+def paddings(batch: int, length: int) -> Iterator[Tensor]:
     """(B, L), true at tokens. Each row in turn has padding nowhere, on the left, on the right, on both sides, and
     anywhere."""
     generator = torch.Generator().manual_seed(0)

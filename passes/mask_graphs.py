@@ -99,9 +99,13 @@ class MaskGraph:
         return found
 
 
-def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
-    """What makes a value; None if that cannot be run by itself."""
-    needed, queue, of_tokens = set[fx.Node](), [value], _computed_of_tokens(graph)
+def made_from(graph: Graph, value: fx.Node, begins: set[fx.Node] | None = None) -> MaskGraph | None:
+    """What makes a value of inputs and of what the model computes of tokens; None if that cannot be run by itself.
+
+    ``begins``: what of the latter to begin with.
+    """
+    needed, queue = set[fx.Node](), [value]
+    of_tokens = _computed_of_tokens(graph) if begins is None else begins
     while queue:
         if len(needed) > _MOST_NODES:
             return None
