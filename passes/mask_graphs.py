@@ -123,8 +123,8 @@ def made_from(graph: Graph, value: fx.Node, begins: set[fx.Node] | None = None) 
         queue.extend(node.all_input_nodes)
     nodes = [node for node in graph.gm.graph.nodes if node in needed]
     _fix_numbers(graph, nodes)
-    begins = [node for node in nodes if node.op == "placeholder" or node in of_tokens]
-    inputs = [node for node in begins if isinstance(value_of(node), Tensor)]
+    given = [node for node in nodes if node.op == "placeholder" or node in of_tokens]
+    inputs = [node for node in given if isinstance(value_of(node), Tensor)]
     padding = graph.mask if graph.padding else None
     positions = [
         node for node in inputs if argument_path(node).split(".")[-1] == _POSITIONS and value_of(node).ndim == 2
