@@ -56,7 +56,10 @@ def _begins(graph: Graph, packed_only: set[fx.Node]) -> set[fx.Node]:
     return {
         node
         for node in packed_only - beyond
-        if is_tensor(node) and value_of(node).is_floating_point() and covers_tokens(graph.tokens.layout(node))
+        if is_tensor(node)
+        and value_of(node).is_floating_point()
+        and covers_tokens(layout := graph.tokens.layout(node))
+        and FLAT not in layout
     }
 
 
@@ -108,13 +111,7 @@ def _same(graph: Graph, made: MaskGraph, begins: set[fx.Node], sizes: Sizes) -> 
 
 
 def _along(padding: Tensor, layout: Layout) -> Tensor:
-    """The mask (B, L) along the axes of a value's rows and positions.
-
-    Raises:
-        ValueError: they have none of their own.
-    """
-    if FLAT in layout:
-        raise ValueError("rows, positions and features are one axis")
+    """The mask (B, L) along the axes of a value's rows and positions."""
     if TOKENS in layout:
         return padding.reshape([-1 if axis is TOKENS else 1 for axis in layout])
     rows, places = layout.index(BATCH), layout.index(SEQ)
