@@ -75,7 +75,7 @@ def _keys_seen(graph: Graph, attention_mask: fx.Node) -> Seen | None:
     batch, length = graph.sizes
     if made is None or made.padding is None:
         return None
-    lengths = list(_other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
+    lengths = list(other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
     queries = value_of(attention_mask).shape[-2:-1]
     # As many queries as keys, where their number is another symbol.
     of_queries = [size.node.expr for size in queries if isinstance(size, torch.SymInt)]
@@ -95,7 +95,7 @@ def _keys_seen_at(made: MaskGraph, batch: Any, length: Any, sizes: Sizes) -> boo
     if len(shape) != 4 or shape[3] != length or shape[0] not in (1, batch) or _elements(made, sizes) > _LARGEST:
         return None
     positions, every = torch.arange(length).expand(batch, length), True
-    for padding in _paddings(batch, length):
+    for padding in paddings(batch, length):
         has_tokens = padding.any(1, keepdim=True)
         hidden, tokens = (~padding & has_tokens)[:, None, None], (padding & has_tokens)[:, None, None]
         for fill in fills(made):
@@ -154,7 +154,7 @@ def _band(graph: Graph, made: MaskGraph, biases: fx.Node | None = None) -> Seen 
         values = fill(shape_of(value_of(biases), sizes), value_of(biases).dtype, 0)
         return by_distance(values if places.index(SEQ) == 2 else values.transpose(1, 2))
 
-    others = list(_other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
+    others = list(other_lengths(made, batch, length)) if isinstance(length, torch.SymInt) else []
     for sizes in ({}, *others):
         if not _try(made, batch, length, sizes, pairs, added):
             return None
@@ -166,7 +166,8 @@ def _band(graph: Graph, made: MaskGraph, biases: fx.Node | None = None) -> Seen 
     return next((each for each in chunks if all(_cuts(made, batch, length, at, each) for at in sizes_tried)), seen)
 
 
-def _other_lengths(made: MaskGraph, batch: int | torch.SymInt, length: torch.SymInt) -> Iterator[Sizes]:
+def other_lengths(made: MaskGraph, batch: int | torch.SymInt, length: torch.SymInt) -> Iterator[Sizes]:
+    """Sizes to try besides the example's, where the length is symbolic."""
     hint, last = int(number(length, {})), max(made.constants(), default=0)
     rows = {batch.node.expr: 2} if isinstance(batch, torch.SymInt) else {}
 
@@ -228,7 +229,7 @@ def _cuts(made: MaskGraph, batch: int | torch.SymInt, length: int | torch.SymInt
 
 
 def _paddings_of(made: MaskGraph, batch: int, length: int) -> Iterable[Tensor]:
-    return _paddings(batch, length) if made.padding is not None else [torch.ones(batch, length, dtype=torch.bool)]
+    return paddings(batch, length) if made.padding is not None else [torch.ones(batch, length, dtype=torch.bool)]
 
 
 def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -246,7 +247,7 @@ def _documents(batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield place - start + later * (start == 0), start
 
 
-def _paddings(batch: int, length: int) -> Iterator[Tensor]:
+def paddings(batch: int, length: int) -> Iterator[Tensor]:
     """(B, L), true at tokens. Each row in turn has padding nowhere, on the left, on the right, on both sides, and
     anywhere."""
     generator = torch.Generator().manual_seed(0)

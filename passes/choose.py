@@ -17,6 +17,7 @@ from torch import fx
 
 from packc.passes.asks import HidesKeys, HidesPadding, ZeroAtPadding
 from packc.passes.axes import covers_tokens, is_made_of_integers
+from packc.passes.chosen_keys import choosers
 from packc.passes.graph import Graph, Tokens, is_item
 from packc.passes.heads import follow_heads
 from packc.passes.module_names import module_path
@@ -103,7 +104,9 @@ def _check_boundaries(graph: Graph, forms: Forms) -> None:
     for node, keys in graph.asks(HidesKeys):
         if graph.padding and keys.mask not in graph.hides_keys:
             raise NotPackable(_describe(node, f"{keys.mask.name} is not seen to hide padding from another sequence"))
-    heads = follow_heads(graph, forms.packed_only)
+    choosing = choosers(graph, forms.packed_only)
+    forms.packed_only -= choosing
+    heads = follow_heads(graph, forms.packed_only, choosing)
     forms.live, forms.apart, forms.picked = heads.live, {*heads.places, *heads.masked}, heads.picked
     forms.returned = heads.returned
 

@@ -44,21 +44,22 @@ _OF_SIZE_ALONE = {aten.zeros_like.default, aten.ones_like.default, aten.full_lik
 _RESHAPES = {aten.view.default, aten.reshape.default}
 
 
-def follow_heads(graph: Graph, packed_only: set[fx.Node]) -> Heads:
-    """Follow what is made of tokens by ops that have no packed form.
+def follow_heads(graph: Graph, packed_only: set[fx.Node], choosers: set[fx.Node]) -> Heads:
+    """Follow what is made of tokens by ops that have no packed form, but for ``choosers``, of which nothing hangs
+    on padding.
 
     Raises:
         NotPackable: an op reads, across tokens, values whose padding would differ.
     """
-    heads = Heads(graph, packed_only)
+    heads = Heads(graph, packed_only, choosers)
     for node in list(graph.gm.graph.nodes):
         heads.follow(node)
     return heads
 
 
 class Heads:
-    def __init__(self, graph: Graph, packed_only: set[fx.Node]) -> None:
-        self.graph, self.packed_only = graph, packed_only
+    def __init__(self, graph: Graph, packed_only: set[fx.Node], choosers: set[fx.Node]) -> None:
+        self.graph, self.packed_only, self.choosers = graph, packed_only, choosers
         self.places: dict[fx.Node, fx.Node] = {}
         """A value with entries that may not be stock's -> of each entry of its first axes, the place in the batch."""
         self.zero: set[fx.Node] = set()
@@ -76,6 +77,8 @@ class Heads:
     def follow(self, node: fx.Node) -> None:
         read = [value for value in node.all_input_nodes if value in self.places or self._is_scattered(node, value)]
         if not read or node.target in _OF_SIZE_ALONE:
+            return
+        if node in self.choosers and self.places.keys().isdisjoint(read):
             return
         if node.op == "output":
             for value in read:

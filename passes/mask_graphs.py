@@ -99,9 +99,13 @@ class MaskGraph:
         return found
 
 
-def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
-    """What makes a value; None if that cannot be run by itself."""
-    needed, queue, of_tokens = set[fx.Node](), [value], _computed_of_tokens(graph)
+def made_from(graph: Graph, value: fx.Node, begins: set[fx.Node] | None = None) -> MaskGraph | None:
+    """What makes a value of inputs and of what the model computes of tokens; None if that cannot be run by itself.
+
+    ``begins``: what of the latter to begin with.
+    """
+    needed, queue = set[fx.Node](), [value]
+    of_tokens = _computed_of_tokens(graph) if begins is None else begins
     while queue:
         if len(needed) > _MOST_NODES:
             return None
@@ -119,8 +123,8 @@ def made_from(graph: Graph, value: fx.Node) -> MaskGraph | None:
         queue.extend(node.all_input_nodes)
     nodes = [node for node in graph.gm.graph.nodes if node in needed]
     _fix_numbers(graph, nodes)
-    begins = [node for node in nodes if node.op == "placeholder" or node in of_tokens]
-    inputs = [node for node in begins if isinstance(value_of(node), Tensor)]
+    given = [node for node in nodes if node.op == "placeholder" or node in of_tokens]
+    inputs = [node for node in given if isinstance(value_of(node), Tensor)]
     padding = graph.mask if graph.padding else None
     positions = [
         node for node in inputs if argument_path(node).split(".")[-1] == _POSITIONS and value_of(node).ndim == 2

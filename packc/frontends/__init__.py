@@ -6,6 +6,7 @@ from types import ModuleType
 from packc.frontends import (
     hf_delta_rule,
     hf_flex_attention,
+    hf_indexers,
     hf_loops,
     hf_losses,
     hf_mamba,
@@ -27,6 +28,7 @@ _TABLES = (
     hf_mamba2.KEPT_WHOLE,
     hf_delta_rule.KEPT_WHOLE,
     hf_flex_attention.KEPT_WHOLE,
+    hf_indexers.KEPT_WHOLE,
     hf_loops.KEPT_WHOLE,
     hf_losses.KEPT_WHOLE,
     hf_masks.KEPT_WHOLE,

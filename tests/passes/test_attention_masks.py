@@ -173,11 +173,16 @@ def biased(x, m, weight, bias):
     return F.layer_norm(x + mixed.transpose(1, 2).flatten(2), (H * D,))
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [lambda h, distances: (h / 2).gather(3, distances), lambda h, distances: h.gather(3, distances).mT],
+    ids=["each query", "each key"],
+)
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_bias_of_each_query_leaves_the_rest_packed(dynamic):
+def test_a_bias_of_tokens_leaves_the_rest_packed(bias, dynamic):
 
     def model(x, attention_mask, weight):
-        return biased(x, attention_mask, weight, lambda h, distances: (h / 2).gather(3, distances))
+        return biased(x, attention_mask, weight, bias)
 
     compiled = torch.compile(model, backend="packc", options=STRICT, dynamic=dynamic)
     x, weight = torch.randn(B, L, H * D), torch.nn.Parameter(WEIGHT)
@@ -192,12 +197,11 @@ def test_a_bias_of_each_query_leaves_the_rest_packed(dynamic):
 @pytest.mark.parametrize(
     "bias",
     [
-        lambda h, distances: h.gather(3, distances).mT,
         lambda h, distances: h.cumsum(2).gather(3, distances),
         lambda h, distances: h.gather(3, distances) - h.gather(3, distances).amax(2, keepdim=True),
         lambda h, distances: h.gather(3, distances).flip(2),
     ],
-    ids=["each key", "queries before", "all queries", "another query"],
+    ids=["queries before", "all queries", "another query"],
 )
 def test_a_bias_of_other_tokens_does_not(bias):
     def model(x, attention_mask, weight):
