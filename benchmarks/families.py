@@ -420,6 +420,7 @@ def _on_ranks(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> str:
         return gm.forward
 
     looking.__packc_backend__ = True  # type: ignore[attr-defined]
+    torch._dynamo.reset()  # or frames behind a graph break are those that were compiled to explain
     torch.compile(model, backend=looking)(**given)
     if refused:
         return f"no: {_short(refused[0])}"
