@@ -94,3 +94,15 @@ def alone(model, ids: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
     """What the model makes of each document by itself, put back where it is in its row."""
     parts = [[model(ids[n : n + 1, a:b]) for n, a, b in pieces(rows) if n == row] for row in range(len(rows))]
     return torch.cat([torch.cat(row, 1) for row in parts])
+
+
+def assert_documents_are_apart(model: Callable[..., Any], x: torch.Tensor, *, options: dict[str, Any]) -> None:
+    """``x (2, 8, ...)``, of whose rows the first has three documents: no value, and no gradient, crosses them."""
+    rows, x = [[3, 4, 1], [8]], x.requires_grad_()
+    with packc.documents(**by("cu_seqlens", rows)):
+        out = torch.compile(model, backend=packc.backend, options=options)(x)
+    torch.testing.assert_close(out, alone(model, x, rows))
+    (dx,) = torch.autograd.grad(out[0, 3:7].sum(), x)
+    others = torch.ones(2, 8, dtype=torch.bool)
+    others[0, 3:7] = False
+    assert dx[others].eq(0).all()
