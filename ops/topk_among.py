@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.nn import functional as F
 
-_lib = torch.library.Library("packc", "FRAGMENT")
-_lib.define("topk_among(Tensor x, Tensor among, SymInt k) -> Tensor")
+from packc.ops.definition import define
 
 
 def topk_among(x: Tensor, among: Tensor, k: int) -> Tensor:
@@ -21,7 +20,8 @@ def _topk_among(x: Tensor, among: Tensor, k: int) -> Tensor:
     return F.pad(found, (0, k - found.shape[-1]), value=-1)
 
 
-_lib.impl("topk_among", _topk_among, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "packc::topk_among", lambda x, among, k: x.new_empty((*x.shape[:-1], k), dtype=torch.int64), lib=_lib
-)
+def _fake(x: Tensor, among: Tensor, k: int | SymInt) -> Tensor:
+    return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
+
+
+define("topk_among(Tensor x, Tensor among, SymInt k) -> Tensor", _topk_among, _fake)
